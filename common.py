@@ -1,0 +1,575 @@
+"""What every script of this project shares: models and data, rollout, reward scoring, log-probs and KL, runs, evaluation.
+
+Read it once, in the order in which one training step uses it. No estimator and no policy loss lives here: those are
+the business of the scripts. The names, and their shapes, are the same everywhere:
+
+    B prompts, k samples for each, N = B * k rows; row = prompt * k + sample ("prompt-major")
+    P prompt tokens (padded on the left), T response tokens (padded on the right), V words in the vocabulary
+"""
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+datasets.disable_progress_bars()
+
+
+# ------------------------------------------------------------------------------------------------ mistakes, in one line
+
+
+def stop(message, code=2):
+    """End the program with one line on standard error and the exit code (2: a mistake on the command line)."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def require(ok, message):
+    """Stop with `message` unless `ok`: for what a user can get wrong, before any long work starts."""
+    if not ok:
+        stop(message)
+
+
+def check_args(args):
+    """Stop at the first flag, of those that several scripts share, whose value cannot work."""
+    values = vars(args)
+
+    def check(name, ok, remedy):
+        if name in values:
+            require(ok(values[name]), f"--{name.replace('_', '-')} {values[name]}: {remedy}")
+
+    for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length",
+                 "microbatch_tokens", "eval_prompts", "eval_batch_size", "samples"):  # fmt: skip
+        check(name, lambda value: value >= 1, "must be 1 or more")
+    check("temperature", lambda value: 0 < value < float("inf"), "must be above 0 (1 samples from the model as it is)")
+    for name in ("lr", "max_grad_norm"):
+        check(name, lambda value: 0 < value < float("inf"), "must be above 0")
+    for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates"):
+        check(name, lambda value: 0 <= value < float("inf"), "must be 0 or more")
+
+
+# ------------------------------------------------------------------------------------------------ models and data
+
+
+def pick_device(name):
+    """torch.device for "cpu", "cuda", "mps", or the best one there is for "auto"."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    require(available.get(name.split(":")[0], False), f"--device {name}: not available here; use auto or cpu")
+    return torch.device(name)
+
+
+def load_function(spec):
+    """The function named by "path/to/file.py:function"."""
+    path, name = spec.rsplit(":", 1)
+    require(os.path.isfile(path), f"{spec}: there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        stop(f"{spec}: {path} cannot be imported: {type(error).__name__}: {one_line(error)}")
+    require(callable(getattr(module, name, None)), f"{spec}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+def from_hub_or_folder(what, name, load):
+    """Call `load()`, which reads `name` from a local folder or the hub; stop in one line where it cannot."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or os.path.isdir(name.split("/")[0])
+    if looks_local and "/" in name:
+        require(os.path.isdir(name), f"{what} {name}: no such folder; give a folder or a hub name like owner/name")
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"{what} {name}: cannot be loaded from a folder or the hub: {one_line(error)[:300]}")
+
+
+def load_tokenizer(name):
+    """Tokenizer of a hub name, a folder, or "file.py:function" that returns (model, tokenizer)."""
+    if ".py:" in name:
+        tokenizer = load_function(name)()[1]
+    else:
+        tokenizer = from_hub_or_folder("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
+    require(tokenizer.eos_token_id is not None, f"tokenizer {name}: has no EOS token, so a response could never end")
+    if tokenizer.pad_token_id is None:  # any id will do: masks go by position, never by id
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name, device, dtype="float32", auto_class=AutoModelForCausalLM, **kwargs):
+    """Model of a hub name, a folder, or "file.py:function" that returns (model, tokenizer).
+
+    Weights are kept in float32, since Adam's small steps vanish in bfloat16; dtype "bfloat16" runs the forward passes
+    in it by autocast. Dropout is off (eval mode) for good: the sampler and the update must see the same policy.
+    Only safetensors are read, and code from the hub never runs.
+    """
+    if ".py:" in name:
+        model = load_function(name)()[0]
+    else:
+        load = lambda: auto_class.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **kwargs)
+        model = from_hub_or_folder("model", name, load)
+    if dtype == "bfloat16":
+        for module in (model, model.base_model):
+            module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
+    return model.to(device).eval()
+
+
+def load_dataset(name, split, columns):
+    """Rows of a hub dataset, a folder written by save_to_disk, a .json/.jsonl/.csv/.parquet file, or a python function.
+
+    Args: name ("owner/name", a path, or "file.py:function" called with the split); split ("train", "test", ...);
+    columns (names that must be there).
+    """
+    if ".py:" in name:
+        dataset = load_function(name)(split)
+    else:
+        try:
+            if os.path.isfile(os.path.join(name, "dataset_dict.json")):
+                dataset = datasets.load_from_disk(name)[split]
+            elif os.path.isfile(os.path.join(name, "dataset_info.json")):
+                dataset = datasets.load_from_disk(name)
+            elif os.path.isfile(name):
+                kind = {"jsonl": "json"}.get(name.rsplit(".", 1)[-1], name.rsplit(".", 1)[-1])
+                dataset = datasets.load_dataset(kind, data_files=name, split="train")
+            else:
+                local = name.startswith((".", "/", "~")) or name.count("/") != 1
+                require(not local or os.path.isdir(name), f"dataset {name}: no such file or folder")
+                dataset = datasets.load_dataset(name, split=split)
+        except Exception as error:
+            stop(f"dataset {name}, split {split}: cannot be loaded: {one_line(error)[:300]}")
+    for column in columns:
+        require(column in dataset.column_names,
+                f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}")  # fmt: skip
+    require(len(dataset) > 0, f"dataset {name}, split {split}: is empty")
+    return dataset
+
+
+def load_prompts(name, split, tokenizer, max_prompt_length, first=None):
+    """The (first) rows of a dataset, without those whose prompt has more than `max_prompt_length` tokens."""
+    dataset = load_dataset(name, split, ["prompt"])
+    dataset = dataset.select(range(min(first or len(dataset), len(dataset))))
+    fits = [len(ids) <= max_prompt_length for ids in tokenizer(dataset["prompt"][:])["input_ids"]]
+    require(any(fits), f"dataset {name}: every prompt is longer than --max-prompt-length {max_prompt_length}")
+    if not all(fits):
+        print(f"dataset {name}, split {split}: left out {len(fits) - sum(fits)} of {len(fits)} rows: longer prompts")
+    return dataset.select([i for i, fit in enumerate(fits) if fit])
+
+
+def batches(dataset, size, seed):
+    """Yield dicts of columns (lists of `size` values) for ever, reshuffled every time the dataset has been used up."""
+
+    def order():
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from torch.randperm(len(dataset), generator=generator).tolist()
+
+    stream = order()
+    while True:
+        yield dataset[list(itertools.islice(stream, size))]
+
+
+# ------------------------------------------------------------------------------------------------ rows of tokens
+
+
+@dataclass
+class Batch:
+    """N rows, each a prompt and one response."""
+
+    prompts: torch.Tensor  # (N, P) token ids, padded on the left
+    prompt_mask: torch.Tensor  # (N, P) bool
+    responses: torch.Tensor  # (N, T) token ids, padded on the right
+    response_mask: torch.Tensor  # (N, T) bool, True up to and including the first EOS
+    ended: torch.Tensor  # (N,) bool, True where the response has an EOS
+    old_logprobs: torch.Tensor  # (N, T) log-probs under the policy that sampled the responses, 0 where masked
+
+    def __len__(self):
+        return len(self.responses)
+
+    def __getitem__(self, rows):
+        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def pad(rows, pad_id, side, device):
+    """Lists of ids -> ids (N, L) and bool mask (N, L), padded on the "left" or "right"."""
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    return ids.to(device), mask.bool().to(device)
+
+
+def encode(tokenizer, prompts, completions, device, ended=True):
+    """Batch of given texts, as if they had been sampled: each completion gets an EOS where `ended` (bool or N bools)."""
+    ended = [ended] * len(prompts) if isinstance(ended, bool) else list(ended)
+    responses = tokenizer(completions, add_special_tokens=False)["input_ids"]
+    responses = [ids + [tokenizer.eos_token_id] * end for ids, end in zip(responses, ended)]
+    responses, response_mask = pad(responses, tokenizer.pad_token_id, "right", device)
+    prompts = pad(tokenizer(prompts)["input_ids"], tokenizer.pad_token_id, "left", device)
+    unknown = torch.zeros(responses.shape, device=device)
+    return Batch(*prompts, responses, response_mask, torch.tensor(ended, device=device), unknown)
+
+
+def decode(tokenizer, batch):
+    """The N responses as text, without special tokens."""
+    rows = [ids[mask].tolist() for ids, mask in zip(batch.responses, batch.response_mask)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def positions(mask):
+    """Position ids (N, L) that count real tokens only: left padding must not shift a prompt."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def microbatches(max_tokens, *batches):
+    """Yield index tensors that together cover all rows once, rows of like length together.
+
+    Row i of every batch goes together (one batch; or two, of chosen and rejected responses). A micro-batch has at most
+    `max_tokens` tokens, padding included; a single row that is longer comes alone. What is summed over micro-batches
+    and divided by the whole batch's count does not depend on `max_tokens`: only memory and time do.
+    """
+    prompt_lengths = torch.stack([batch.prompt_mask.sum(1) for batch in batches]).amax(0).tolist()
+    lengths = torch.stack([batch.response_mask.sum(1) for batch in batches]).amax(0).tolist()
+    rows, P, T = [], 0, 0
+    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], prompt_lengths[row])):
+        P, T = max(P, prompt_lengths[row]), max(T, lengths[row])
+        if rows and (len(rows) + 1) * (P + T) * len(batches) > max_tokens:
+            yield torch.tensor(rows)
+            rows, P, T = [], prompt_lengths[row], lengths[row]
+        rows.append(row)
+    yield torch.tensor(rows)
+
+
+# ------------------------------------------------------------------------------------------------ rollout
+
+
+def eos_ids(policy, tokenizer):
+    """Every token id that ends a response: the tokenizer's EOS and those of the model's generation config."""
+    config = getattr(policy, "generation_config", None)
+    more = getattr(config, "eos_token_id", None)
+    more = more if isinstance(more, list) else [] if more is None else [more]
+    return torch.tensor(sorted({tokenizer.eos_token_id, *more}))
+
+
+def log_softmax(logits, temperature):
+    """Log-probs of softmax(logits / temperature), in float32 at least."""
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+
+
+@torch.no_grad()
+def rollout(policy, tokenizer, prompts, k, temperature, max_new_tokens, greedy=False):
+    """Sample k responses for each prompt from exactly softmax(logits / temperature): no top-k, no top-p.
+
+    The prompt runs through the model once for its k samples, and rows that have ended leave the batch.
+
+    Args: policy (causal LM); tokenizer; prompts (list of B str); k; temperature; max_new_tokens; greedy (take the
+    most probable token instead of a sample).
+    Returns: Batch of N = B * k rows, prompt-major.
+    """
+    device = policy.device
+    ends = eos_ids(policy, tokenizer).to(device)
+    prompts, prompt_mask = pad(tokenizer(prompts)["input_ids"], tokenizer.pad_token_id, "left", device)  # (B, P)
+    output = policy(input_ids=prompts, attention_mask=prompt_mask, position_ids=positions(prompt_mask),
+                    use_cache=True, logits_to_keep=1)  # fmt: skip
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(k)
+    logits = output.logits[:, -1].repeat_interleave(k, 0)  # (N, V)
+    prompts, prompt_mask = prompts.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0)  # (N, P)
+
+    N = len(prompts)
+    responses = torch.full((N, max_new_tokens), tokenizer.pad_token_id, device=device)  # (N, T)
+    response_mask = torch.zeros((N, max_new_tokens), dtype=torch.bool, device=device)  # (N, T)
+    old_logprobs = torch.zeros((N, max_new_tokens), dtype=log_softmax(logits[:1], 1).dtype, device=device)  # (N, T)
+    ended = torch.zeros(N, dtype=torch.bool, device=device)  # (N,)
+    alive, mask = torch.arange(N, device=device), prompt_mask  # the n rows still being written, and their context
+    for t in range(max_new_tokens):
+        logprobs = log_softmax(logits, temperature)  # (n, V)
+        tokens = logprobs.argmax(1, keepdim=True) if greedy else torch.multinomial(logprobs.exp(), 1)  # (n, 1)
+        responses[alive, t] = tokens.squeeze(1)
+        response_mask[alive, t] = True
+        old_logprobs[alive, t] = logprobs.gather(1, tokens).squeeze(1)
+        over = torch.isin(tokens.squeeze(1), ends)  # (n,)
+        ended[alive[over]] = True
+        if over.all() or t + 1 == max_new_tokens:
+            break
+        if over.any():
+            going = (~over).nonzero().squeeze(1)
+            alive, mask, tokens = alive[going], mask[going], tokens[going]
+            cache.batch_select_indices(going)
+        mask = F.pad(mask, (0, 1), value=True)  # (n, P + t + 1)
+        output = policy(input_ids=tokens, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                        past_key_values=cache, use_cache=True)  # fmt: skip
+        logits = output.logits[:, -1]
+    return Batch(prompts, prompt_mask, responses[:, : t + 1], response_mask[:, : t + 1], ended, old_logprobs[:, : t + 1])
+
+
+# ------------------------------------------------------------------------------------------------ log-probs and KL
+
+
+def token_logprobs(model, batch, temperature):
+    """Log-prob of each response token under softmax(logits / temperature), with gradients. Returns (N, T), 0 where masked."""
+    P, T = int(batch.prompt_mask.sum(1).max()), int(batch.response_mask.sum(1).max())  # leave out what all rows pad
+    ids = torch.cat([batch.prompts[:, -P:], batch.responses[:, :T]], 1)  # (N, P + T)
+    mask = torch.cat([batch.prompt_mask[:, -P:], batch.response_mask[:, :T]], 1)  # (N, P + T)
+    # The logits at a position predict the next token: the last prompt position up to the last but one of the response.
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=T + 1)
+    logprobs = log_softmax(output.logits[:, :-1], temperature)  # (N, T, V)
+    logprobs = logprobs.gather(2, batch.responses[:, :T, None]).squeeze(2)  # (N, T)
+    logprobs = logprobs.masked_fill(~batch.response_mask[:, :T], 0.0)
+    return F.pad(logprobs, (0, batch.responses.shape[1] - T))
+
+
+@torch.no_grad()
+def frozen_logprobs(model, batch, temperature, max_tokens):
+    """`token_logprobs` of a model that is not being trained, in micro-batches, without gradients. Returns (N, T)."""
+    logprobs = torch.zeros_like(batch.old_logprobs)
+    for rows in microbatches(max_tokens, batch):
+        logprobs[rows] = token_logprobs(model, batch[rows], temperature).to(logprobs.dtype)
+    return logprobs
+
+
+def token_kl(logprobs, ref_logprobs, response_mask):
+    """Per-token estimate k1 = log pi - log pi_ref of KL(pi || pi_ref), for tokens sampled from pi. Returns (N, T).
+
+    Unbiased, and the one that belongs in a reward: its expected gradient there is that of the KL. Single values, and
+    means of small batches, are often negative. (Schulman 2020, "Approximating KL divergence")
+    """
+    return (logprobs - ref_logprobs) * response_mask
+
+
+def sequence_rewards(scores, kl, beta):
+    """R(x, y) = r(x, y) - beta * log(pi(y|x) / pi_ref(y|x)), one per response (Ahmadian et al. 2024, section 2).
+
+    Args: scores (N,); kl (N, T); beta. Returns: (N,).
+    """
+    return scores - beta * kl.sum(1)
+
+
+# ------------------------------------------------------------------------------------------------ reward scoring
+
+
+def classifier_scores(model, pad_id, batch):
+    """Output of a one-label sequence classifier at each row's last real token, with gradients. Returns (N,).
+
+    Rows are padded on the left, so that token is the last column: nothing is searched by pad id, which goes wrong
+    where pad and EOS are the same.
+    """
+    rows = [torch.cat([p[pm], r[rm]]) for p, pm, r, rm in zip(batch.prompts.cpu(), batch.prompt_mask.cpu(),
+                                                               batch.responses.cpu(), batch.response_mask.cpu())]  # fmt: skip
+    ids, mask = pad(rows, pad_id, "left", model.device)
+    output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask))
+    hidden = output.last_hidden_state[:, -1]  # (N, hidden)
+    return model.score(hidden.to(model.score.weight.dtype)).squeeze(1)
+
+
+def load_reward(name, tokenizer, device, dtype, max_tokens):
+    """A function score(batch, columns) -> (N,) from a classifier or from "path/to/file.py:function".
+
+    A classifier is any one-label AutoModelForSequenceClassification on a causal model. It is given the very ids of the
+    rollout where its tokenizer is the policy's, and the text encoded anew, with an EOS where the response has one,
+    where it is not. A python function is called as TRL does: function(prompts=..., completions=..., **columns), where
+    columns are the dataset's other columns, each a list with one value per completion; it returns that many numbers.
+
+    `columns` holds the dataset's rows (lists of B values) that the N = B * k rows of `batch` belong to.
+    """
+    if ".py:" in name:
+        function = load_function(name)
+
+        def score(batch, columns):
+            k = len(batch) // len(columns["prompt"])
+            columns = {key: [value for value in values for _ in range(k)] for key, values in columns.items()}
+            columns["prompts"] = columns.pop("prompt")
+            columns["completions"] = decode(tokenizer, batch)
+            columns.pop("completion", None)
+            try:
+                values = [float(value) for value in function(**columns)]
+            except Exception as error:
+                stop(f"reward {name}: raised {type(error).__name__}: {one_line(error)}")
+            require(len(values) == len(batch), f"reward {name}: returned {len(values)} values for {len(batch)} completions")
+            odd = [value for value in values if not math.isfinite(value)]
+            require(not odd, f"reward {name}: returned {odd[:1]}; every value must be a finite number")
+            return torch.tensor(values, device=device)  # (N,)
+
+        return score
+
+    model = load_model(name, device, dtype, AutoModelForSequenceClassification).requires_grad_(False)
+    require(model.config.num_labels == 1, f"reward {name}: has {model.config.num_labels} labels; a reward model has 1")
+    require(hasattr(model, "score"), f"reward {name}: is not a classifier on a causal model; wrap it in a python function")
+    reward_tokenizer = load_tokenizer(name)
+    same_ids = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
+
+    @torch.no_grad()
+    def score(batch, columns):
+        if not same_ids:
+            k = len(batch) // len(columns["prompt"])
+            prompts = [prompt for prompt in columns["prompt"] for _ in range(k)]
+            batch = encode(reward_tokenizer, prompts, decode(tokenizer, batch), device, batch.ended.tolist())
+        scores = torch.zeros(len(batch), device=device)
+        for rows in microbatches(max_tokens, batch):
+            scores[rows] = classifier_scores(model, reward_tokenizer.pad_token_id, batch[rows])
+        return scores
+
+    return score
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+@torch.no_grad()
+def evaluate(policy, reference, tokenizer, measures, dataset, args, k=1, greedy=False, rivals=None):
+    """Sample k responses to each held-out prompt and measure them. Leaves the training's random numbers alone.
+
+    Args: policy and reference (causal LMs); measures (dict name -> score function of load_reward); dataset (rows with
+    prompt); args (temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed); rivals (N texts, or the B of
+    the dataset's completion column if there is one: what the responses win against in the eyes of the last measure).
+    Returns: (values, completions): dict name -> (N,) floats on the CPU, and the N responses as text, prompt-major.
+    """
+    if rivals is None and "completion" in dataset.column_names:
+        rivals = [text for text in dataset["completion"][:] for _ in range(k)]
+    values, completions, judge = {}, [], list(measures.values())[-1]
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        size = max(1, args.eval_batch_size // k)
+        for start in range(0, len(dataset), size):
+            columns = dataset[start : start + size]
+            batch = rollout(policy, tokenizer, columns["prompt"], k, args.temperature, args.max_new_tokens, greedy)
+            ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (n, T)
+            part = {name: measure(batch, columns) for name, measure in measures.items()}  # name -> (n,)
+            if rivals:
+                prompts = [prompt for prompt in columns["prompt"] for _ in range(k)]
+                others = encode(tokenizer, prompts, rivals[len(completions) :][: len(batch)], policy.device)
+                part["win_rate"] = wins(judge(batch, columns), judge(others, columns))
+            part["kl"] = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask).sum(1)
+            part["length"] = batch.response_mask.sum(1)
+            part["eos_rate"] = batch.ended
+            for name, value in part.items():
+                values.setdefault(name, []).append(value.float().cpu())
+            completions += decode(tokenizer, batch)
+    return {name: torch.cat(parts) for name, parts in values.items()}, completions
+
+
+def wins(scores, other_scores):
+    """1 where the first is better, 0 where it is worse, 1/2 where they are equal. Returns (N,)."""
+    return (torch.sign(scores - other_scores) + 1) / 2
+
+
+def try_rewards(tokenizer, dataset, device, measures):
+    """Call each reward once on two rows of the dataset, so that a broken one stops the run before it starts."""
+    columns = dataset[:2]
+    texts = columns.get("completion", columns["prompt"])
+    for measure in measures.values():
+        measure(encode(tokenizer, columns["prompt"], texts, device), columns)
+
+
+# ------------------------------------------------------------------------------------------------ run folder and logs
+
+
+def open_run(args, script):
+    """Make the run folder (args.output, or runs/<script>-<time>) and return (folder, TensorBoard writer).
+
+    It will hold args.json, TensorBoard's event file, and model/. A folder that already holds anything is refused.
+    """
+    folder = Path(args.output or f"runs/{script}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+            f"--output {folder}: already holds files; name a new folder, or remove that one")  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"script": script, **asdict(args)}
+    (folder / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
+    writer = SummaryWriter(folder)
+    writer.add_text("hyperparameters", table(["flag", "value"], settings.items()))
+    return folder, writer
+
+
+def table(header, rows):
+    """A Markdown table, which TensorBoard's text tab renders."""
+    clean = lambda cell: str(cell).replace("|", "\\|").replace("\n", "<br>")
+    lines = [header, ["---"] * len(header), *([clean(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def log(writer, step, metrics):
+    for name, value in metrics.items():
+        writer.add_scalar(name, float(value), step)
+
+
+def rollout_metrics(batch, scores, kl, rewards):
+    """What every algorithm logs about a rollout: means over its N responses."""
+    return {
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(),
+        "objective/kl": kl.sum(1).mean(),
+        "objective/rewards": rewards.mean(),
+        "objective/entropy": -batch.old_logprobs.sum(1).mean(),
+        "rollout/length": batch.response_mask.sum(1).float().mean(),
+        "rollout/eos_rate": batch.ended.float().mean(),
+    }
+
+
+def show(bar, metrics):
+    """Write reward, KL and length of the last rollout behind the progress bar."""
+    names = {"score": "objective/scores", "kl": "objective/kl", "length": "rollout/length"}
+    bar.set_postfix({short: f"{metrics[name].item():.2f}" for short, name in names.items()}, refresh=False)
+
+
+def log_evaluation(writer, step, evaluation):
+    log(writer, step, {f"eval/{name}": value.mean() for name, value in evaluation[0].items()})
+
+
+def log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages, rows=8):
+    """The first responses of a rollout, for TensorBoard's text tab."""
+    k = len(batch) // len(columns["prompt"])
+    prompts = [prompt for prompt in columns["prompt"] for _ in range(k)]
+    numbers = [[f"{value:.2f}" for value in row.tolist()] for row in torch.stack([scores, kl.sum(1), advantages], 1)]
+    cells = [[p, c, *n] for p, c, n in zip(prompts, decode(tokenizer, batch[:rows]), numbers)]
+    writer.add_text("samples", table(["prompt", "response", "score", "KL", "advantage"], cells), step)
+
+
+def check_finite(step, folder, **values):
+    """Stop before a number that is not finite reaches the weights."""
+    bad = {name: float(value) for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        name, value = next(iter(bad.items()))
+        stop(f"update {step}: {name} is {value}, so the run ends here; what was saved and logged until now stays in "
+             f"{folder}; try a smaller --lr or --max-grad-norm, and look at the rewards", code=1)  # fmt: skip
+
+
+def report(folder, dataset, before, after):
+    """Print what training changed: a table of the two evaluations, and one post with both policies' responses."""
+    (old, old_texts), (new, new_texts) = before, after
+    old, new = ({name: value.mean().item() for name, value in values.items()} for values in (old, new))
+    (folder / "evaluation.json").write_text(json.dumps({"before": old, "after": new}, indent=2) + "\n")
+    print(f"\n{'held-out prompts':<20}{'before':>10}{'after':>10}")
+    for name in old:
+        print(f"{name:<20}{old[name]:>10.3f}{new[name]:>10.3f}")
+    print(f"\nprompt   {dataset[0]['prompt']}\nbefore   {old_texts[0]}\nafter    {new_texts[0]}")
+    print(f"\npolicy and logs are in {folder}; to see the curves: tensorboard --logdir {folder.parent}")
+
+
+def save(folder, model, tokenizer):
+    """Write a Hugging Face folder that from_pretrained loads; the old one stays until the new one is whole."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

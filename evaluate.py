@@ -1,0 +1,157 @@
+"""Evaluate saved policies the way the papers do, side by side.
+
+    python evaluate.py tasks/mini_tldr-sft runs/rloo-*/model
+    python evaluate.py runs/a/model --against runs/b/model --judge reward
+
+For every policy, on held-out prompts (Ahmadian et al. 2024, section 4.2 and table 2):
+
+    score, variance    the reward's mean; its variance over the samples of a prompt, averaged over prompts
+    gold               mean of a second reward that training never saw, where there is one
+    win_rate           share of responses that the judge scores above the reference text (or the other policy's
+                       response), ties one half; +- its standard error over prompts
+    perplexity         of the dataset's preferred completions under the policy: what tuning cost in fluency
+    diversity_1, _2    different words (pairs of words) of a response / all of them, averaged over responses
+    length, eos_rate   tokens of a response; share that ended by themselves
+    kl                 KL(policy || reference) of whole responses, estimated from the samples
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from common import (check_args, encode, evaluate, frozen_logprobs, load_model, load_prompts, load_reward, load_tokenizer,
+                    pick_device, require, try_rewards)  # fmt: skip
+
+
+@dataclass
+class Args:
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """policies to evaluate: hub names or folders"""
+    reference: str = "tasks/mini_tldr-sft"
+    """the policy that the KL is measured to"""
+    reward: str = "tasks/mini_tldr-reward"
+    """a one-label classifier (hub name or folder), or path/to/file.py:function"""
+    gold: str | None = "tasks/mini_tldr.py:gold_reward"
+    """a second reward; "None" for none"""
+    judge: str = "gold"
+    """who decides the win rate: gold, reward, or path/to/file.py:function"""
+    against: str | None = None
+    """a policy to win against (hub name or folder); by default the dataset's completion column"""
+    dataset: str = "tasks/mini_tldr.py:prompts"
+    """rows with the column prompt: hub name, path, or file.py:function"""
+    test_split: str = "test"
+    """split of the held-out prompts"""
+    preferred_column: str = "completion"
+    """column of the preferred completions, for the perplexity"""
+    eval_prompts: int = 1000
+    """how many prompts"""
+    samples: int = 4
+    """responses for each prompt"""
+    greedy: bool = False
+    """take the most probable response instead of samples; there is then no variance and no KL"""
+    temperature: float = 0.7
+    """of the sampling, and of the log-probs in the KL"""
+    max_prompt_length: int = 512
+    """prompts with more tokens are left out"""
+    max_new_tokens: int = 32
+    """a response is cut off after this many tokens"""
+    eval_batch_size: int = 512
+    """responses sampled at once"""
+    microbatch_tokens: int = 16384
+    """tokens, padding included, that go through a model at once"""
+    seed: int = 1
+    """of the sampling"""
+    output: str | None = None
+    """JSON file to write; by default runs/evaluation-<time>.json"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    dtype: str = "float32"
+    """float32, or bfloat16 (autocast)"""
+
+
+def diversity(texts, n):
+    """Mean over texts of: different n-grams / all n-grams of the text's words (n is 1 or 2; shorter texts left out)."""
+    ratios = []
+    for text in texts:
+        grams = text.split() if n == 1 else list(pairwise(text.split()))
+        if grams:
+            ratios.append(len(set(grams)) / len(grams))
+    return sum(ratios) / len(ratios) if ratios else math.nan
+
+
+def perplexity(policy, tokenizer, dataset, column, args):
+    """exp of the mean negative log-prob per token, EOS included, of the texts of a column."""
+    total = tokens = 0
+    for start in range(0, len(dataset), args.eval_batch_size):
+        columns = dataset[start : start + args.eval_batch_size]
+        batch = encode(tokenizer, columns["prompt"], columns[column], policy.device)
+        total += frozen_logprobs(policy, batch, 1.0, args.microbatch_tokens).sum().item()
+        tokens += batch.response_mask.sum().item()
+    return math.exp(-total / tokens)
+
+
+def summarize(values, completions, k):
+    """Metrics of one policy from evaluate()'s values (dict name -> (N,), prompt-major) and completions (N texts)."""
+    metrics = {"score": values["score"].mean().item()}
+    if k > 1:
+        metrics["variance"] = values["score"].view(-1, k).var(1).mean().item()
+    if "gold" in values:
+        metrics["gold"] = values["gold"].mean().item()
+    if "win_rate" in values:
+        per_prompt = values["win_rate"].view(-1, k).mean(1)  # (B,)
+        metrics["win_rate"] = per_prompt.mean().item()
+        metrics["win_rate+-"] = per_prompt.std().item() / math.sqrt(len(per_prompt))
+    for n in (1, 2):
+        metrics[f"diversity_{n}"] = diversity(completions, n)
+    return metrics | {name: values[name].mean().item() for name in ("length", "eos_rate", "kl") if name in values}
+
+
+def main(args):
+    require(args.policies, "name at least one policy (a folder or a hub name)")
+    check_args(args)
+    device = pick_device(args.device)
+    output = Path(args.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}.json")
+    require(not output.exists(), f"--output {output}: already exists; name a new file, or remove that one")
+    k = 1 if args.greedy else args.samples
+    require(args.judge != "gold" or args.gold, "--judge gold: needs --gold; or use --judge reward")
+    require(args.judge in ("gold", "reward") or ".py:" in args.judge,
+            f"--judge {args.judge}: choose gold, reward, or path/to/file.py:function")  # fmt: skip
+    judge = {"gold": args.gold, "reward": args.reward}.get(args.judge, args.judge)
+    reference = load_model(args.reference, device, args.dtype).requires_grad_(False)
+
+    dataset, rivals, results = None, None, {}
+    for name in [args.against] * bool(args.against) + list(args.policies):
+        tokenizer = load_tokenizer(name)
+        policy = load_model(name, device, args.dtype).requires_grad_(False)
+        dataset = dataset or load_prompts(args.dataset, args.test_split, tokenizer, args.max_prompt_length, args.eval_prompts)
+        specs = {"score": args.reward, "gold": args.gold, "judge": judge}  # the last one decides the win rate
+        measures = {key: load_reward(spec, tokenizer, device, args.dtype, args.microbatch_tokens)
+                    for key, spec in specs.items() if spec}  # fmt: skip
+        try_rewards(tokenizer, dataset, device, measures)
+        values, completions = evaluate(policy, reference, tokenizer, measures, dataset, args, k, args.greedy, rivals)
+        results[name] = summarize(values, completions, k)
+        if args.preferred_column in dataset.column_names:
+            results[name]["perplexity"] = perplexity(policy, tokenizer, dataset, args.preferred_column, args)
+        if name == args.against:
+            rivals = completions
+
+    names = list(dict.fromkeys(key for metrics in results.values() for key in metrics))
+    width = max(map(len, results))
+    print(f"{'policy':<{width}}" + "".join(f"{key:>13}" for key in names))
+    for name, metrics in results.items():
+        print(f"{name:<{width}}" + "".join(f"{metrics.get(key, math.nan):>13.3f}" for key in names))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"settings": asdict(args), "policies": results}, indent=2) + "\n")
+    print(f"wrote {output}")
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,101 @@
+"""Draw learning curves of one or many runs from their TensorBoard logs to a PNG.
+
+    python plot.py runs/rloo-seed* --output curves.png
+
+Runs that differ in nothing but the seed (and the output folder) are one curve: the mean, and a band of one standard
+deviation. Every metric (--y) is drawn against every x-axis (--x): updates, samples, seconds and KL.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common import require
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+AXES = {"updates": None, "samples": "time/samples", "seconds": "time/seconds", "kl": "eval/kl"}
+
+
+@dataclass
+class Args:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """run folders"""
+    y: tuple[str, ...] = ("eval/score", "eval/gold", "eval/win_rate")
+    """metrics to draw, by their TensorBoard names; one that no run has is left out"""
+    x: tuple[str, ...] = ("updates", "samples", "seconds", "kl")
+    """what to draw them against: updates, samples, seconds, kl"""
+    output: str = "runs/curves.png"
+    """PNG file to write"""
+
+
+def read_run(folder):
+    """Settings (args.json) and scalars (name -> {step: value}) of one run folder."""
+    path = Path(folder)
+    require((path / "args.json").is_file(), f"{folder}: is not a run folder (it has no args.json)")
+    log = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    scalars = {name: {event.step: event.value for event in log.Scalars(name)} for name in log.Tags()["scalars"]}
+    require(scalars, f"{folder}: its TensorBoard log holds no scalars")
+    return json.loads((path / "args.json").read_text()), scalars
+
+
+def label(settings, all_settings):
+    """What sets a group of runs apart: the script, and the flags that not all groups share."""
+    flags = [name for name in settings if name != "script" and len({str(s.get(name)) for s in all_settings}) > 1]
+    return " ".join([settings["script"], *(f"--{name.replace('_', '-')} {settings[name]}" for name in flags)])
+
+
+def curve(scalars, x, y):
+    """Points of one run: dict step -> (x, y), at the steps where both were logged (x at step 0 is 0)."""
+    xs = {step: step for step in scalars[y]} if AXES[x] is None else {0: 0.0, **scalars.get(AXES[x], {})}
+    return {step: (xs[step], value) for step, value in scalars[y].items() if step in xs}
+
+
+def main(args):
+    require(args.runs, "name at least one run folder")
+    for x in args.x:
+        require(x in AXES, f"--x {x}: unknown; choose from {', '.join(AXES)}")
+    groups = defaultdict(list)
+    for folder in args.runs:
+        settings, scalars = read_run(folder)
+        settings = {name: value for name, value in settings.items() if name not in ("seed", "output")}
+        groups[json.dumps(settings)].append(scalars)
+    ys = [y for y in args.y if any(y in scalars for runs in groups.values() for scalars in runs)]
+    require(ys, f"--y {' '.join(args.y)}: no run has any of these metrics")
+    all_settings = [json.loads(key) for key in groups]
+
+    figure, axes = plt.subplots(len(ys), len(args.x), squeeze=False, figsize=(3.6 * len(args.x), 2.7 * len(ys)))
+    for row, y in enumerate(ys):
+        for column, x in enumerate(args.x):
+            axis = axes[row][column]
+            for settings, runs in zip(all_settings, groups.values()):
+                curves = [curve(scalars, x, y) for scalars in runs if y in scalars]
+                steps = sorted(set.intersection(*map(set, curves))) if curves else []
+                if not steps:
+                    continue
+                points = np.array([[points[step] for step in steps] for points in curves])  # (runs, steps, 2)
+                mean, std = points.mean(0), points[..., 1].std(0)
+                name = f"{label(settings, all_settings)} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+                (line,) = axis.plot(mean[:, 0], mean[:, 1], marker=".", label=name)
+                axis.fill_between(mean[:, 0], mean[:, 1] - std, mean[:, 1] + std, color=line.get_color(), alpha=0.2)
+            axis.grid(alpha=0.3)
+            axis.set_xlabel({"kl": "KL to the reference", "seconds": "training seconds"}.get(x, x))
+            axis.set_ylabel(y)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="lower center", ncols=2, bbox_to_anchor=(0.5, 1.0), fontsize=9)
+    figure.tight_layout()
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=110, bbox_inches="tight")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

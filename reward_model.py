@@ -1,0 +1,170 @@
+"""Stage 2: a reward model from preference pairs (Bradley-Terry).
+
+    loss = - log sigma(r(x, y_chosen) - r(x, y_rejected)) + c * (r(x, y_chosen) + r(x, y_rejected))^2
+
+The first term is the likelihood of the annotators' choices (Stiennon et al. 2020, equation 1). It leaves a constant
+free, which the second, small one fixes: rewards are centred near 0 (Eisenstein et al. 2023, section 3).
+Afterwards the head is divided by the standard deviation of the rewards on held-out pairs, so that 1 means one
+standard deviation of what the SFT policy writes.
+
+The defaults make the reward model that is shipped in tasks/mini_tldr-reward:
+
+    python reward_model.py --output runs/reward
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, get_scheduler
+
+from common import (batches, check_args, check_finite, classifier_scores, encode, load_dataset, load_model, load_reward,
+                    load_tokenizer, log, microbatches, open_run, pick_device, require, save)  # fmt: skip
+
+
+def compute_loss(chosen, rejected, center):
+    """Bradley-Terry loss with the centring term, summed over pairs.
+
+    Args: chosen, rejected (n,), the rewards of each pair's two responses; center, the coefficient c.
+    Returns: scalar.
+    """
+    return (-F.logsigmoid(chosen - rejected) + center * (chosen + rejected) ** 2).sum()
+
+
+@dataclass
+class Args:
+    model: str = "tasks/mini_tldr-sft"
+    """where to start, usually the SFT policy: a hub name or a folder; it gets a new head with one output"""
+    dataset: str = "tasks/mini_tldr.py:preferences"
+    """rows with the columns prompt, chosen and rejected: a hub name, folder, file, or file.py:function"""
+    train_split: str = "train"
+    """split to train on"""
+    test_split: str = "test"
+    """split for the held-out pairs"""
+    gold: str | None = "tasks/mini_tldr.py:gold_reward"
+    """a true reward to compare with (path/to/file.py:function), only measured; "None" for none"""
+    num_updates: int = 1250
+    """optimizer steps"""
+    batch_size: int = 32
+    """pairs per step"""
+    lr: float = 1e-3
+    """AdamW's peak learning rate (for a pretrained model of a billion parameters: 1e-5)"""
+    lr_schedule: str = "cosine"
+    """any name that transformers.get_scheduler knows: constant, linear, cosine, constant_with_warmup, ..."""
+    warmup_updates: int = 30
+    """steps over which the learning rate rises from 0"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    center: float = 0.01
+    """the coefficient c of the term that keeps the rewards centred"""
+    max_grad_norm: float = 1.0
+    """the gradient's norm is clipped to this"""
+    microbatch_tokens: int = 16384
+    """tokens, padding included, that go through the model at once: memory, never the result"""
+    max_length: int = 512
+    """pairs with a longer prompt and response, in tokens, are left out"""
+    eval_every: int = 100
+    """updates between two evaluations on the held-out pairs; 0 evaluates at the end only"""
+    seed: int = 1
+    """of the new head and the order of the pairs"""
+    output: str | None = None
+    """run folder; by default runs/reward-seed<seed>-<time>"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    dtype: str = "float32"
+    """float32, or bfloat16 (autocast; the weights stay in float32)"""
+
+
+def load_pairs(args, split, tokenizer):
+    """The pairs of a split, without those with a response longer than --max-length tokens, prompt included."""
+    pairs = load_dataset(args.dataset, split, ["prompt", "chosen", "rejected"])
+    lengths = {name: [len(ids) for ids in tokenizer(pairs[name][:])["input_ids"]] for name in ("prompt", "chosen", "rejected")}
+    total = [p + max(c, r) + 1 for p, c, r in zip(*lengths.values())]  # 1 for the EOS
+    fits = [i for i, length in enumerate(total) if length <= args.max_length]
+    require(fits, f"--max-length {args.max_length}: every pair of {args.dataset} is longer")
+    return pairs.select(fits)
+
+
+def spearman(x, y):
+    """Rank correlation of x and y (M,), ties ranked by their mean rank."""
+    ranks = []
+    for values in (x, y):
+        _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum(0) - counts / 2)[inverse].double())  # (M,)
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, pairs, gold, args):
+    """Metrics on held-out pairs, and the rewards (M, 2) of their chosen and rejected responses."""
+    columns = pairs[:]
+    rewards, golds = [], []
+    for name in ("chosen", "rejected"):
+        batch = encode(tokenizer, columns["prompt"], columns[name], model.device)
+        scores = torch.zeros(len(batch), device=model.device)
+        for rows in microbatches(args.microbatch_tokens, batch):
+            scores[rows] = classifier_scores(model, tokenizer.pad_token_id, batch[rows])
+        rewards.append(scores)
+        if gold:
+            golds.append(gold(batch, columns))
+    rewards = torch.stack(rewards, 1)  # (M, 2)
+    right = rewards[:, 0] > rewards[:, 1]  # (M,)
+    metrics = {"accuracy": right.float().mean().item(), "mean": rewards.mean().item(), "std": rewards.std().item()}
+    if gold:
+        golds = torch.stack(golds, 1)  # (M, 2)
+        differ = golds[:, 0] != golds[:, 1]
+        metrics["gold_accuracy"] = (right == (golds[:, 0] > golds[:, 1]))[differ].float().mean().item()
+        metrics["gold_spearman"] = spearman(rewards.flatten(), golds.flatten())
+    return metrics
+
+
+def main(args):
+    check_args(args)
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, device, args.dtype, AutoModelForSequenceClassification, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    gold = args.gold and load_reward(args.gold, tokenizer, device, args.dtype, args.microbatch_tokens)
+    train, test = (load_pairs(args, split, tokenizer) for split in (args.train_split, args.test_split))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
+    folder, writer = open_run(args, "reward")
+
+    metrics = evaluate(model, tokenizer, test, gold, args)
+    bar = tqdm(range(1, args.num_updates + 1), desc="reward_model", unit="update")
+    for step, columns in zip(bar, batches(train, args.batch_size, args.seed)):
+        chosen = encode(tokenizer, columns["prompt"], columns["chosen"], device)
+        rejected = encode(tokenizer, columns["prompt"], columns["rejected"], device)
+        loss = 0.0
+        optimizer.zero_grad()
+        for rows in microbatches(args.microbatch_tokens, chosen, rejected):
+            scores = [classifier_scores(model, tokenizer.pad_token_id, batch[rows]) for batch in (chosen, rejected)]  # (n,)
+            part = compute_loss(*scores, args.center) / args.batch_size
+            part.backward()
+            loss += part.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+        optimizer.step()
+        scheduler.step()
+
+        log(writer, step, {"loss": loss, "grad_norm": grad_norm, "lr": scheduler.get_last_lr()[0]})
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{metrics['accuracy']:.3f}", refresh=False)
+        if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
+            metrics = evaluate(model, tokenizer, test, gold, args)
+            log(writer, step, {f"eval/{name}": value for name, value in metrics.items()})
+
+    with torch.no_grad():
+        model.score.weight /= metrics["std"]
+    metrics = evaluate(model, tokenizer, test, gold, args)
+    print("\n" + "\n".join(f"{name:<16}{value:>8.3f}" for name, value in metrics.items()))
+    save(folder / "model", model, tokenizer)
+    print(f"\nreward model and logs are in {folder}")
+    writer.close()
+    return model
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,192 @@
+"""RLOO, REINFORCE leave-one-out (Ahmadian et al. 2024, "Back to Basics", arXiv:2402.14740).
+
+For every prompt x draw k responses y_1 ... y_k from the policy, score each, and push its log-probability up or down by
+how much better it is than the mean of the others:
+
+    gradient = 1/k sum_i [ R(y_i, x) - 1/(k-1) sum_{j != i} R(y_j, x) ] grad log pi(y_i | x)          (section 2.3)
+    R(y, x)  = r(x, y) - beta log( pi(y|x) / pi_ref(y|x) )                                            (section 2)
+
+The whole response is one action: log pi(y|x) is the sum over its tokens. The other samples' mean does not depend on
+y_i, so it changes the variance of the gradient and not its expectation. Every rollout is used for one optimizer step,
+on-policy, so there is no ratio pi/pi_old and nothing to clip.
+
+    python rloo.py --k 4
+
+Details that matter here, and what others do:
+- The KL term is inside R, so it is part of the baseline too (as in the paper and TRL; OpenRLHF keeps it out; both are
+  unbiased).
+- Log-probs are summed over the response, not averaged: dividing by the length would bias the gradient.
+- The loss is near 0 at every step, because the advantages of a prompt sum to 0. That is normal: watch eval/score.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from common import (batches, check_args, check_finite, evaluate, frozen_logprobs, load_model, load_prompts, load_reward,
+                    load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run, pick_device, report,
+                    require, rollout, rollout_metrics, save, sequence_rewards, show, token_kl, token_logprobs,
+                    try_rewards)  # fmt: skip
+
+
+def compute_advantages(rewards, k):
+    """A_i = R_i - mean of the other k - 1 rewards of the same prompt.
+
+    Args: rewards (N,), N = B * k, prompt-major (row = prompt * k + sample); k >= 2.
+    Returns: advantages (N,), which sum to 0 over each prompt.
+    """
+    rewards = rewards.view(-1, k)  # (B, k)
+    baseline = (rewards.sum(1, keepdim=True) - rewards) / (k - 1)  # (B, k)
+    return (rewards - baseline).flatten()
+
+
+def compute_loss(logprobs, advantages):
+    """- sum_i A_i log pi(y_i | x). A sum: the caller divides by the rows of the whole batch, whatever the micro-batch.
+
+    Args: logprobs (n, T), 0 where masked; advantages (n,). Returns: scalar.
+    """
+    return -(advantages * logprobs.sum(1)).sum()
+
+
+@dataclass
+class Args:
+    k: int = 4
+    """responses per prompt, 2 or more"""
+    beta: float = 0.05
+    """weight of the KL penalty in the reward; 0 switches it off"""
+    temperature: float = 0.7
+    """the policy, and the reference, are softmax(logits / temperature): sampled and scored with the same"""
+    lr: float = 1e-3
+    """Adam's peak learning rate (for a pretrained model of a billion parameters: 1e-6 to 3e-6)"""
+    lr_schedule: str = "linear"
+    """any name that transformers.get_scheduler knows: constant, linear, cosine, constant_with_warmup, ..."""
+    warmup_updates: int = 0
+    """updates over which the learning rate rises from 0"""
+    max_grad_norm: float = 1.0
+    """the gradient's norm is clipped to this"""
+    num_updates: int = 60
+    """optimizer steps, each on a rollout of its own"""
+    prompts_per_step: int = 16
+    """prompts of one rollout; it has k times as many responses"""
+    max_prompt_length: int = 512
+    """prompts with more tokens are left out"""
+    max_new_tokens: int = 32
+    """a response is cut off after this many tokens"""
+    missing_eos_penalty: float = 1.0
+    """subtracted from the score of a response that was cut off before it ended"""
+    microbatch_tokens: int = 8192
+    """tokens, padding included, that go through a model at once: changes memory and time, never the gradient"""
+    model: str = "tasks/mini_tldr-sft"
+    """the policy to start from: a hub name or a folder"""
+    reference: str | None = None
+    """the policy that the KL is measured to; by default a frozen copy of --model"""
+    reward: str = "tasks/mini_tldr-reward"
+    """what is maximized: a one-label classifier (hub name or folder), or path/to/file.py:function"""
+    gold: str | None = "tasks/mini_tldr.py:gold_reward"
+    """a second reward that is only measured, in evaluations, where it judges the win rate; "None" for none"""
+    dataset: str = "tasks/mini_tldr.py:prompts"
+    """rows with the column prompt, and completion (a reference text) for the win rate: hub name, path, or file.py:function"""
+    train_split: str = "train"
+    """split that the rollouts take their prompts from"""
+    test_split: str = "test"
+    """split that the evaluations take their prompts from"""
+    eval_every: int = 10
+    """updates between two evaluations; 0 evaluates before and after training only"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one sampled response each"""
+    eval_batch_size: int = 256
+    """responses sampled at once in an evaluation"""
+    seed: int = 1
+    """of the order of the prompts and of the sampling"""
+    output: str | None = None
+    """run folder: args.json, TensorBoard logs, model/; by default runs/rloo-seed<seed>-<time>"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    dtype: str = "float32"
+    """float32, or bfloat16 (autocast; the weights and Adam stay in float32)"""
+
+
+def main(args):
+    require(args.k >= 2, f"--k {args.k}: the baseline is the mean of the other k - 1 responses; use 2 or more")
+    check_args(args)
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    policy = load_model(args.model, device, args.dtype)
+    reference = load_model(args.reference or args.model, device, args.dtype).requires_grad_(False)
+    reward = load_reward(args.reward, tokenizer, device, args.dtype, args.microbatch_tokens)
+    measures = {"score": reward}
+    if args.gold:
+        measures["gold"] = load_reward(args.gold, tokenizer, device, args.dtype, args.microbatch_tokens)
+    train = load_prompts(args.dataset, args.train_split, tokenizer, args.max_prompt_length)
+    test = load_prompts(args.dataset, args.test_split, tokenizer, args.max_prompt_length, args.eval_prompts)
+    try_rewards(tokenizer, train, device, measures)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
+    folder, writer = open_run(args, "rloo")
+    before = after = evaluate(policy, reference, tokenizer, measures, test, args)
+    log_evaluation(writer, 0, before)
+
+    samples, seconds = 0, 0.0
+    bar = tqdm(range(1, args.num_updates + 1), desc="rloo", unit="update")
+    for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed)):
+        start = time.perf_counter()
+
+        # 1. rollout: k responses for each prompt, with the sampler's own log-probs
+        batch = rollout(policy, tokenizer, columns["prompt"], args.k, args.temperature, args.max_new_tokens)  # N rows
+
+        # 2. score: one number per response
+        scores = reward(batch, columns) - args.missing_eos_penalty * ~batch.ended  # (N,)
+
+        # 3. shape: the KL to the reference becomes part of the reward
+        ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
+        rewards = sequence_rewards(scores, kl, args.beta)  # (N,)
+
+        # 4. advantages: how much better each response is than the others of its prompt
+        advantages = compute_advantages(rewards, args.k)  # (N,)
+
+        # 5. update: one step on the whole batch, which goes through the model in micro-batches
+        loss = 0.0
+        optimizer.zero_grad()
+        for rows in microbatches(args.microbatch_tokens, batch):
+            logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
+            part = compute_loss(logprobs, advantages[rows]) / len(batch)
+            part.backward()
+            loss += part.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+        optimizer.step()
+        scheduler.step()
+
+        # 6. log
+        samples += len(batch)
+        seconds += time.perf_counter() - start
+        metrics = rollout_metrics(batch, scores, kl, rewards)
+        metrics |= {
+            "objective/no_signal": (advantages.view(-1, args.k).abs().amax(1) < 1e-6).float().mean(),
+            "policy/loss": loss,
+            "policy/grad_norm": grad_norm,
+            "policy/lr": scheduler.get_last_lr()[0],
+            "time/samples": samples,
+            "time/seconds": seconds,
+            "time/tokens_per_second": batch.response_mask.sum() / (time.perf_counter() - start),
+        }
+        log(writer, step, metrics)
+        show(bar, metrics)
+        if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
+            after = evaluate(policy, reference, tokenizer, measures, test, args)
+            log_evaluation(writer, step, after)
+            log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages)
+            save(folder / "model", policy, tokenizer)
+    report(folder, test, before, after)
+    writer.close()
+    return policy
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

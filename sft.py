@@ -1,0 +1,122 @@
+"""Stage 1: supervised fine-tuning. Cross-entropy on the demonstrations' responses, EOS included, never on the prompt.
+
+    loss = - sum over response tokens of log pi(y_t | x, y_<t) / number of response tokens
+
+The defaults make the policy that is shipped in tasks/mini_tldr-sft:
+
+    python sft.py --output runs/sft
+"""
+
+from dataclasses import dataclass
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from common import (batches, check_args, check_finite, encode, frozen_logprobs, load_dataset, load_model,
+                    load_tokenizer, log, microbatches, open_run, pick_device, require, save, token_logprobs)  # fmt: skip
+
+
+def compute_loss(logprobs):
+    """Negative log-likelihood, summed over rows and tokens; the caller divides by the whole batch's tokens.
+
+    Args: logprobs (n, T), of the response tokens, 0 where masked. Returns: scalar.
+    """
+    return -logprobs.sum()
+
+
+@dataclass
+class Args:
+    model: str = "tasks/mini_tldr.py:new_model"
+    """where to start: a hub name, a folder, or file.py:function that returns an untrained (model, tokenizer)"""
+    dataset: str = "tasks/mini_tldr.py:demonstrations"
+    """rows with the columns prompt and completion: a hub name, folder, file, or file.py:function"""
+    train_split: str = "train"
+    """split to train on"""
+    test_split: str = "test"
+    """split for the held-out perplexity"""
+    num_updates: int = 600
+    """optimizer steps"""
+    batch_size: int = 64
+    """rows per step"""
+    lr: float = 3e-3
+    """AdamW's peak learning rate (for a pretrained model of a billion parameters: 1e-5)"""
+    lr_schedule: str = "cosine"
+    """any name that transformers.get_scheduler knows: constant, linear, cosine, constant_with_warmup, ..."""
+    warmup_updates: int = 30
+    """steps over which the learning rate rises from 0"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: float = 1.0
+    """the gradient's norm is clipped to this"""
+    microbatch_tokens: int = 8192
+    """tokens, padding included, that go through the model at once: memory, never the result"""
+    max_length: int = 512
+    """rows whose prompt and completion together are longer are left out"""
+    eval_every: int = 100
+    """updates between two evaluations"""
+    eval_rows: int = 500
+    """held-out rows that an evaluation uses"""
+    seed: int = 1
+    """of the initial weights and the order of the rows"""
+    output: str | None = None
+    """run folder; by default runs/sft-seed<seed>-<time>"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+    dtype: str = "float32"
+    """float32, or bfloat16 (autocast; the weights stay in float32)"""
+
+
+def load_rows(args, split, tokenizer):
+    """The rows of a split, without those whose prompt and completion have more than --max-length tokens."""
+    rows = load_dataset(args.dataset, split, ["prompt", "completion"])
+    prompts, completions = (tokenizer(rows[name][:])["input_ids"] for name in ("prompt", "completion"))
+    fits = [i for i in range(len(rows)) if len(prompts[i]) + len(completions[i]) < args.max_length]  # 1 is for the EOS
+    require(fits, f"--max-length {args.max_length}: every row of {args.dataset} is longer")
+    return rows.select(fits)
+
+
+def main(args):
+    check_args(args)
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    policy = load_model(args.model, device, args.dtype)
+    train, test = (load_rows(args, split, tokenizer) for split in (args.train_split, args.test_split))
+    columns = test[: args.eval_rows]
+    test = encode(tokenizer, columns["prompt"], columns["completion"], device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
+    folder, writer = open_run(args, "sft")
+
+    bar = tqdm(range(1, args.num_updates + 1), desc="sft", unit="update")
+    for step, columns in zip(bar, batches(train, args.batch_size, args.seed)):
+        batch = encode(tokenizer, columns["prompt"], columns["completion"], device)
+        num_tokens = batch.response_mask.sum()
+        loss = 0.0
+        optimizer.zero_grad()
+        for rows in microbatches(args.microbatch_tokens, batch):
+            logprobs = token_logprobs(policy, batch[rows], temperature=1.0)  # (n, T)
+            part = compute_loss(logprobs) / num_tokens
+            part.backward()
+            loss += part.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+        optimizer.step()
+        scheduler.step()
+
+        log(writer, step, {"loss": loss, "grad_norm": grad_norm, "lr": scheduler.get_last_lr()[0]})
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
+            logprobs = frozen_logprobs(policy, test, 1.0, args.microbatch_tokens)  # (N, T)
+            perplexity = torch.exp(-logprobs.sum() / test.response_mask.sum()).item()
+            log(writer, step, {"eval/perplexity": perplexity})
+            save(folder / "model", policy, tokenizer)
+    print(f"\nheld-out perplexity {perplexity:.3f}; policy and logs are in {folder}")
+    writer.close()
+    return policy
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,263 @@
+"""mini TL;DR: a small world in which summarization can be learned in a minute and judged exactly.
+
+A post tells who did what to which thing, where, when, how the writer feels and what they ask, in one of several
+phrasings, among sentences about other people and other things:
+
+    hi all . last week my sister broke my laptop at the party . a cousin of mine once sold a bike . ... TL;DR:
+
+The names below go on the command line of the scripts (`--dataset tasks/mini_tldr.py:prompts`), the way a hub
+dataset or a reward of your own would:
+
+    prompts(split)          prompt, completion (a reference summary) and the seven facts        for RL and evaluation
+    demonstrations(split)   prompt, completion (a summary as a hurried person writes it)        for sft.py
+    preferences(split)      prompt, chosen, rejected (a noisy annotator's choice)               for reward_model.py
+    gold_reward(...)        what a summary is really worth: the measure that RL never sees
+    new_model()             an untrained model and its tokenizer                                for sft.py
+
+Splits are "train" and "test"; post number i of a split is always the same post. `python tasks/mini_tldr.py` prints
+a few posts with their reference, a demonstration, and the gold reward broken down into its parts.
+"""
+
+import itertools
+import math
+import random
+from pathlib import Path
+
+from datasets import Dataset
+
+SLOTS = {  # the seven facts of a post, and every word that can fill them; no word stands in two slots
+    "who": "sister brother mother father cousin uncle aunt boss roommate neighbor teacher landlord girlfriend "
+    "boyfriend friend coworker",
+    "did": "lost sold burned ruined damaged borrowed scratched cracked dropped trashed painted flooded",
+    "thing": "laptop bike phone guitar car couch camera watch cake jacket tent piano lamp mirror drone passport "
+    "necklace kayak printer scooter",
+    "where": "party office park school beach station gym library market hotel airport church",
+    "when": "night week month summer winter friday sunday weekend",
+    "feeling": "angry sad confused guilty hurt jealous worried ashamed lonely annoyed",
+    "question": "forgive confront ignore report avoid sue block help trust dump",
+}
+SLOTS = {slot: words.split() for slot, words in SLOTS.items()}
+SLOT_OF = {word: slot for slot, words in SLOTS.items() for word in words}
+
+OPENINGS = ["hi all .", "so this is a long story .", "i need some advice .", "sorry for my bad english .", ""]
+EVENTS = [
+    "my {who} {did} my {thing} at the {where} last {when} .",
+    "last {when} my {who} {did} my {thing} at the {where} .",
+    "we were at the {where} last {when} . my {who} {did} my {thing} .",
+    "my {thing} was {did} by my {who} . it was last {when} at the {where} .",
+]
+FEELINGS = ["i feel so {feeling} .", "now i am {feeling} about it .", "to be honest i am really {feeling} ."]
+QUESTIONS = ["should i {question} them ?", "do you think i should {question} them ?",
+             "i wonder if i should {question} them ."]  # fmt: skip
+DISTRACTORS = [  # other people, things and places: words that a summary must not take
+    "another {who} once {did} a {thing} .",
+    "the {who} was also at the {where} .",
+    "people told me to {question} everyone .",
+    "the {who} seemed {feeling} .",
+    "there was a {thing} at the {where} .",
+]
+
+# A summary is one choice from each part; "" leaves the part out.
+SUMMARIES = [  # the same facts in three orders
+    (["my {who} {did} my {thing}"], ["at the {where}", ""], ["last {when}", ""], [", i feel {feeling}", ""],
+     [", should i {question} them ?", "."]),
+    (["last {when} ,", ""], ["my {who} {did} my {thing}"], ["at the {where}", ""], ["and now i am {feeling}", ""],
+     [". should i {question} them ?", "."]),
+    (["my {who} {did} my {thing}"], ["last {when}", ""], ["at the {where}", ""], [". i am {feeling}", ""],
+     [". should i {question} them ?", "."]),
+]  # fmt: skip
+FILLERS = ["so yeah", "anyway", "long story short", "basically"]
+FILLER_WORDS = set(" ".join(FILLERS).split())
+MAX_WORDS = 24  # a longer summary is over-long; the fullest reference has 20 words
+
+WEIGHTS = {  # gold reward = sum of weight * count
+    "covered": 1.0,  # facts of the post that the summary names
+    "hallucinated": -1.0,  # names, things, ... that are not the post's facts
+    "redundant": -0.25,  # facts named again, and filler words
+    "joints": -0.5,  # two neighbouring words that no summary of the grammar has
+    "overlength": -0.1,  # words beyond MAX_WORDS
+    "no_end": -1.0,  # the summary does not end in "." or "?"
+}
+
+
+def legal_joints():
+    """Every pair of neighbouring words, slot words replaced by their slot, that a well-formed summary can have."""
+    pairs = set()
+    for parts in SUMMARIES:
+        for choice in itertools.product(*parts):
+            words = ["<start>", *" ".join(choice).split()]
+            pairs |= set(itertools.pairwise(words))
+    return pairs
+
+
+LEGAL_JOINTS = legal_joints()
+
+
+def gold_parts(summary, facts):
+    """Count what is right and wrong in one summary.
+
+    Args: summary (str, words separated by spaces); facts (dict slot -> word, the post's seven facts).
+    Returns: dict part -> count, with the keys of WEIGHTS.
+    """
+    words = [word for word in summary.split() if word not in FILLER_WORDS]
+    named = [word for word in words if word in SLOT_OF]
+    true = set(facts.values())
+    classes = ["<start>", *("{" + SLOT_OF[word] + "}" if word in SLOT_OF else word for word in words)]
+    return {
+        "covered": len(set(named) & true),
+        "hallucinated": len(set(named) - true),
+        "redundant": len(named) - len(set(named)) + len(summary.split()) - len(words),
+        "joints": sum(pair not in LEGAL_JOINTS for pair in itertools.pairwise(classes)),
+        "overlength": max(0, len(summary.split()) - MAX_WORDS),
+        "no_end": int(not words or words[-1] not in ".?"),
+    }
+
+
+def gold_reward(prompts, completions, **facts):
+    """The true worth of summaries, known exactly because the post's facts are: 7 at best, below 0 for a bad one.
+
+    Args: prompts and completions (lists of str); facts (a list of words for each of the seven slots).
+    Returns: list of float, one per completion.
+    """
+    rows = [{slot: facts[slot][i] for slot in SLOTS} for i in range(len(completions))]
+    parts = [gold_parts(completion, row) for completion, row in zip(completions, rows)]
+    return [sum(WEIGHTS[name] * count for name, count in part.items()) for part in parts]
+
+
+def write_post(facts, aside, rng):
+    """A post of 30 to 70 words about `facts`, with one to three sentences about the other people of `aside`."""
+    story = [rng.choice(EVENTS).format(**facts)]
+    for distractor in rng.sample(DISTRACTORS, rng.randint(1, 3)):
+        story.insert(rng.randint(0, len(story)), distractor.format(**aside))
+    closing = [rng.choice(FEELINGS).format(**facts), rng.choice(QUESTIONS).format(**facts)]
+    rng.shuffle(closing)
+    return " ".join([rng.choice(OPENINGS), *story, *closing, "TL;DR:"]).strip()
+
+
+def write_summary(facts, omit, rng):
+    """A well-formed summary in which each part that can be missing is missing with probability `omit`."""
+    parts = [rng.choice(part) if len(part) == 1 else part[rng.random() < omit] for part in rng.choice(SUMMARIES)]
+    return " ".join(part for part in parts if part).format(**facts)
+
+
+def write_demonstration(facts, aside, rng):
+    """What a hurried person writes: most details left out, some taken from the wrong sentence, filler, a lost end."""
+    mixed = {slot: aside[slot] if rng.random() < 0.1 else word for slot, word in facts.items()}
+    summary = write_summary(mixed, 0.5, rng)
+    if rng.random() < 0.35:
+        summary = f"{rng.choice(FILLERS)} {summary}"
+    if rng.random() < 0.1:
+        event = "{did} my {thing}".format(**mixed)
+        summary = summary.replace(event, f"{event} {event}")
+    return summary if rng.random() < 0.9 else summary.rstrip(".? ")
+
+
+def example(split, i):
+    """Post number i of a split: a dict with prompt, reference, demonstration and the seven facts."""
+    rng = random.Random(f"mini_tldr {split} {i}")
+    facts = {slot: rng.choice(words) for slot, words in SLOTS.items()}
+    aside = {slot: rng.choice([word for word in words if word != facts[slot]]) for slot, words in SLOTS.items()}
+    return {
+        "prompt": write_post(facts, aside, rng),
+        "reference": write_summary(facts, 0.4, rng),
+        "demonstration": write_demonstration(facts, aside, rng),
+        **facts,
+    }
+
+
+POSTS = {"train": 20_000, "test": 1_000}
+PAIRS = {"train": 64_000, "test": 2_000}
+SFT_POLICY = str(Path(__file__).parent / "mini_tldr-sft")
+
+
+def prompts(split):
+    """Posts with a reference summary. Columns: prompt, completion, who, did, thing, where, when, feeling, question."""
+    rows = Dataset.from_list([example(split, i) for i in range(POSTS[split])])
+    return rows.remove_columns("demonstration").rename_column("reference", "completion")
+
+
+def demonstrations(split):
+    """Posts with the summary of a hurried person. Columns: prompt, completion."""
+    rows = Dataset.from_list([example(split, i) for i in range(POSTS[split])])
+    return rows.select_columns(["prompt", "demonstration"]).rename_column("demonstration", "completion")
+
+
+def edit(summary, facts, rng):
+    """The summary with one of its fact words changed: a false one put right, or a true one made false."""
+    words = summary.split()
+    named = [i for i, word in enumerate(words) if word in SLOT_OF]
+    if named:
+        i = rng.choice(named)
+        slot = SLOT_OF[words[i]]
+        others = [word for word in SLOTS[slot] if word != facts[slot]]
+        words[i] = rng.choice(others) if words[i] == facts[slot] else facts[slot]
+    return " ".join(words)
+
+
+def preferences(split):
+    """Which of two summaries a noisy annotator prefers. Columns: prompt, chosen, rejected, and the seven facts.
+
+    The first is sampled from the shipped SFT policy; the second is another sample (4 of 8 pairs), the post's reference
+    (1 of 8; Stiennon et al. 2020 had human comparisons of both kinds), or the first with one word edited (3 of 8),
+    which is what teaches a small model to check facts. The annotator prefers a over b with probability
+    sigmoid(gold(a) - gold(b)): the Bradley-Terry model.
+    """
+    import torch
+    from common import decode, load_model, load_tokenizer, rollout
+
+    policy, tokenizer = load_model(SFT_POLICY, torch.device("cpu")), load_tokenizer(SFT_POLICY)
+    rng, rows = random.Random(f"mini_tldr preferences {split}"), []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for start in range(0, PAIRS[split], 500):
+            posts = [example(split, i % POSTS[split]) for i in range(start, start + 500)]
+            samples = decode(tokenizer, rollout(policy, tokenizer, [post["prompt"] for post in posts], 2, 1.0, 32))
+            for post, a, b in zip(posts, samples[::2], samples[1::2]):
+                facts = {slot: post[slot] for slot in SLOTS}
+                b = rng.choice([b] * 3 + [post["reference"]] + [edit(a, facts, rng)] * 4)
+                gold_a, gold_b = gold_reward(None, [a, b], **{slot: [word] * 2 for slot, word in facts.items()})
+                if rng.random() > 1 / (1 + math.exp(2 * (gold_b - gold_a))):
+                    a, b = b, a
+                rows.append({"prompt": post["prompt"], "chosen": a, "rejected": b, **facts})
+    return Dataset.from_list(rows)
+
+
+def new_model():
+    """An untrained Llama of 223,104 parameters and its tokenizer, which has one token for each word of this file."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    texts = [*OPENINGS, *EVENTS, *FEELINGS, *QUESTIONS, *DISTRACTORS, *FILLERS, "TL;DR:"]
+    texts += [text for parts in SUMMARIES for part in parts for text in part]
+    words = sorted({word for text in texts for word in text.split() if "{" not in word} | set(SLOT_OF))
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,  # the usual 0.02 is too small for this width: copying is then learned late or never
+    )  # fmt: skip
+    return LlamaForCausalLM(config), tokenizer
+
+
+def main():
+    for i in range(4):
+        post = example("test", i)
+        facts = {slot: post[slot] for slot in SLOTS}
+        print(f"post           {post['prompt']}")
+        for kind in ("reference", "demonstration"):
+            parts = gold_parts(post[kind], facts)
+            gold = gold_reward(None, [post[kind]], **{slot: [word] for slot, word in facts.items()})[0]
+            terms = "  ".join(f"{name} {count} x {WEIGHTS[name]:+g}" for name, count in parts.items() if count)
+            print(f"{kind:<15}{post[kind]}\n{'':15}gold {gold:.2f} = {terms}")
+        print()
+
+
+if __name__ == "__main__":
+    main()
