@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 transformers.logging.set_verbosity_error()
@@ -36,7 +37,7 @@ datasets.disable_progress_bars()
 
 def stop(message, code=2):
     """End the program with one line on standard error and the exit code (2: a mistake on the command line)."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # which clears a progress bar first
     raise SystemExit(code)
 
 
@@ -303,7 +304,9 @@ def rollout(policy, tokenizer, prompts, k, temperature, max_new_tokens, greedy=F
     alive, mask = torch.arange(N, device=device), prompt_mask  # the n rows still being written, and their context
     for t in range(max_new_tokens):
         logprobs = log_softmax(logits, temperature)  # (n, V)
-        tokens = logprobs.argmax(1, keepdim=True) if greedy else torch.multinomial(logprobs.exp(), 1)  # (n, 1)
+        # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample from the softmax.
+        noise = 0.0 if greedy else -torch.empty_like(logprobs).exponential_().log()
+        tokens = (logprobs + noise).argmax(1, keepdim=True)  # (n, 1)
         responses[alive, t] = tokens.squeeze(1)
         response_mask[alive, t] = True
         old_logprobs[alive, t] = logprobs.gather(1, tokens).squeeze(1)
@@ -489,7 +492,8 @@ def open_run(args, script):
     It will hold args.json, TensorBoard's event file, and model/. A folder that already holds anything is refused.
     """
     folder = Path(args.output or f"runs/{script}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
-    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+    require(not folder.is_file(), f"--output {folder}: is a file; name a new folder")
+    require(not folder.exists() or not any(folder.iterdir()),
             f"--output {folder}: already holds files; name a new folder, or remove that one")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"script": script, **asdict(args)}

@@ -21,7 +21,7 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -72,7 +72,7 @@ class Args:
     """JSON file to write; by default runs/evaluation-<time>.json"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """float32, or bfloat16 (autocast)"""
 
 

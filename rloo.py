@@ -21,6 +21,7 @@ Details that matter here, and what others do:
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
@@ -62,8 +63,8 @@ class Args:
     """the policy, and the reference, are softmax(logits / temperature): sampled and scored with the same"""
     lr: float = 1e-3
     """Adam's peak learning rate (for a pretrained model of a billion parameters: 1e-6 to 3e-6)"""
-    lr_schedule: str = "linear"
-    """any name that transformers.get_scheduler knows: constant, linear, cosine, constant_with_warmup, ..."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """how the learning rate falls after the warm-up"""
     warmup_updates: int = 0
     """updates over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
@@ -106,7 +107,7 @@ class Args:
     """run folder: args.json, TensorBoard logs, model/; by default runs/rloo-seed<seed>-<time>"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """float32, or bfloat16 (autocast; the weights and Adam stay in float32)"""
 
 
@@ -180,6 +181,7 @@ def main(args):
         show(bar, metrics)
         if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
             after = evaluate(policy, reference, tokenizer, measures, test, args)
+            check_finite(step, folder, kl=after[0]["kl"].mean())
             log_evaluation(writer, step, after)
             log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages)
             save(folder / "model", policy, tokenizer)

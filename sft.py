@@ -8,6 +8,7 @@ The defaults make the policy that is shipped in tasks/mini_tldr-sft:
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
@@ -42,8 +43,8 @@ class Args:
     """rows per step"""
     lr: float = 3e-3
     """AdamW's peak learning rate (for a pretrained model of a billion parameters: 1e-5)"""
-    lr_schedule: str = "cosine"
-    """any name that transformers.get_scheduler knows: constant, linear, cosine, constant_with_warmup, ..."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """how the learning rate falls after the warm-up"""
     warmup_updates: int = 30
     """steps over which the learning rate rises from 0"""
     weight_decay: float = 0.0
@@ -64,7 +65,7 @@ class Args:
     """run folder; by default runs/sft-seed<seed>-<time>"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """float32, or bfloat16 (autocast; the weights stay in float32)"""
 
 

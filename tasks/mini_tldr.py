@@ -166,7 +166,7 @@ def example(split, i):
 
 
 POSTS = {"train": 20_000, "test": 1_000}
-PAIRS = {"train": 64_000, "test": 2_000}
+PAIRS = {"train": 96_000, "test": 2_000}
 SFT_POLICY = str(Path(__file__).parent / "mini_tldr-sft")
 
 

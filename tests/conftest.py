@@ -1,0 +1,23 @@
+"""A tiny world on disk that every script can run on."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from tiny import make_tokenizer, save_classifier, save_policy
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Paths of a tiny policy, reward model and data file, and flags for a short RL run on them. Read it only."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = make_tokenizer("a b c d e f".split())
+    policy = save_policy(folder / "policy", tokenizer)
+    reward = save_classifier(folder / "reward", policy, tokenizer)
+    data = str(folder / "data.jsonl")
+    rows = [{"prompt": " ".join("abcdef"[i * j % 6] for j in range(1, 2 + i % 5)), "completion": "a b",
+             "chosen": "a b c", "rejected": "d e"} for i in range(12)]  # fmt: skip
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = dict(model=policy, reward=reward, gold=None, dataset=data, device="cpu", k=3, num_updates=3,
+                 prompts_per_step=4, max_new_tokens=6, eval_prompts=4, eval_every=2, lr=1e-2)  # fmt: skip
+    return SimpleNamespace(folder=folder, tokenizer=tokenizer, policy=policy, reward=reward, data=data, flags=flags)

@@ -1,0 +1,165 @@
+"""Mistakes of a user: one clear line, exit code 2, before any training and without touching what is there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import make_tokenizer, save_classifier, save_policy
+
+import evaluate
+import plot
+import reward_model
+import rloo
+import sft
+
+REWARDS = """
+def fails(prompts, completions, **_):
+    raise KeyError("no such answer")
+def short(prompts, completions, **_):
+    return [1.0] * (len(completions) - 1)
+def nan(prompts, completions, **_):
+    return [float("nan")] * len(completions)
+def text(prompts, completions, **_):
+    return ["good"] * len(completions)
+def none(prompts, completions, **_):
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def bad(world, tmp_path_factory):
+    """A folder with things that are wrong."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "syntax.py").write_text("def f(:\n")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "column.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}))
+    (folder / "used").mkdir()
+    (folder / "used" / "args.json").write_text("{}")
+    (folder / "nothing").mkdir()
+    save_classifier(folder / "two_labels", world.policy, world.tokenizer, labels=2)
+    return folder
+
+
+RLOO = [  # flags, and what the line must name: the flag or file, and the remedy or reason
+    ({"k": 1}, ["--k 1", "use 2 or more"]),
+    ({"k": 0}, ["--k 0", "use 2 or more"]),
+    ({"prompts_per_step": 0}, ["--prompts-per-step 0", "1 or more"]),
+    ({"num_updates": 0}, ["--num-updates 0", "1 or more"]),
+    ({"max_new_tokens": 0}, ["--max-new-tokens 0", "1 or more"]),
+    ({"microbatch_tokens": -1}, ["--microbatch-tokens -1", "1 or more"]),
+    ({"eval_prompts": 0}, ["--eval-prompts 0", "1 or more"]),
+    ({"temperature": 0.0}, ["--temperature 0.0", "above 0"]),
+    ({"temperature": -1.0}, ["--temperature -1.0", "above 0"]),
+    ({"temperature": float("nan")}, ["--temperature nan", "above 0"]),
+    ({"lr": 0.0}, ["--lr 0.0", "above 0"]),
+    ({"lr": float("inf")}, ["--lr inf", "above 0"]),
+    ({"max_grad_norm": 0.0}, ["--max-grad-norm 0.0", "above 0"]),
+    ({"beta": -0.1}, ["--beta -0.1", "0 or more"]),
+    ({"missing_eos_penalty": -1.0}, ["--missing-eos-penalty -1.0", "0 or more"]),
+    ({"eval_every": -1}, ["--eval-every -1", "0 or more"]),
+    ({"device": "cuda:99"}, ["--device cuda:99", "not available"]),
+    ({"device": "gpu"}, ["--device gpu", "auto or cpu"]),
+    ({"model": "{bad}/no_model"}, ["model", "{bad}/no_model", "no such folder"]),
+    ({"model": "{bad}/nothing"}, ["{bad}/nothing", "cannot be loaded"]),
+    ({"reference": "{bad}/no_model"}, ["{bad}/no_model", "no such folder"]),
+    ({"reward": "{bad}/no_reward"}, ["{bad}/no_reward", "no such folder"]),
+    ({"reward": "{bad}/no_file.py:f"}, ["{bad}/no_file.py", "there is no file"]),
+    ({"reward": "{bad}/rewards.py:absent"}, ["{bad}/rewards.py", "no function absent"]),
+    ({"reward": "{bad}/syntax.py:f"}, ["{bad}/syntax.py", "SyntaxError"]),
+    ({"reward": "{bad}/rewards.py:fails"}, ["rewards.py:fails", "KeyError", "no such answer"]),
+    ({"reward": "{bad}/rewards.py:short"}, ["rewards.py:short", "1 values for 2 completions"]),
+    ({"reward": "{bad}/rewards.py:nan"}, ["rewards.py:nan", "nan", "finite"]),
+    ({"reward": "{bad}/rewards.py:text"}, ["rewards.py:text", "could not convert string to float: 'good'"]),
+    ({"reward": "{bad}/rewards.py:none"}, ["rewards.py:none", "NoneType"]),
+    ({"gold": "{bad}/rewards.py:nan"}, ["rewards.py:nan", "nan", "finite"]),
+    ({"reward": "{bad}/two_labels"}, ["{bad}/two_labels", "2 labels", "has 1"]),
+    ({"dataset": "{bad}/no_data.jsonl"}, ["{bad}/no_data.jsonl", "no such file"]),
+    ({"dataset": "{bad}/nothing"}, ["dataset {bad}/nothing", "cannot be loaded"]),
+    ({"dataset": "{bad}/empty.jsonl"}, ["{bad}/empty.jsonl"]),
+    ({"dataset": "{bad}/column.jsonl"}, ["{bad}/column.jsonl", "no column 'prompt'", "question, answer"]),
+    ({"max_prompt_length": 0}, ["--max-prompt-length 0", "1 or more"]),
+    ({"output": "{bad}/used"}, ["--output {bad}/used", "already holds files"]),
+    ({"output": "{bad}/rewards.py"}, ["--output {bad}/rewards.py", "is a file; name a new folder"]),
+]
+
+
+def check(capsys, run, expected, bad):
+    before = {path: path.read_bytes() for path in bad.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 500, captured.err
+    for part in expected:
+        assert part.format(bad=bad) in lines[0]
+    assert {path: path.read_bytes() for path in bad.rglob("*") if path.is_file()} == before
+
+
+def fill(flags, bad):
+    return {name: value.format(bad=bad) if isinstance(value, str) else value for name, value in flags.items()}
+
+
+@pytest.mark.parametrize("flags, expected", RLOO, ids=lambda value: str(value)[:50])
+def test_rloo(flags, expected, world, bad, tmp_path, capsys):
+    output = {"output": str(tmp_path / "run")} if "output" not in flags else {}
+    args = rloo.Args(**world.flags | output | fill(flags, bad))
+    check(capsys, lambda: rloo.main(args), expected, bad)
+    assert not (tmp_path / "run").exists()
+
+
+OTHERS = [
+    (sft, dict(model="{bad}/no_model"), ["{bad}/no_model", "no such folder"]),
+    (sft, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "question, answer"]),
+    (sft, dict(batch_size=0), ["--batch-size 0", "1 or more"]),
+    (sft, dict(max_length=1), ["--max-length 1", "longer"]),
+    (sft, dict(output="{bad}/used"), ["--output {bad}/used", "already holds files"]),
+    (reward_model, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "question, answer"]),
+    (reward_model, dict(gold="{bad}/rewards.py:absent"), ["{bad}/rewards.py", "no function absent"]),
+    (reward_model, dict(max_length=1), ["--max-length 1", "longer"]),
+    (reward_model, dict(output="{bad}/used"), ["--output {bad}/used", "already holds files"]),
+    (evaluate, dict(policies=("{bad}/no_model",)), ["{bad}/no_model", "no such folder"]),
+    (evaluate, dict(judge="gold", gold=None), ["--judge gold", "--gold"]),
+    (evaluate, dict(judge="best"), ["--judge best", "choose gold, reward"]),
+    (evaluate, dict(samples=0), ["--samples 0", "1 or more"]),
+    (evaluate, dict(output="{bad}/used/args.json"), ["--output {bad}/used/args.json", "already exists"]),
+    (plot, dict(runs=("{bad}/nothing",)), ["{bad}/nothing", "is not a run folder"]),
+    (plot, dict(runs=("{bad}/used",)), ["{bad}/used", "no scalars"]),
+    (plot, dict(runs=("{bad}/used",), x=("days",)), ["--x days", "updates, samples, seconds, kl"]),
+]
+
+
+@pytest.mark.parametrize("script, flags, expected", OTHERS, ids=lambda value: getattr(value, "__name__", str(value)[:50]))
+def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
+    flags = {name: tuple(part.format(bad=bad) for part in value) if isinstance(value, tuple) else value
+             for name, value in fill(flags, bad).items()}  # fmt: skip
+    base = {
+        sft: dict(model=world.policy, dataset=world.data, device="cpu", output=str(tmp_path / "run")),
+        reward_model: dict(model=world.policy, dataset=world.data, gold=None, device="cpu", output=str(tmp_path / "run")),
+        evaluate: dict(policies=(world.policy,), reference=world.policy, reward=world.reward, gold=None, judge="reward",
+                       dataset=world.data, device="cpu", output=str(tmp_path / "run")),
+        plot: dict(runs=(), output=str(tmp_path / "run")),
+    }[script]  # fmt: skip
+    check(capsys, lambda: script.main(script.Args(**base | flags)), expected, bad)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [["--k", "1"], ["--dataset", "no_such.jsonl"]])
+def test_from_the_command_line(command, tmp_path):
+    done = subprocess.run([sys.executable, "rloo.py", "--device", "cpu", *command, "--output", str(tmp_path / "run")],
+                          capture_output=True, text=True, cwd=Path(__file__).parent.parent)  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {command[0] if command[0] == '--k' else 'dataset'} {command[1]}")
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_eos(world, tmp_path, capsys):
+    tokenizer = make_tokenizer("a b c".split(), eos=None)
+    folder = save_policy(tmp_path / "policy", tokenizer)
+    with pytest.raises(SystemExit) as stopped:
+        rloo.main(rloo.Args(**world.flags | {"model": folder, "output": str(tmp_path / "run")}))
+    assert stopped.value.code == 2
+    assert "has no EOS token" in capsys.readouterr().err

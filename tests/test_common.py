@@ -1,0 +1,289 @@
+"""common.py: rollout, log-probs, masks, rewards, data."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from tiny import CPU, make_policy, make_tokenizer, save_classifier, save_policy
+from transformers import AutoModelForSequenceClassification
+
+from common import (Batch, batches, classifier_scores, decode, encode, eos_ids, evaluate, frozen_logprobs, load_dataset,
+                    load_model, load_prompts, load_reward, load_tokenizer, microbatches, pad, positions, rollout, save,
+                    sequence_rewards, token_kl, token_logprobs, wins)  # fmt: skip
+
+WORDS = "a b c d e f".split()
+PROMPTS = ["a b c", "d", "e f a b c d", "f f"]
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer(WORDS)
+
+
+@pytest.fixture
+def policy(tokenizer):
+    return make_policy(len(tokenizer), tokenizer.eos_token_id)
+
+
+# ------------------------------------------------------------------------------------------------ rollout
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampler_logprobs_are_those_of_a_forward_pass(policy, tokenizer, temperature):
+    """Prompts of different lengths, rows that end early: still what the model says of the finished rows."""
+    torch.manual_seed(0)
+    batch = rollout(policy, tokenizer, PROMPTS, 8, temperature, 12)
+    lengths = batch.response_mask.sum(1)
+    assert lengths.min() < lengths.max() and batch.ended.any()
+    with torch.no_grad():
+        torch.testing.assert_close(token_logprobs(policy, batch, temperature), batch.old_logprobs, rtol=1e-4, atol=1e-5)
+        for row in range(len(batch)):  # each row alone, without any padding, against softmax(logits / T) itself
+            ids = torch.cat([batch.prompts[row][batch.prompt_mask[row]], batch.responses[row][batch.response_mask[row]]])
+            logprobs = (policy(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
+            alone = logprobs.gather(1, ids[1:, None])[-lengths[row] :, 0]
+            torch.testing.assert_close(batch.old_logprobs[row][: lengths[row]], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_rollout_is_prompt_major_and_stops_at_the_first_eos(policy, tokenizer):
+    torch.manual_seed(0)
+    batch = rollout(policy, tokenizer, PROMPTS, 3, 1.0, 10)
+    assert [tokenizer.decode(p[m]) for p, m in zip(batch.prompts, batch.prompt_mask)] == [p for p in PROMPTS for _ in range(3)]
+    for row in range(len(batch)):
+        written = batch.responses[row][batch.response_mask[row]].tolist()
+        assert batch.ended[row].item() == (tokenizer.eos_token_id in written)
+        assert tokenizer.eos_token_id not in written[:-1]
+        assert batch.ended[row] or len(written) == batch.responses.shape[1] == 10
+        assert batch.response_mask[row].tolist() == sorted(batch.response_mask[row].tolist(), reverse=True)
+    assert (batch.old_logprobs[~batch.response_mask] == 0).all()
+
+
+def test_rollout_samples_the_softmax_whatever_the_generation_config_says(policy, tokenizer):
+    config = policy.generation_config
+    config.top_k, config.top_p, config.temperature, config.repetition_penalty, config.do_sample = 1, 0.1, 9.0, 5.0, False
+    torch.manual_seed(0)
+    n, temperature = 4000, 0.7
+    batch = rollout(policy, tokenizer, ["a b c"], n, temperature, 1)
+    with torch.no_grad():
+        ids = tokenizer("a b c", return_tensors="pt")["input_ids"]
+        probs = (policy(ids).logits[0, -1] / temperature).softmax(-1)
+    counts = torch.bincount(batch.responses[:, 0], minlength=len(probs))
+    expected = n * probs
+    common = expected > 5
+    assert common.sum() >= 3
+    chi2 = ((counts - expected) ** 2 / expected)[common].sum()
+    assert chi2 < 25  # 7 degrees of freedom at most: exceeded once in a thousand
+
+
+def test_greedy_rollout_takes_the_most_probable_token(policy, tokenizer):
+    batch = rollout(policy, tokenizer, PROMPTS, 1, 0.5, 5, greedy=True)
+    with torch.no_grad():
+        for row, prompt in enumerate(PROMPTS):
+            ids = tokenizer(prompt)["input_ids"]
+            for token in batch.responses[row][batch.response_mask[row]].tolist():
+                assert policy(torch.tensor([ids])).logits[0, -1].argmax() == token
+                ids = [*ids, token]
+
+
+@pytest.mark.parametrize("pad_token", [None, "<eos>", "<pad>"])
+def test_eos_is_part_of_the_response_whatever_the_pad_token_is(pad_token, tmp_path):
+    tokenizer = make_tokenizer(WORDS, pad=pad_token)
+    folder = save_policy(tmp_path / "policy", tokenizer)
+    tokenizer, policy = load_tokenizer(folder), load_model(folder, CPU)
+    torch.manual_seed(0)
+    batch = rollout(policy, tokenizer, PROMPTS, 8, 1.0, 12)
+    assert batch.ended.any() and not batch.ended.all()
+    last = batch.response_mask.sum(1) - 1
+    last_tokens = batch.responses[torch.arange(len(batch)), last]
+    assert ((last_tokens == tokenizer.eos_token_id) == batch.ended).all()
+    logprobs = token_logprobs(policy, batch, 1.0)
+    assert (logprobs[torch.arange(len(batch)), last] != 0).all()  # the EOS token itself is trained
+    given = encode(tokenizer, ["a b"], ["c d"], CPU)
+    assert given.responses[0].tolist() == tokenizer("c d")["input_ids"] + [tokenizer.eos_token_id]
+    assert given.response_mask.all()
+
+
+def test_every_eos_id_of_the_generation_config_ends_a_response(policy, tokenizer):
+    other = tokenizer("f")["input_ids"][0]
+    policy.generation_config.eos_token_id = [tokenizer.eos_token_id, other]
+    assert eos_ids(policy, tokenizer).tolist() == sorted([tokenizer.eos_token_id, other])
+    torch.manual_seed(0)
+    batch = rollout(policy, tokenizer, PROMPTS, 16, 1.0, 12)
+    last = batch.responses[torch.arange(len(batch)), batch.response_mask.sum(1) - 1]
+    assert {tokenizer.eos_token_id, other} <= set(last[batch.ended].tolist())
+    before_last = batch.response_mask.clone()
+    before_last[torch.arange(len(batch)), batch.response_mask.sum(1) - 1] = False
+    assert not torch.isin(batch.responses[before_last], eos_ids(policy, tokenizer)).any()
+
+
+# ------------------------------------------------------------------------------------------------ log-probs, KL
+
+
+def test_logprobs_do_not_depend_on_padding_or_on_the_other_rows(policy, tokenizer):
+    torch.manual_seed(0)
+    batch = rollout(policy, tokenizer, PROMPTS, 4, 1.0, 12)
+    together = frozen_logprobs(policy, batch, 1.0, 100_000)
+    torch.testing.assert_close(frozen_logprobs(policy, batch, 1.0, 1), together, rtol=1e-4, atol=1e-5)
+    wider = Batch(torch.nn.functional.pad(batch.prompts, (3, 0), value=4), torch.nn.functional.pad(batch.prompt_mask, (3, 0)),
+                  torch.nn.functional.pad(batch.responses, (0, 2), value=5),
+                  torch.nn.functional.pad(batch.response_mask, (0, 2)), batch.ended,
+                  torch.nn.functional.pad(batch.old_logprobs, (0, 2)))  # fmt: skip
+    torch.testing.assert_close(frozen_logprobs(policy, wider, 1.0, 500)[:, :-2], together, rtol=1e-4, atol=1e-5)
+
+
+def test_kl_is_policy_minus_reference_and_its_mean_is_the_kl(policy, tokenizer):
+    assert token_kl(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -7.0]]), torch.tensor([[True, False]])).tolist() == [[0.5, 0]]
+    assert sequence_rewards(torch.tensor([2.0]), torch.tensor([[0.5, 1.0]]), 0.1).item() == pytest.approx(1.85)
+    reference = make_policy(len(tokenizer), tokenizer.eos_token_id, seed=7)
+    torch.manual_seed(0)
+    batch = rollout(policy, tokenizer, ["a b c"], 4000, 1.0, 1)
+    kl = token_kl(batch.old_logprobs, frozen_logprobs(reference, batch, 1.0, 10**6), batch.response_mask).sum(1)
+    ids = torch.tensor([tokenizer("a b c")["input_ids"]])
+    with torch.no_grad():
+        p, q = (model(ids).logits[0, -1].log_softmax(-1) for model in (policy, reference))
+    exact = (p.exp() * (p - q)).sum()
+    assert abs(kl.mean() - exact) < 4 * kl.std() / math.sqrt(len(kl)) and exact > 0.1
+
+
+def test_microbatches_cover_every_row_once_within_the_budget(policy, tokenizer):
+    torch.manual_seed(0)
+    batch = rollout(policy, tokenizer, PROMPTS, 8, 1.0, 12)
+    for budget in (1, 25, 60, 10_000):
+        parts = list(microbatches(budget, batch))
+        assert sorted(torch.cat(parts).tolist()) == list(range(len(batch)))
+        for rows in parts:
+            width = batch[rows].prompt_mask.sum(1).max() + batch[rows].response_mask.sum(1).max()
+            assert len(rows) == 1 or len(rows) * width <= budget
+    pairs = list(microbatches(60, batch, batch))
+    assert sorted(torch.cat(pairs).tolist()) == list(range(len(batch)))
+    assert len(pairs) > len(list(microbatches(60, batch)))
+
+
+# ------------------------------------------------------------------------------------------------ rewards
+
+
+@pytest.mark.parametrize("pad_token", ["<pad>", "<eos>"])
+def test_reward_is_read_at_the_last_real_token(pad_token, tmp_path):
+    """Of each row alone, without padding, the head's output at the last token: EOS, or where the row was cut off."""
+    tokenizer = make_tokenizer(WORDS, pad=pad_token)
+    folder = save_policy(tmp_path / "policy", tokenizer)
+    score = load_reward(save_classifier(tmp_path / "reward", folder, tokenizer), tokenizer, CPU, "float32", 60)
+    model = load_model(str(tmp_path / "reward"), CPU, auto_class=AutoModelForSequenceClassification)
+    torch.manual_seed(0)
+    batch = rollout(load_model(folder, CPU), tokenizer, PROMPTS, 4, 1.0, 8)
+    assert batch.ended.any() and not batch.ended.all()
+    scores = score(batch, {"prompt": PROMPTS})
+    for row in range(len(batch)):
+        ids = torch.cat([batch.prompts[row][batch.prompt_mask[row]], batch.responses[row][batch.response_mask[row]]])
+        with torch.no_grad():
+            hidden = model.base_model(ids[None]).last_hidden_state
+            torch.testing.assert_close(scores[row], model.score(hidden[0, -1])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_reward_model_with_another_tokenizer_gets_the_text_and_the_eos(tmp_path):
+    mine, theirs = make_tokenizer(WORDS), make_tokenizer(WORDS[::-1])
+    folder = save_policy(tmp_path / "theirs", theirs)
+    reward = save_classifier(tmp_path / "reward", folder, theirs)
+    batch = encode(mine, PROMPTS, ["a b", "c", "d e", "f"], CPU, ended=[True, False, True, False])
+    other = encode(theirs, PROMPTS, ["a b", "c", "d e", "f"], CPU, ended=[True, False, True, False])
+    columns = {"prompt": PROMPTS}
+    expected = load_reward(reward, theirs, CPU, "float32", 1000)(other, columns)
+    torch.testing.assert_close(load_reward(reward, mine, CPU, "float32", 1000)(batch, columns), expected)
+    all_ended = encode(theirs, PROMPTS, ["a b", "c", "d e", "f"], CPU)
+    assert not torch.allclose(load_reward(reward, theirs, CPU, "float32", 1000)(all_ended, columns)[[1, 3]], expected[[1, 3]])
+
+
+def test_python_reward_gets_texts_and_the_columns_of_its_own_row(tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text("def check(prompts, completions, answer):\n"
+                    "    assert len(prompts) == len(completions) == len(answer) == 4\n"
+                    "    return [10 * (p == 'a') + a + (c == 'c d') for p, c, a in zip(prompts, completions, answer)]\n")  # fmt: skip
+    tokenizer = make_tokenizer(WORDS)
+    batch = encode(tokenizer, ["a", "a", "b", "b"], ["c d", "c", "c d", "d"], CPU)
+    score = load_reward(f"{path}:check", tokenizer, CPU, "float32", 100)
+    columns = {"prompt": ["a", "b"], "answer": [0.25, 0.5], "completion": ["x", "y"]}
+    assert score(batch, columns).tolist() == [11.25, 10.25, 1.5, 0.5]
+
+
+def test_wins():
+    assert wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0])).tolist() == [0, 0.5, 1]
+
+
+def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer):
+    class Args:
+        temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed = 1.0, 6, 1000, 3, 1
+
+    length = lambda batch, columns: batch.response_mask.sum(1).float()
+    dataset = Dataset.from_dict({"prompt": PROMPTS, "completion": ["a b"] * 4})  # references of 3 tokens with EOS
+    values, completions = evaluate(policy, policy, tokenizer, {"score": length}, dataset, Args, k=2)
+    assert len(completions) == 8 and values["kl"].abs().max() < 1e-4
+    assert values["win_rate"].tolist() == [0.5 + 0.5 * math.copysign(n != 3, n - 3) for n in values["length"].tolist()]
+    again, _ = evaluate(policy, policy, tokenizer, {"score": length}, dataset, Args, k=2)
+    assert torch.equal(values["length"], again["length"])
+    against_others, _ = evaluate(policy, policy, tokenizer, {"score": length}, dataset, Args, k=2, rivals=completions)
+    assert against_others["win_rate"].eq(0.5).float().mean() >= 0.5  # itself, but for texts that lost their special tokens
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(5)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "save_to_disk", "save_to_disk_splits", "folder", "function"])
+def test_datasets_of_every_local_kind(kind, tmp_path):
+    dataset, name = Dataset.from_list(ROWS), str(tmp_path / f"data.{kind}")
+    if kind in ("jsonl", "json"):
+        (tmp_path / f"data.{kind}").write_text("\n".join(map(json.dumps, ROWS)))
+    elif kind == "csv":
+        dataset.to_csv(name)
+    elif kind == "parquet":
+        dataset.to_parquet(name)
+    elif kind == "save_to_disk":
+        dataset.save_to_disk(name)
+    elif kind == "save_to_disk_splits":
+        DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(name)
+    elif kind == "folder":
+        (tmp_path / "data.folder").mkdir()
+        dataset.to_parquet(tmp_path / "data.folder" / "train.parquet")
+    else:
+        (tmp_path / "make.py").write_text(
+            f"from datasets import Dataset\ndef rows(split):\n    assert split == 'train'\n    return Dataset.from_list({ROWS})\n"
+        )
+        name = f"{tmp_path / 'make.py'}:rows"
+    assert load_dataset(name, "train", ["prompt"]).to_list() == ROWS
+
+
+def test_batches_use_every_row_once_an_epoch_and_go_on_for_ever():
+    dataset = Dataset.from_list(ROWS)
+    stream = batches(dataset, 3, seed=1)
+    rows = [prompt for _ in range(10) for prompt in next(stream)["prompt"]]  # 30 rows: 6 epochs of 5
+    for start in range(0, 30, 5):
+        assert sorted(rows[start : start + 5]) == [f"p{i}" for i in range(5)]
+    assert rows[:5] != rows[5:10]
+    again = batches(dataset, 3, seed=1)
+    assert next(again)["prompt"] == rows[:3]
+    assert len(next(batches(dataset, 12, seed=1))["prompt"]) == 12
+
+
+def test_long_prompts_are_left_out_and_counted(tokenizer, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
+    kept = load_prompts(str(tmp_path / "data.jsonl"), "train", tokenizer, 3)
+    assert kept["prompt"][:] == ["a b c", "d", "f f"]
+    assert "left out 1 of 4" in capsys.readouterr().out
+
+
+def test_pad_and_positions():
+    ids, mask = pad([[5], [6, 7, 8]], 9, "left", CPU)
+    assert ids.tolist() == [[9, 9, 5], [6, 7, 8]] and mask.tolist() == [[False, False, True], [True] * 3]
+    assert positions(mask).tolist() == [[0, 0, 0], [0, 1, 2]]
+
+
+def test_saving_again_replaces_the_folder_whole(policy, tokenizer, tmp_path):
+    save(tmp_path / "model", policy, tokenizer)
+    with torch.no_grad():
+        policy.lm_head.weight.zero_()
+    save(tmp_path / "model", policy, tokenizer)
+    assert load_model(str(tmp_path / "model"), CPU).lm_head.weight.abs().sum() == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

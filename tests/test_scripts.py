@@ -1,0 +1,112 @@
+"""sft.py, reward_model.py, evaluate.py and plot.py on tiny data, with numbers checked against other ways to get them."""
+
+import json
+import math
+
+import matplotlib.image
+import pytest
+import torch
+from datasets import Dataset
+from tiny import CPU
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import evaluate
+import plot
+import reward_model
+import rloo
+import sft
+from common import encode, load_model, load_tokenizer, token_logprobs
+
+
+def test_sft_loss_is_the_models_own_on_responses_with_eos(world):
+    """Against the loss that transformers computes from labels with -100 on the prompt."""
+    policy, tokenizer = load_model(world.policy, CPU), load_tokenizer(world.policy)
+    batch = encode(tokenizer, ["a b c"], ["d e"], CPU)
+    ids = torch.cat([batch.prompts, batch.responses], 1)
+    labels = ids.clone()
+    labels[:, : batch.prompts.shape[1]] = -100
+    assert (labels != -100).sum() == 3  # two words and EOS
+    ours = sft.compute_loss(token_logprobs(policy, batch, 1.0)) / 3
+    torch.testing.assert_close(ours, policy(ids, labels=labels).loss)
+
+
+def test_sft_learns_the_completions_and_to_end(world, tmp_path):
+    args = sft.Args(model=world.policy, dataset=world.data, test_split="train", num_updates=40, batch_size=12, lr=1e-2,
+                    warmup_updates=0, device="cpu", output=str(tmp_path / "run"))  # fmt: skip
+    sft.main(args)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    ids = tokenizer("a b c", return_tensors="pt")["input_ids"]
+    text = tokenizer.decode(policy.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 3:])
+    assert text == "a b <eos>"
+
+
+def test_reward_loss_by_hand():
+    loss = reward_model.compute_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), 0.1)
+    by_hand = math.log(1 + math.exp(-1)) + 0.1 * 1 + math.log(1 + math.exp(2)) + 0.1 * 4
+    assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_spearman():
+    x, y = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([10.0, 30.0, 20.0, 40.0])
+    assert reward_model.spearman(x, y) == pytest.approx(0.8)
+    assert reward_model.spearman(x, x.exp()) == pytest.approx(1) and reward_model.spearman(x, -x) == pytest.approx(-1)
+    assert reward_model.spearman(torch.tensor([1.0, 1, 2]), torch.tensor([1.0, 2, 2])) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("tokens", [20, 16384])
+def test_reward_model_learns_the_pairs(world, tmp_path, tokens):
+    (tmp_path / "length.py").write_text("def words(prompts, completions, **_):\n    return [len(c.split()) for c in completions]\n")
+    args = reward_model.Args(model=world.policy, dataset=world.data, test_split="train", num_updates=30, batch_size=12,
+                             lr=1e-2, warmup_updates=0, gold=f"{tmp_path}/length.py:words", device="cpu",
+                             microbatch_tokens=tokens, output=str(tmp_path / "run"))  # fmt: skip
+    reward_model.main(args)
+    metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert metrics["accuracy"] == 1 and metrics["gold_accuracy"] == 1
+    assert metrics["std"] == pytest.approx(1, abs=1e-3) and abs(metrics["mean"]) < 0.2
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    good, bad = (model(**tokenizer(text, return_tensors="pt")).logits.item() for text in ("a a b c <eos>", "a d e <eos>"))
+    assert good > bad + 1  # plain transformers, without our reading of the last token, says the same
+
+
+def test_evaluate_table_and_json(world, tmp_path, capsys):
+    flags = dict(reference=world.policy, reward=world.reward, gold=None, judge="reward", dataset=world.data,
+                 test_split="train", samples=2, max_new_tokens=5, device="cpu")  # fmt: skip
+    results = evaluate.main(evaluate.Args(policies=(world.policy,), output=str(tmp_path / "a.json"), **flags))
+    metrics = results[world.policy]
+    assert json.loads((tmp_path / "a.json").read_text())["policies"] == results
+    assert abs(metrics["kl"]) < 1e-5 and metrics["variance"] > 0 and 0 <= metrics["win_rate"] <= 1
+    table = capsys.readouterr().out
+    for name in ("score", "variance", "win_rate", "perplexity", "diversity_1", "diversity_2", "length", "eos_rate", "kl"):
+        assert name in table and math.isfinite(metrics[name])
+
+    policy, tokenizer = load_model(world.policy, CPU), load_tokenizer(world.policy)
+    losses = []  # perplexity of the completions "a b", by transformers' own loss
+    for row in Dataset.from_json(world.data, cache_dir=str(tmp_path / "cache")):
+        ids = torch.tensor([tokenizer(row["prompt"] + " a b <eos>")["input_ids"]])
+        labels = torch.where(torch.arange(ids.shape[1]) < ids.shape[1] - 3, -100, ids)
+        losses.append(policy(ids, labels=labels).loss.item())
+    assert metrics["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+
+    itself = evaluate.Args(policies=(world.policy,), against=world.policy, output=str(tmp_path / "b.json"), **flags | {"greedy": True})
+    assert evaluate.main(itself)[world.policy]["win_rate"] > 0.4  # ties, but for what decoding loses
+
+
+def test_diversity_by_hand():
+    assert evaluate.diversity(["a b a b", "c d"], 1) == pytest.approx((0.5 + 1) / 2)
+    assert evaluate.diversity(["a b a b", "c d", "e"], 2) == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_plot_groups_seeds_and_draws_every_axis(world, tmp_path, capsys):
+    for k, seed in ((2, 1), (2, 2), (3, 1)):
+        rloo.main(rloo.Args(**world.flags | {"k": k}, seed=seed, output=str(tmp_path / f"k{k}-{seed}")))
+    runs = tuple(str(path) for path in sorted(tmp_path.iterdir()))
+    settings, scalars = plot.read_run(runs[0])
+    assert plot.label(settings, [settings, settings | {"k": 3}]) == "rloo --k 2"
+    points = plot.curve(scalars, "samples", "eval/score")
+    assert [points[step][0] for step in (0, 2, 3)] == [0, 16, 24]
+    assert plot.curve(scalars, "updates", "eval/score")[3] == (3, scalars["eval/score"][3])
+    plot.main(plot.Args(runs=runs, output=str(tmp_path / "curves.png")))
+    image = matplotlib.image.imread(tmp_path / "curves.png")
+    assert image.shape[0] > 200 and image.shape[1] > 800 and image.std() > 0.05

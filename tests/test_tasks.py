@@ -1,0 +1,110 @@
+"""tasks/mini_tldr.py: the gold reward by hand, determinism, splits, and the shipped weights."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CPU
+
+from common import decode, encode, load_function, load_model, load_reward, load_tokenizer, rollout
+from tasks import mini_tldr
+
+ROOT = Path(__file__).parent.parent
+FACTS = dict(who="sister", did="sold", thing="bike", where="party", when="week", feeling="sad", question="help")
+FULL = "my sister sold my bike at the party last week , i feel sad , should i help them ?"
+
+
+@pytest.mark.parametrize("summary, gold, parts", [
+    (FULL, 7, {"covered": 7}),
+    ("my sister sold my bike .", 3, {"covered": 3}),
+    ("last week , my sister sold my bike at the party and now i am sad . should i help them ?", 7, {"covered": 7}),
+    ("my sister sold my laptop .", 1, {"covered": 2, "hallucinated": 1}),
+    ("my sister sold my bike", 2, {"covered": 3, "no_end": 1}),
+    ("basically my sister sold my bike .", 2.75, {"covered": 3, "redundant": 1}),
+    ("so yeah my sister sold my bike sold my bike .", 1.5, {"covered": 3, "redundant": 4, "joints": 1}),
+    ("sister bike .", 1, {"covered": 2, "joints": 2}),
+    (" ".join([FULL] * 2), 7 - 7 * 0.25 - 0.5 - 16 * 0.1, {"covered": 7, "redundant": 7, "joints": 1, "overlength": 16}),
+    ("", -1, {"no_end": 1}),
+])  # fmt: skip
+def test_gold_reward_by_hand(summary, gold, parts):
+    counted = mini_tldr.gold_parts(summary, FACTS)
+    assert {name: count for name, count in counted.items() if count} == parts
+    columns = {slot: [word, word] for slot, word in FACTS.items()}
+    assert mini_tldr.gold_reward(None, [summary, FULL], **columns) == pytest.approx([gold, 7])
+
+
+def test_posts_are_deterministic_and_hold_their_facts():
+    train, test = mini_tldr.prompts("train"), mini_tldr.prompts("test")
+    assert train[17] == mini_tldr.prompts("train")[17]
+    assert not set(train["prompt"]) & set(test["prompt"])
+    assert train.column_names == ["prompt", "completion", *mini_tldr.SLOTS]
+    assert mini_tldr.demonstrations("test").column_names == ["prompt", "completion"]
+    for row in test.select(range(200)):
+        facts = [row[slot] for slot in mini_tldr.SLOTS]
+        assert set(facts) <= set(row["prompt"].split()) and row["prompt"].endswith(" TL;DR:")
+        parts = mini_tldr.gold_parts(row["completion"], {slot: row[slot] for slot in mini_tldr.SLOTS})
+        assert parts["covered"] >= 3 and sum(parts.values()) == parts["covered"]  # a reference has no faults
+
+
+def test_demonstrations_are_worse_than_references():
+    rows = [mini_tldr.example("train", i) for i in range(2000)]
+    columns = {slot: [row[slot] for row in rows] for slot in mini_tldr.SLOTS}
+    gold = {kind: torch.tensor(mini_tldr.gold_reward(None, [row[kind] for row in rows], **columns))
+            for kind in ("reference", "demonstration")}  # fmt: skip
+    assert 5.2 < gold["reference"].mean() < 5.6 and 3.3 < gold["demonstration"].mean() < 4.0
+    assert (gold["demonstration"] > gold["reference"]).float().mean() < 0.2
+
+
+def test_no_word_is_unknown_and_texts_come_back_whole():
+    tokenizer = load_tokenizer("tasks/mini_tldr.py:new_model")
+    rows = [mini_tldr.example("train", i) for i in range(500)]
+    texts = [row[kind] for row in rows for kind in ("prompt", "reference", "demonstration")]
+    ids = tokenizer(texts)["input_ids"]
+    assert tokenizer.unk_token_id not in {token for row in ids for token in row}
+    assert tokenizer.batch_decode(ids) == texts
+    assert max(map(len, ids)) <= 80
+
+
+def test_an_edit_changes_one_fact_word():
+    rng = random.Random(0)
+    for i in range(100):
+        post = mini_tldr.example("train", i)
+        facts = {slot: post[slot] for slot in mini_tldr.SLOTS}
+        before, after = post["demonstration"].split(), mini_tldr.edit(post["demonstration"], facts, rng).split()
+        changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+        ((old, new),) = changed
+        assert mini_tldr.SLOT_OF[old] == mini_tldr.SLOT_OF[new]
+        assert (old in facts.values()) != (new in facts.values())
+
+
+def test_the_task_prints_posts_with_their_gold_reward():
+    done = subprocess.run([sys.executable, "tasks/mini_tldr.py"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.count("post ") >= 3 and "gold 4.00 = covered 4 x +1" in done.stdout
+
+
+def test_shipped_policy_and_reward_model_are_what_the_readme_says():
+    """Small folders of safetensors; on 500 held-out posts: an SFT policy with room to grow, a reward model that knows why."""
+    for folder in ("mini_tldr-sft", "mini_tldr-reward"):
+        files = {path.name: path.stat().st_size for path in (ROOT / "tasks" / folder).iterdir()}
+        assert files["model.safetensors"] < 1_100_000
+        assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+    folder = str(ROOT / "tasks" / "mini_tldr-sft")
+    policy, tokenizer = load_model(folder, CPU), load_tokenizer(folder)
+    assert sum(parameter.numel() for parameter in policy.parameters()) == 223_104
+    reward = load_reward(str(ROOT / "tasks" / "mini_tldr-reward"), tokenizer, CPU, "float32", 16384)
+    gold = load_reward("tasks/mini_tldr.py:gold_reward", tokenizer, CPU, "float32", 16384)
+    posts = mini_tldr.prompts("test").select(range(500))
+    columns = posts[:]
+    torch.manual_seed(0)
+    batch = rollout(policy, tokenizer, columns["prompt"], 2, 0.7, 32)
+    scores, golds = reward(batch, columns).view(-1, 2), gold(batch, columns).view(-1, 2)
+    references = gold(encode(tokenizer, columns["prompt"], columns["completion"], CPU), columns)
+    wins = (golds > references[:, None]).float() + 0.5 * (golds == references[:, None])
+    assert 0.18 < wins.mean() < 0.28 and batch.ended.float().mean() > 0.99
+    differ = golds[:, 0] != golds[:, 1]
+    right = ((scores[:, 0] > scores[:, 1]) == (golds[:, 0] > golds[:, 1]))[differ].float().mean()
+    assert right > 0.78
+    assert len(decode(tokenizer, batch)) == 1000
