@@ -1,7 +1,8 @@
-"""What every script of this project shares: models and data, rollout, reward scoring, log-probs and KL, runs, evaluation.
+"""What every script of this project shares. No estimator and no policy loss lives here: those are the scripts' own.
 
-Read it once, in the order in which one training step uses it. No estimator and no policy loss lives here: those are
-the business of the scripts. The names, and their shapes, are the same everywhere:
+First what a training step is made of, in the order in which it uses it: rows of tokens, rollout, log-probs and KL,
+reward scoring, evaluation. Then the plumbing: models and data, run folder and logs, mistakes. Names and shapes are the
+same everywhere:
 
     B prompts, k samples for each, N = B * k rows; row = prompt * k + sample ("prompt-major")
     P prompt tokens (padded on the left), T response tokens (padded on the right), V words in the vocabulary
@@ -32,165 +33,7 @@ transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 
 
-# ------------------------------------------------------------------------------------------------ mistakes, in one line
-
-
-def stop(message, code=2):
-    """End the program with one line on standard error and the exit code (2: a mistake on the command line)."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # which clears a progress bar first
-    raise SystemExit(code)
-
-
-def require(ok, message):
-    """Stop with `message` unless `ok`: for what a user can get wrong, before any long work starts."""
-    if not ok:
-        stop(message)
-
-
-def check_args(args):
-    """Stop at the first flag, of those that several scripts share, whose value cannot work."""
-    values = vars(args)
-
-    def check(name, ok, remedy):
-        if name in values:
-            require(ok(values[name]), f"--{name.replace('_', '-')} {values[name]}: {remedy}")
-
-    for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length",
-                 "microbatch_tokens", "eval_prompts", "eval_batch_size", "samples"):  # fmt: skip
-        check(name, lambda value: value >= 1, "must be 1 or more")
-    check("temperature", lambda value: 0 < value < float("inf"), "must be above 0 (1 samples from the model as it is)")
-    for name in ("lr", "max_grad_norm"):
-        check(name, lambda value: 0 < value < float("inf"), "must be above 0")
-    for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates"):
-        check(name, lambda value: 0 <= value < float("inf"), "must be 0 or more")
-
-
-# ------------------------------------------------------------------------------------------------ models and data
-
-
-def pick_device(name):
-    """torch.device for "cpu", "cuda", "mps", or the best one there is for "auto"."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    require(available.get(name.split(":")[0], False), f"--device {name}: not available here; use auto or cpu")
-    return torch.device(name)
-
-
-def load_function(spec):
-    """The function named by "path/to/file.py:function"."""
-    path, name = spec.rsplit(":", 1)
-    require(os.path.isfile(path), f"{spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        stop(f"{spec}: {path} cannot be imported: {type(error).__name__}: {one_line(error)}")
-    require(callable(getattr(module, name, None)), f"{spec}: {path} has no function {name}")
-    return getattr(module, name)
-
-
-def one_line(error):
-    return " ".join(str(error).split())
-
-
-def from_hub_or_folder(what, name, load):
-    """Call `load()`, which reads `name` from a local folder or the hub; stop in one line where it cannot."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or os.path.isdir(name.split("/")[0])
-    if looks_local and "/" in name:
-        require(os.path.isdir(name), f"{what} {name}: no such folder; give a folder or a hub name like owner/name")
-    try:
-        return load()
-    except (OSError, ValueError, KeyError) as error:
-        stop(f"{what} {name}: cannot be loaded from a folder or the hub: {one_line(error)[:300]}")
-
-
-def load_tokenizer(name):
-    """Tokenizer of a hub name, a folder, or "file.py:function" that returns (model, tokenizer)."""
-    if ".py:" in name:
-        tokenizer = load_function(name)()[1]
-    else:
-        tokenizer = from_hub_or_folder("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
-    require(tokenizer.eos_token_id is not None, f"tokenizer {name}: has no EOS token, so a response could never end")
-    if tokenizer.pad_token_id is None:  # any id will do: masks go by position, never by id
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_model(name, device, dtype="float32", auto_class=AutoModelForCausalLM, **kwargs):
-    """Model of a hub name, a folder, or "file.py:function" that returns (model, tokenizer).
-
-    Weights are kept in float32, since Adam's small steps vanish in bfloat16; dtype "bfloat16" runs the forward passes
-    in it by autocast. Dropout is off (eval mode) for good: the sampler and the update must see the same policy.
-    Only safetensors are read, and code from the hub never runs.
-    """
-    if ".py:" in name:
-        model = load_function(name)()[0]
-    else:
-        load = lambda: auto_class.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **kwargs)
-        model = from_hub_or_folder("model", name, load)
-    if dtype == "bfloat16":
-        for module in (model, model.base_model):
-            module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
-    return model.to(device).eval()
-
-
-def load_dataset(name, split, columns):
-    """Rows of a hub dataset, a folder written by save_to_disk, a .json/.jsonl/.csv/.parquet file, or a python function.
-
-    Args: name ("owner/name", a path, or "file.py:function" called with the split); split ("train", "test", ...);
-    columns (names that must be there).
-    """
-    if ".py:" in name:
-        dataset = load_function(name)(split)
-    else:
-        try:
-            if os.path.isfile(os.path.join(name, "dataset_dict.json")):
-                dataset = datasets.load_from_disk(name)[split]
-            elif os.path.isfile(os.path.join(name, "dataset_info.json")):
-                dataset = datasets.load_from_disk(name)
-            elif os.path.isfile(name):
-                kind = {"jsonl": "json"}.get(name.rsplit(".", 1)[-1], name.rsplit(".", 1)[-1])
-                dataset = datasets.load_dataset(kind, data_files=name, split="train")
-            else:
-                local = name.startswith((".", "/", "~")) or name.count("/") != 1
-                require(not local or os.path.isdir(name), f"dataset {name}: no such file or folder")
-                dataset = datasets.load_dataset(name, split=split)
-        except Exception as error:
-            stop(f"dataset {name}, split {split}: cannot be loaded: {one_line(error)[:300]}")
-    for column in columns:
-        require(column in dataset.column_names,
-                f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}")  # fmt: skip
-    require(len(dataset) > 0, f"dataset {name}, split {split}: is empty")
-    return dataset
-
-
-def load_prompts(name, split, tokenizer, max_prompt_length, first=None):
-    """The (first) rows of a dataset, without those whose prompt has more than `max_prompt_length` tokens."""
-    dataset = load_dataset(name, split, ["prompt"])
-    dataset = dataset.select(range(min(first or len(dataset), len(dataset))))
-    fits = [len(ids) <= max_prompt_length for ids in tokenizer(dataset["prompt"][:])["input_ids"]]
-    require(any(fits), f"dataset {name}: every prompt is longer than --max-prompt-length {max_prompt_length}")
-    if not all(fits):
-        print(f"dataset {name}, split {split}: left out {len(fits) - sum(fits)} of {len(fits)} rows: longer prompts")
-    return dataset.select([i for i, fit in enumerate(fits) if fit])
-
-
-def batches(dataset, size, seed):
-    """Yield dicts of columns (lists of `size` values) for ever, reshuffled every time the dataset has been used up."""
-
-    def order():
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield from torch.randperm(len(dataset), generator=generator).tolist()
-
-    stream = order()
-    while True:
-        yield dataset[list(itertools.islice(stream, size))]
-
-
-# ------------------------------------------------------------------------------------------------ rows of tokens
+# ------------------------------------------------------------------------------------------------------- rows of tokens
 
 
 @dataclass
@@ -260,7 +103,7 @@ def microbatches(max_tokens, *batches):
     yield torch.tensor(rows)
 
 
-# ------------------------------------------------------------------------------------------------ rollout
+# -------------------------------------------------------------------------------------------------------------- rollout
 
 
 def eos_ids(policy, tokenizer):
@@ -325,7 +168,7 @@ def rollout(policy, tokenizer, prompts, k, temperature, max_new_tokens, greedy=F
     return Batch(prompts, prompt_mask, responses[:, : t + 1], response_mask[:, : t + 1], ended, old_logprobs[:, : t + 1])
 
 
-# ------------------------------------------------------------------------------------------------ log-probs and KL
+# ----------------------------------------------------------------------------------------------------- log-probs and KL
 
 
 def token_logprobs(model, batch, temperature):
@@ -367,7 +210,7 @@ def sequence_rewards(scores, kl, beta):
     return scores - beta * kl.sum(1)
 
 
-# ------------------------------------------------------------------------------------------------ reward scoring
+# ------------------------------------------------------------------------------------------------------- reward scoring
 
 
 def classifier_scores(model, pad_id, batch):
@@ -434,7 +277,25 @@ def load_reward(name, tokenizer, device, dtype, max_tokens):
     return score
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
+def find_gold(gold, dataset):
+    """What --gold means: "auto" is the function gold_reward of the python file that --dataset names, if it has one."""
+    path = dataset.rpartition(":")[0]
+    if gold == "auto" and path.endswith(".py") and hasattr(load_module(path), "gold_reward"):
+        return f"{path}:gold_reward"
+    return None if gold in ("auto", "none") else gold
+
+
+def load_measures(args, tokenizer, device):
+    """The rewards of a run by name: "score", which is trained on, and "gold", only measured, where there is one.
+
+    Args: args (reward, gold, dataset, dtype, microbatch_tokens); tokenizer (the policy's); device.
+    """
+    names = {"score": args.reward, "gold": find_gold(args.gold, args.dataset)}
+    return {key: load_reward(name, tokenizer, device, args.dtype, args.microbatch_tokens)
+            for key, name in names.items() if name}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
@@ -483,7 +344,142 @@ def try_rewards(tokenizer, dataset, device, measures):
         measure(encode(tokenizer, columns["prompt"], texts, device), columns)
 
 
-# ------------------------------------------------------------------------------------------------ run folder and logs
+# ------------------------------------------------------------------------------------------------------ models and data
+
+
+def pick_device(name):
+    """torch.device for "cpu", "cuda", "mps", or the best one there is for "auto"."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    require(available.get(name.split(":")[0], False), f"--device {name}: not available here; use auto or cpu")
+    return torch.device(name)
+
+
+def load_module(path):
+    """The python file at `path`, imported."""
+    require(os.path.isfile(path), f"{path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        stop(f"{path}: cannot be imported: {type(error).__name__}: {one_line(error)}")
+    return module
+
+
+def load_function(spec):
+    """The function named by "path/to/file.py:function"."""
+    path, name = spec.rsplit(":", 1)
+    function = getattr(load_module(path), name, None)
+    require(callable(function), f"{spec}: {path} has no function {name}")
+    return function
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+def check_path(what, name):
+    """Stop if `name` is meant as a local path, rather than as a name on the hub, and is not there."""
+    owner, _, rest = name.partition("/")
+    is_path = name.startswith((".", "/", "~")) or "/" in rest or (rest and os.path.isdir(owner))
+    is_path = is_path or name.endswith((".json", ".jsonl", ".csv", ".parquet"))
+    require(not is_path or os.path.exists(name), f"{what} {name}: no such file or folder; give a path or a hub name")
+
+
+def from_pretrained(what, auto_class, name, **kwargs):
+    """auto_class.from_pretrained(name), from a local folder or the hub; stop in one line where it cannot be loaded."""
+    check_path(what, name)
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except Exception as error:
+        stop(f"{what} {name}: cannot be loaded from a folder or the hub: {one_line(error)[:300]}")
+
+
+def load_tokenizer(name):
+    """Tokenizer of a hub name, a folder, or "file.py:function" that returns (model, tokenizer)."""
+    if ".py:" in name:
+        tokenizer = load_function(name)()[1]
+    else:
+        tokenizer = from_pretrained("tokenizer", AutoTokenizer, name)
+    require(tokenizer.eos_token_id is not None, f"tokenizer {name}: has no EOS token, so a response could never end")
+    if tokenizer.pad_token_id is None:  # any id will do: masks go by position, never by id
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name, device, dtype="float32", auto_class=AutoModelForCausalLM, **kwargs):
+    """Model of a hub name, a folder, or "file.py:function" that returns (model, tokenizer).
+
+    Weights are kept in float32, since Adam's small steps vanish in bfloat16; dtype "bfloat16" runs the forward passes
+    in it by autocast. Dropout is off (eval mode) for good: the sampler and the update must see the same policy.
+    Only safetensors are read, and code from the hub never runs.
+    """
+    if ".py:" in name:
+        model = load_function(name)()[0]
+    else:
+        model = from_pretrained("model", auto_class, name, dtype=torch.float32, use_safetensors=True, **kwargs)
+    if dtype == "bfloat16":
+        for module in (model, model.base_model):
+            module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
+    return model.to(device).eval()
+
+
+def load_dataset(name, split, columns):
+    """Rows of a hub dataset, a folder written by save_to_disk, a .json/.jsonl/.csv/.parquet file, or a python function.
+
+    Args: name ("owner/name", a path, or "file.py:function" called with the split); split ("train", "test", ...);
+    columns (names that must be there).
+    """
+    if ".py:" in name:
+        dataset = load_function(name)(split)
+    else:
+        check_path("dataset", name)
+        try:
+            if os.path.isfile(os.path.join(name, "dataset_dict.json")):
+                dataset = datasets.load_from_disk(name)[split]
+            elif os.path.isfile(os.path.join(name, "dataset_info.json")):
+                dataset = datasets.load_from_disk(name)
+            elif os.path.isfile(name):
+                kind = Path(name).suffix[1:].replace("jsonl", "json")
+                dataset = datasets.load_dataset(kind, data_files=name, split="train")
+            else:
+                dataset = datasets.load_dataset(name, split=split)
+        except Exception as error:
+            stop(f"dataset {name}, split {split}: cannot be loaded: {one_line(error)[:300]}")
+    for column in columns:
+        require(column in dataset.column_names,
+                f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}")  # fmt: skip
+    require(len(dataset) > 0, f"dataset {name}, split {split}: is empty")
+    return dataset
+
+
+def load_prompts(name, split, tokenizer, max_prompt_length, first=None):
+    """The (first) rows of a dataset, without those whose prompt has more than `max_prompt_length` tokens."""
+    dataset = load_dataset(name, split, ["prompt"])
+    dataset = dataset.select(range(min(first or len(dataset), len(dataset))))
+    fits = [len(ids) <= max_prompt_length for ids in tokenizer(dataset["prompt"][:])["input_ids"]]
+    require(any(fits), f"dataset {name}: every prompt is longer than --max-prompt-length {max_prompt_length}")
+    if not all(fits):
+        print(f"dataset {name}, split {split}: left out {len(fits) - sum(fits)} of {len(fits)} rows: longer prompts")
+    return dataset.select([i for i, fit in enumerate(fits) if fit])
+
+
+def batches(dataset, size, seed):
+    """Yield dicts of columns (lists of `size` values) for ever, reshuffled every time the dataset has been used up."""
+
+    def order():
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from torch.randperm(len(dataset), generator=generator).tolist()
+
+    stream = order()
+    while True:
+        yield dataset[list(itertools.islice(stream, size))]
+
+
+# -------------------------------------------------------------------------------------------------- run folder and logs
 
 
 def open_run(args, script):
@@ -577,3 +573,36 @@ def save(folder, model, tokenizer):
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------- mistakes, told in one line
+
+
+def stop(message, code=2):
+    """End the program with one line on standard error and the exit code (2: a mistake on the command line)."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # which clears a progress bar first
+    raise SystemExit(code)
+
+
+def require(ok, message):
+    """Stop with `message` unless `ok`: for what a user can get wrong, before any long work starts."""
+    if not ok:
+        stop(message)
+
+
+def check_args(args):
+    """Stop at the first flag, of those that several scripts share, whose value cannot work."""
+    values = vars(args)
+
+    def check(name, ok, remedy):
+        if name in values:
+            require(ok(values[name]), f"--{name.replace('_', '-')} {values[name]}: {remedy}")
+
+    for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length",
+                 "microbatch_tokens", "eval_prompts", "eval_batch_size", "samples"):  # fmt: skip
+        check(name, lambda value: value >= 1, "must be 1 or more")
+    check("temperature", lambda value: 0 < value < float("inf"), "must be above 0 (1 samples from the model as it is)")
+    for name in ("lr", "max_grad_norm"):
+        check(name, lambda value: 0 < value < float("inf"), "must be above 0")
+    for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates"):
+        check(name, lambda value: 0 <= value < float("inf"), "must be 0 or more")

@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from common import (check_args, encode, evaluate, frozen_logprobs, load_model, load_prompts, load_reward, load_tokenizer,
+from common import (check_args, encode, evaluate, find_gold, frozen_logprobs, load_model, load_prompts, load_reward, load_tokenizer,
                     pick_device, require, try_rewards)  # fmt: skip
 
 
@@ -38,8 +38,8 @@ class Args:
     """the policy that the KL is measured to"""
     reward: str = "tasks/mini_tldr-reward"
     """a one-label classifier (hub name or folder), or path/to/file.py:function"""
-    gold: str | None = "tasks/mini_tldr.py:gold_reward"
-    """a second reward; "None" for none"""
+    gold: str = "auto"
+    """a second reward; "auto": the function gold_reward of the python file that --dataset names, if it has one; "none" """
     judge: str = "gold"
     """who decides the win rate: gold, reward, or path/to/file.py:function"""
     against: str | None = None
@@ -120,10 +120,11 @@ def main(args):
     output = Path(args.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}.json")
     require(not output.exists(), f"--output {output}: already exists; name a new file, or remove that one")
     k = 1 if args.greedy else args.samples
-    require(args.judge != "gold" or args.gold, "--judge gold: needs --gold; or use --judge reward")
+    gold = find_gold(args.gold, args.dataset)
     require(args.judge in ("gold", "reward") or ".py:" in args.judge,
             f"--judge {args.judge}: choose gold, reward, or path/to/file.py:function")  # fmt: skip
-    judge = {"gold": args.gold, "reward": args.reward}.get(args.judge, args.judge)
+    require(args.judge != "gold" or gold, "--judge gold: there is no gold reward; name one with --gold, or use --judge reward")
+    judge = {"gold": gold, "reward": args.reward}.get(args.judge, args.judge)
     reference = load_model(args.reference, device, args.dtype).requires_grad_(False)
 
     dataset, rivals, results = None, None, {}
@@ -131,7 +132,7 @@ def main(args):
         tokenizer = load_tokenizer(name)
         policy = load_model(name, device, args.dtype).requires_grad_(False)
         dataset = dataset or load_prompts(args.dataset, args.test_split, tokenizer, args.max_prompt_length, args.eval_prompts)
-        specs = {"score": args.reward, "gold": args.gold, "judge": judge}  # the last one decides the win rate
+        specs = {"score": args.reward, "gold": gold, "judge": judge}  # the last one decides the win rate
         measures = {key: load_reward(spec, tokenizer, device, args.dtype, args.microbatch_tokens)
                     for key, spec in specs.items() if spec}  # fmt: skip
         try_rewards(tokenizer, dataset, device, measures)

@@ -22,7 +22,7 @@ import tyro
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
-from common import (batches, check_args, check_finite, classifier_scores, encode, load_dataset, load_model, load_reward,
+from common import (batches, check_args, check_finite, classifier_scores, encode, find_gold, load_dataset, load_model, load_reward,
                     load_tokenizer, log, microbatches, open_run, pick_device, require, save)  # fmt: skip
 
 
@@ -45,8 +45,9 @@ class Args:
     """split to train on"""
     test_split: str = "test"
     """split for the held-out pairs"""
-    gold: str | None = "tasks/mini_tldr.py:gold_reward"
-    """a true reward to compare with (path/to/file.py:function), only measured; "None" for none"""
+    gold: str = "auto"
+    """a true reward to compare with, only measured: path/to/file.py:function; "auto": the function gold_reward of the
+    python file that --dataset names, if it has one; "none": none"""
     num_updates: int = 3000
     """optimizer steps"""
     batch_size: int = 32
@@ -129,7 +130,8 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, device, args.dtype, AutoModelForSequenceClassification, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
-    gold = args.gold and load_reward(args.gold, tokenizer, device, args.dtype, args.microbatch_tokens)
+    gold = find_gold(args.gold, args.dataset)
+    gold = gold and load_reward(gold, tokenizer, device, args.dtype, args.microbatch_tokens)
     train, test = (load_pairs(args, split, tokenizer) for split in (args.train_split, args.test_split))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)

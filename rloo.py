@@ -16,7 +16,7 @@ Details that matter here, and what others do:
 - The KL term is inside R, so it is part of the baseline too (as in the paper and TRL; OpenRLHF keeps it out; both are
   unbiased).
 - Log-probs are summed over the response, not averaged: dividing by the length would bias the gradient.
-- The loss is near 0 at every step, because the advantages of a prompt sum to 0. That is normal: watch eval/score.
+- The value of the loss says nothing: only its gradient is meant. Watch objective/scores and objective/kl.
 """
 
 import time
@@ -28,8 +28,8 @@ import tyro
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from common import (batches, check_args, check_finite, evaluate, frozen_logprobs, load_model, load_prompts, load_reward,
-                    load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run, pick_device, report,
+from common import (batches, check_args, check_finite, evaluate, frozen_logprobs, load_measures, load_model,
+                    load_prompts, load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run, pick_device, report,
                     require, rollout, rollout_metrics, save, sequence_rewards, show, token_kl, token_logprobs,
                     try_rewards)  # fmt: skip
 
@@ -87,8 +87,9 @@ class Args:
     """the policy that the KL is measured to; by default a frozen copy of --model"""
     reward: str = "tasks/mini_tldr-reward"
     """what is maximized: a one-label classifier (hub name or folder), or path/to/file.py:function"""
-    gold: str | None = "tasks/mini_tldr.py:gold_reward"
-    """a second reward that is only measured, in evaluations, where it judges the win rate; "None" for none"""
+    gold: str = "auto"
+    """a second reward that is only measured, in evaluations, where it judges the win rate; "auto": the function
+    gold_reward of the python file that --dataset names, if it has one; "none": none"""
     dataset: str = "tasks/mini_tldr.py:prompts"
     """rows with the column prompt, and completion (a reference text) for the win rate: hub name, path, or file.py:function"""
     train_split: str = "train"
@@ -119,10 +120,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype)
     reference = load_model(args.reference or args.model, device, args.dtype).requires_grad_(False)
-    reward = load_reward(args.reward, tokenizer, device, args.dtype, args.microbatch_tokens)
-    measures = {"score": reward}
-    if args.gold:
-        measures["gold"] = load_reward(args.gold, tokenizer, device, args.dtype, args.microbatch_tokens)
+    measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
     train = load_prompts(args.dataset, args.train_split, tokenizer, args.max_prompt_length)
     test = load_prompts(args.dataset, args.test_split, tokenizer, args.max_prompt_length, args.eval_prompts)
     try_rewards(tokenizer, train, device, measures)
@@ -141,7 +139,7 @@ def main(args):
         batch = rollout(policy, tokenizer, columns["prompt"], args.k, args.temperature, args.max_new_tokens)  # N rows
 
         # 2. score: one number per response
-        scores = reward(batch, columns) - args.missing_eos_penalty * ~batch.ended  # (N,)
+        scores = measures["score"](batch, columns) - args.missing_eos_penalty * ~batch.ended  # (N,)
 
         # 3. shape: the KL to the reference becomes part of the reward
         ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
@@ -165,17 +163,17 @@ def main(args):
         scheduler.step()
 
         # 6. log
-        samples += len(batch)
-        seconds += time.perf_counter() - start
+        elapsed = time.perf_counter() - start
+        samples, seconds = samples + len(batch), seconds + elapsed
         metrics = rollout_metrics(batch, scores, kl, rewards)
         metrics |= {
-            "objective/no_signal": (advantages.view(-1, args.k).abs().amax(1) < 1e-6).float().mean(),
+            "objective/frac_reward_zero_std": (advantages.view(-1, args.k).abs().amax(1) < 1e-6).float().mean(),
             "policy/loss": loss,
             "policy/grad_norm": grad_norm,
             "policy/lr": scheduler.get_last_lr()[0],
             "time/samples": samples,
             "time/seconds": seconds,
-            "time/tokens_per_second": batch.response_mask.sum() / (time.perf_counter() - start),
+            "time/tokens_per_second": batch.response_mask.sum() / elapsed,
         }
         log(writer, step, metrics)
         show(bar, metrics)

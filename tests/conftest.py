@@ -18,6 +18,6 @@ def world(tmp_path_factory):
     rows = [{"prompt": " ".join("abcdef"[i * j % 6] for j in range(1, 2 + i % 5)), "completion": "a b",
              "chosen": "a b c", "rejected": "d e"} for i in range(12)]  # fmt: skip
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = dict(model=policy, reward=reward, gold=None, dataset=data, device="cpu", k=3, num_updates=3,
+    flags = dict(model=policy, reward=reward, gold="none", dataset=data, device="cpu", k=3, num_updates=3,
                  prompts_per_step=4, max_new_tokens=6, eval_prompts=4, eval_every=2, lr=1e-2)  # fmt: skip
     return SimpleNamespace(folder=folder, tokenizer=tokenizer, policy=policy, reward=reward, data=data, flags=flags)

@@ -62,11 +62,11 @@ RLOO = [  # flags, and what the line must name: the flag or file, and the remedy
     ({"eval_every": -1}, ["--eval-every -1", "0 or more"]),
     ({"device": "cuda:99"}, ["--device cuda:99", "not available"]),
     ({"device": "gpu"}, ["--device gpu", "auto or cpu"]),
-    ({"model": "{bad}/no_model"}, ["model", "{bad}/no_model", "no such folder"]),
+    ({"model": "{bad}/no_model"}, ["model", "{bad}/no_model", "no such file or folder"]),
     ({"model": "{bad}/nothing"}, ["{bad}/nothing", "cannot be loaded"]),
-    ({"reference": "{bad}/no_model"}, ["{bad}/no_model", "no such folder"]),
-    ({"reward": "{bad}/no_reward"}, ["{bad}/no_reward", "no such folder"]),
-    ({"reward": "{bad}/no_file.py:f"}, ["{bad}/no_file.py", "there is no file"]),
+    ({"reference": "{bad}/no_model"}, ["{bad}/no_model", "no such file or folder"]),
+    ({"reward": "{bad}/no_reward"}, ["{bad}/no_reward", "no such file or folder"]),
+    ({"reward": "{bad}/no_file.py:f"}, ["{bad}/no_file.py", "there is no such file"]),
     ({"reward": "{bad}/rewards.py:absent"}, ["{bad}/rewards.py", "no function absent"]),
     ({"reward": "{bad}/syntax.py:f"}, ["{bad}/syntax.py", "SyntaxError"]),
     ({"reward": "{bad}/rewards.py:fails"}, ["rewards.py:fails", "KeyError", "no such answer"]),
@@ -112,7 +112,7 @@ def test_rloo(flags, expected, world, bad, tmp_path, capsys):
 
 
 OTHERS = [
-    (sft, dict(model="{bad}/no_model"), ["{bad}/no_model", "no such folder"]),
+    (sft, dict(model="{bad}/no_model"), ["{bad}/no_model", "no such file or folder"]),
     (sft, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "question, answer"]),
     (sft, dict(batch_size=0), ["--batch-size 0", "1 or more"]),
     (sft, dict(max_length=1), ["--max-length 1", "longer"]),
@@ -121,8 +121,8 @@ OTHERS = [
     (reward_model, dict(gold="{bad}/rewards.py:absent"), ["{bad}/rewards.py", "no function absent"]),
     (reward_model, dict(max_length=1), ["--max-length 1", "longer"]),
     (reward_model, dict(output="{bad}/used"), ["--output {bad}/used", "already holds files"]),
-    (evaluate, dict(policies=("{bad}/no_model",)), ["{bad}/no_model", "no such folder"]),
-    (evaluate, dict(judge="gold", gold=None), ["--judge gold", "--gold"]),
+    (evaluate, dict(policies=("{bad}/no_model",)), ["{bad}/no_model", "no such file or folder"]),
+    (evaluate, dict(judge="gold"), ["--judge gold", "--gold"]),
     (evaluate, dict(judge="best"), ["--judge best", "choose gold, reward"]),
     (evaluate, dict(samples=0), ["--samples 0", "1 or more"]),
     (evaluate, dict(output="{bad}/used/args.json"), ["--output {bad}/used/args.json", "already exists"]),
@@ -138,8 +138,8 @@ def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
              for name, value in fill(flags, bad).items()}  # fmt: skip
     base = {
         sft: dict(model=world.policy, dataset=world.data, device="cpu", output=str(tmp_path / "run")),
-        reward_model: dict(model=world.policy, dataset=world.data, gold=None, device="cpu", output=str(tmp_path / "run")),
-        evaluate: dict(policies=(world.policy,), reference=world.policy, reward=world.reward, gold=None, judge="reward",
+        reward_model: dict(model=world.policy, dataset=world.data, gold="none", device="cpu", output=str(tmp_path / "run")),
+        evaluate: dict(policies=(world.policy,), reference=world.policy, reward=world.reward, gold="none", judge="reward",
                        dataset=world.data, device="cpu", output=str(tmp_path / "run")),
         plot: dict(runs=(), output=str(tmp_path / "run")),
     }[script]  # fmt: skip

@@ -71,7 +71,7 @@ def test_reward_model_learns_the_pairs(world, tmp_path, tokens):
 
 
 def test_evaluate_table_and_json(world, tmp_path, capsys):
-    flags = dict(reference=world.policy, reward=world.reward, gold=None, judge="reward", dataset=world.data,
+    flags = dict(reference=world.policy, reward=world.reward, gold="none", judge="reward", dataset=world.data,
                  test_split="train", samples=2, max_new_tokens=5, device="cpu")  # fmt: skip
     results = evaluate.main(evaluate.Args(policies=(world.policy,), output=str(tmp_path / "a.json"), **flags))
     metrics = results[world.policy]
