@@ -432,22 +432,21 @@ def load_dataset(name, split, columns):
     Args: name ("owner/name", a path, or "file.py:function" called with the split); split ("train", "test", ...);
     columns (names that must be there).
     """
-    if ".py:" in name:
-        dataset = load_function(name)(split)
-    else:
-        check_path("dataset", name)
-        try:
-            if os.path.isfile(os.path.join(name, "dataset_dict.json")):
-                dataset = datasets.load_from_disk(name)[split]
-            elif os.path.isfile(os.path.join(name, "dataset_info.json")):
-                dataset = datasets.load_from_disk(name)
-            elif os.path.isfile(name):
-                kind = Path(name).suffix[1:].replace("jsonl", "json")
-                dataset = datasets.load_dataset(kind, data_files=name, split="train")
-            else:
-                dataset = datasets.load_dataset(name, split=split)
-        except Exception as error:
-            stop(f"dataset {name}, split {split}: cannot be loaded: {one_line(error)[:300]}")
+    function = load_function(name) if ".py:" in name else check_path("dataset", name)
+    try:
+        if function:
+            dataset = function(split)
+        elif os.path.isfile(os.path.join(name, "dataset_dict.json")):
+            dataset = datasets.load_from_disk(name)[split]
+        elif os.path.isfile(os.path.join(name, "dataset_info.json")):
+            dataset = datasets.load_from_disk(name)
+        elif os.path.isfile(name):
+            kind = Path(name).suffix[1:].replace("jsonl", "json")
+            dataset = datasets.load_dataset(kind, data_files=name, split="train")
+        else:
+            dataset = datasets.load_dataset(name, split=split)
+    except Exception as error:
+        stop(f"dataset {name}, split {split}: cannot be loaded: {type(error).__name__}: {one_line(error)[:300]}")
     for column in columns:
         require(column in dataset.column_names,
                 f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}")  # fmt: skip

@@ -137,6 +137,8 @@ def main(args):
                     for key, spec in specs.items() if spec}  # fmt: skip
         try_rewards(tokenizer, dataset, device, measures)
         values, completions = evaluate(policy, reference, tokenizer, measures, dataset, args, k, args.greedy, rivals)
+        if args.greedy:
+            del values["kl"]  # its estimate needs samples
         results[name] = summarize(values, completions, k)
         if args.preferred_column in dataset.column_names:
             results[name]["perplexity"] = perplexity(policy, tokenizer, dataset, args.preferred_column, args)

@@ -3,7 +3,8 @@
 A post tells who did what to which thing, where, when, how the writer feels and what they ask, in one of several
 phrasings, among sentences about other people and other things:
 
-    hi all . last week my sister broke my laptop at the party . a cousin of mine once sold a bike . ... TL;DR:
+    hi all . last week my sister sold my bike at the party . another cousin once lost a tent . i feel so sad .
+    should i help them ? TL;DR:
 
 The names below go on the command line of the scripts (`--dataset tasks/mini_tldr.py:prompts`), the way a hub
 dataset or a reward of your own would:
@@ -197,19 +198,21 @@ def edit(summary, facts, rng):
 def preferences(split):
     """Which of two summaries a noisy annotator prefers. Columns: prompt, chosen, rejected, and the seven facts.
 
-    The first is sampled from the shipped SFT policy; the second is another sample (4 of 8 pairs), the post's reference
-    (1 of 8; Stiennon et al. 2020 had human comparisons of both kinds), or the first with one word edited (3 of 8),
-    which is what teaches a small model to check facts. The annotator prefers a over b with probability
-    sigmoid(gold(a) - gold(b)): the Bradley-Terry model.
+    The first is sampled from the shipped SFT policy. The second is another sample (3 of 8 pairs), the post's reference
+    (1 of 8; Stiennon et al. 2020 had both kinds compared), or the first with one fact edited (4 of 8): without such
+    pairs a model this small learns to count facts, but not to check them. The annotator prefers a over b with
+    probability sigmoid(2 (gold(a) - gold(b))), the Bradley-Terry model: one fact more wins in 88% of all pairs.
     """
     import torch
+    from tqdm import trange
+
     from common import decode, load_model, load_tokenizer, rollout
 
     policy, tokenizer = load_model(SFT_POLICY, torch.device("cpu")), load_tokenizer(SFT_POLICY)
     rng, rows = random.Random(f"mini_tldr preferences {split}"), []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for start in range(0, PAIRS[split], 500):
+        for start in trange(0, PAIRS[split], 500, desc=f"{split} pairs", unit=" x 500 pairs"):
             posts = [example(split, i % POSTS[split]) for i in range(start, start + 500)]
             samples = decode(tokenizer, rollout(policy, tokenizer, [post["prompt"] for post in posts], 2, 1.0, 32))
             for post, a, b in zip(posts, samples[::2], samples[1::2]):
