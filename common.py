@@ -63,7 +63,7 @@ def pad(rows, pad_id, side, device):
 
 
 def encode(tokenizer, prompts, completions, device, ended=True):
-    """Batch of given texts, as if they had been sampled: each completion gets an EOS where `ended` (bool or N bools)."""
+    """Batch of given texts, as if they had been sampled: a completion gets an EOS where `ended` (bool or N bools)."""
     ended = [ended] * len(prompts) if isinstance(ended, bool) else list(ended)
     responses = tokenizer(completions, add_special_tokens=False)["input_ids"]
     responses = [ids + [tokenizer.eos_token_id] * end for ids, end in zip(responses, ended)]
@@ -77,6 +77,18 @@ def decode(tokenizer, batch):
     """The N responses as text, without special tokens."""
     rows = [ids[mask].tolist() for ids, mask in zip(batch.responses, batch.response_mask)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def join(batch):
+    """Each row's prompt and response in one: ids and mask (N, P + T), and T; without the columns that all rows pad."""
+    P, T = batch.prompt_mask.sum(1).max().item(), batch.response_mask.sum(1).max().item()
+    ids = torch.cat([batch.prompts[:, -P:], batch.responses[:, :T]], 1)
+    return ids, torch.cat([batch.prompt_mask[:, -P:], batch.response_mask[:, :T]], 1), T
+
+
+def repeat(values, k):
+    """[a, b] -> [a, a, ..., b, b, ...]: what belongs to B prompts, for the N = B * k rows."""
+    return [value for value in values for _ in range(k)]
 
 
 def positions(mask):
@@ -133,7 +145,7 @@ def rollout(policy, tokenizer, prompts, k, temperature, max_new_tokens, greedy=F
     ends = eos_ids(policy, tokenizer).to(device)
     prompts, prompt_mask = pad(tokenizer(prompts)["input_ids"], tokenizer.pad_token_id, "left", device)  # (B, P)
     output = policy(input_ids=prompts, attention_mask=prompt_mask, position_ids=positions(prompt_mask),
-                    use_cache=True, logits_to_keep=1)  # fmt: skip
+                    use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
     cache.batch_repeat_interleave(k)
     logits = output.logits[:, -1].repeat_interleave(k, 0)  # (N, V)
@@ -163,21 +175,24 @@ def rollout(policy, tokenizer, prompts, k, temperature, max_new_tokens, greedy=F
             cache.batch_select_indices(going)
         mask = F.pad(mask, (0, 1), value=True)  # (n, P + t + 1)
         output = policy(input_ids=tokens, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                        past_key_values=cache, use_cache=True)  # fmt: skip
+                        past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1]
-    return Batch(prompts, prompt_mask, responses[:, : t + 1], response_mask[:, : t + 1], ended, old_logprobs[:, : t + 1])
+    T = t + 1
+    return Batch(prompts, prompt_mask, responses[:, :T], response_mask[:, :T], ended, old_logprobs[:, :T])
 
 
 # ----------------------------------------------------------------------------------------------------- log-probs and KL
 
 
 def token_logprobs(model, batch, temperature):
-    """Log-prob of each response token under softmax(logits / temperature), with gradients. Returns (N, T), 0 where masked."""
-    P, T = int(batch.prompt_mask.sum(1).max()), int(batch.response_mask.sum(1).max())  # leave out what all rows pad
-    ids = torch.cat([batch.prompts[:, -P:], batch.responses[:, :T]], 1)  # (N, P + T)
-    mask = torch.cat([batch.prompt_mask[:, -P:], batch.response_mask[:, :T]], 1)  # (N, P + T)
+    """Log-prob of each response token under softmax(logits / temperature), with gradients.
+
+    Returns: (N, T), 0 where masked.
+    """
+    ids, mask, T = join(batch)
     # The logits at a position predict the next token: the last prompt position up to the last but one of the response.
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=T + 1)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False,
+                   logits_to_keep=T + 1)
     logprobs = log_softmax(output.logits[:, :-1], temperature)  # (N, T, V)
     logprobs = logprobs.gather(2, batch.responses[:, :T, None]).squeeze(2)  # (N, T)
     logprobs = logprobs.masked_fill(~batch.response_mask[:, :T], 0.0)
@@ -213,17 +228,16 @@ def sequence_rewards(scores, kl, beta):
 # ------------------------------------------------------------------------------------------------------- reward scoring
 
 
-def classifier_scores(model, pad_id, batch):
+def classifier_scores(model, batch):
     """Output of a one-label sequence classifier at each row's last real token, with gradients. Returns (N,).
 
-    Rows are padded on the left, so that token is the last column: nothing is searched by pad id, which goes wrong
-    where pad and EOS are the same.
+    The position comes from the mask. transformers itself looks for the last id that is not the pad id, which is the
+    wrong one where pad and EOS are the same.
     """
-    rows = [torch.cat([p[pm], r[rm]]) for p, pm, r, rm in zip(batch.prompts.cpu(), batch.prompt_mask.cpu(),
-                                                               batch.responses.cpu(), batch.response_mask.cpu())]  # fmt: skip
-    ids, mask = pad(rows, pad_id, "left", model.device)
-    output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask))
-    hidden = output.last_hidden_state[:, -1]  # (N, hidden)
+    ids, mask, T = join(batch)
+    output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+    last = ids.shape[1] - T + batch.response_mask.sum(1) - 1  # (N,)
+    hidden = output.last_hidden_state[torch.arange(len(ids)), last]  # (N, hidden)
     return model.score(hidden.to(model.score.weight.dtype)).squeeze(1)
 
 
@@ -242,36 +256,33 @@ def load_reward(name, tokenizer, device, dtype, max_tokens):
 
         def score(batch, columns):
             k = len(batch) // len(columns["prompt"])
-            columns = {key: [value for value in values for _ in range(k)] for key, values in columns.items()}
+            columns = {key: repeat(values, k) for key, values in columns.items()}
             columns["prompts"] = columns.pop("prompt")
             columns["completions"] = decode(tokenizer, batch)
-            columns.pop("completion", None)
             try:
                 values = [float(value) for value in function(**columns)]
             except Exception as error:
                 stop(f"reward {name}: raised {type(error).__name__}: {one_line(error)}")
-            require(len(values) == len(batch), f"reward {name}: returned {len(values)} values for {len(batch)} completions")
+            require(len(values) == len(batch),
+                    f"reward {name}: returned {len(values)} values for {len(batch)} completions")
             odd = [value for value in values if not math.isfinite(value)]
             require(not odd, f"reward {name}: returned {odd[:1]}; every value must be a finite number")
             return torch.tensor(values, device=device)  # (N,)
 
         return score
 
-    model = load_model(name, device, dtype, AutoModelForSequenceClassification).requires_grad_(False)
-    require(model.config.num_labels == 1, f"reward {name}: has {model.config.num_labels} labels; a reward model has 1")
-    require(hasattr(model, "score"), f"reward {name}: is not a classifier on a causal model; wrap it in a python function")
+    model = load_classifier(name, device, dtype).requires_grad_(False)
     reward_tokenizer = load_tokenizer(name)
     same_ids = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
 
     @torch.no_grad()
     def score(batch, columns):
         if not same_ids:
-            k = len(batch) // len(columns["prompt"])
-            prompts = [prompt for prompt in columns["prompt"] for _ in range(k)]
+            prompts = repeat(columns["prompt"], len(batch) // len(columns["prompt"]))
             batch = encode(reward_tokenizer, prompts, decode(tokenizer, batch), device, batch.ended.tolist())
         scores = torch.zeros(len(batch), device=device)
         for rows in microbatches(max_tokens, batch):
-            scores[rows] = classifier_scores(model, reward_tokenizer.pad_token_id, batch[rows])
+            scores[rows] = classifier_scores(model, batch[rows])
         return scores
 
     return score
@@ -292,7 +303,7 @@ def load_measures(args, tokenizer, device):
     """
     names = {"score": args.reward, "gold": find_gold(args.gold, args.dataset)}
     return {key: load_reward(name, tokenizer, device, args.dtype, args.microbatch_tokens)
-            for key, name in names.items() if name}  # fmt: skip
+            for key, name in names.items() if name}
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -308,8 +319,8 @@ def evaluate(policy, reference, tokenizer, measures, dataset, args, k=1, greedy=
     Returns: (values, completions): dict name -> (N,) floats on the CPU, and the N responses as text, prompt-major.
     """
     if rivals is None and "completion" in dataset.column_names:
-        rivals = [text for text in dataset["completion"][:] for _ in range(k)]
-    values, completions, judge = {}, [], list(measures.values())[-1]
+        rivals = repeat(dataset["completion"][:], k)
+    values, completions, judge = {}, [], list(measures)[-1]
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         size = max(1, args.eval_batch_size // k)
@@ -319,9 +330,9 @@ def evaluate(policy, reference, tokenizer, measures, dataset, args, k=1, greedy=
             ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (n, T)
             part = {name: measure(batch, columns) for name, measure in measures.items()}  # name -> (n,)
             if rivals:
-                prompts = [prompt for prompt in columns["prompt"] for _ in range(k)]
-                others = encode(tokenizer, prompts, rivals[len(completions) :][: len(batch)], policy.device)
-                part["win_rate"] = wins(judge(batch, columns), judge(others, columns))
+                texts = rivals[len(completions) :][: len(batch)]
+                others = encode(tokenizer, repeat(columns["prompt"], k), texts, policy.device)
+                part["win_rate"] = wins(part[judge], measures[judge](others, columns))
             part["kl"] = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask).sum(1)
             part["length"] = batch.response_mask.sum(1)
             part["eos_rate"] = batch.ended
@@ -426,6 +437,14 @@ def load_model(name, device, dtype="float32", auto_class=AutoModelForCausalLM, *
     return model.to(device).eval()
 
 
+def load_classifier(name, device, dtype="float32", **kwargs):
+    """Like load_model, for a reward model: a causal model with a one-label head called `score`."""
+    model = load_model(name, device, dtype, AutoModelForSequenceClassification, **kwargs)
+    require(hasattr(model, "score"), f"model {name}: is no classifier on a causal model; wrap it in a python function")
+    require(model.config.num_labels == 1, f"model {name}: has {model.config.num_labels} labels; a reward model has 1")
+    return model
+
+
 def load_dataset(name, split, columns):
     """Rows of a hub dataset, a folder written by save_to_disk, a .json/.jsonl/.csv/.parquet file, or a python function.
 
@@ -449,7 +468,7 @@ def load_dataset(name, split, columns):
         stop(f"dataset {name}, split {split}: cannot be loaded: {type(error).__name__}: {one_line(error)[:300]}")
     for column in columns:
         require(column in dataset.column_names,
-                f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}")  # fmt: skip
+                f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}")
     require(len(dataset) > 0, f"dataset {name}, split {split}: is empty")
     return dataset
 
@@ -458,7 +477,9 @@ def load_prompts(name, split, tokenizer, max_prompt_length, first=None):
     """The (first) rows of a dataset, without those whose prompt has more than `max_prompt_length` tokens."""
     dataset = load_dataset(name, split, ["prompt"])
     dataset = dataset.select(range(min(first or len(dataset), len(dataset))))
-    fits = [len(ids) <= max_prompt_length for ids in tokenizer(dataset["prompt"][:])["input_ids"]]
+    lengths = [len(ids) for ids in tokenizer(dataset["prompt"][:])["input_ids"]]
+    require(min(lengths) > 0, f"dataset {name}, split {split}: row {lengths.index(min(lengths))} has an empty prompt")
+    fits = [length <= max_prompt_length for length in lengths]
     require(any(fits), f"dataset {name}: every prompt is longer than --max-prompt-length {max_prompt_length}")
     if not all(fits):
         print(f"dataset {name}, split {split}: left out {len(fits) - sum(fits)} of {len(fits)} rows: longer prompts")
@@ -489,7 +510,7 @@ def open_run(args, script):
     folder = Path(args.output or f"runs/{script}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     require(not folder.is_file(), f"--output {folder}: is a file; name a new folder")
     require(not folder.exists() or not any(folder.iterdir()),
-            f"--output {folder}: already holds files; name a new folder, or remove that one")  # fmt: skip
+            f"--output {folder}: already holds files; name a new folder, or remove that one")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"script": script, **asdict(args)}
     (folder / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -536,7 +557,7 @@ def log_evaluation(writer, step, evaluation):
 def log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages, rows=8):
     """The first responses of a rollout, for TensorBoard's text tab."""
     k = len(batch) // len(columns["prompt"])
-    prompts = [prompt for prompt in columns["prompt"] for _ in range(k)]
+    prompts = repeat(columns["prompt"], k)
     numbers = [[f"{value:.2f}" for value in row.tolist()] for row in torch.stack([scores, kl.sum(1), advantages], 1)]
     cells = [[p, c, *n] for p, c, n in zip(prompts, decode(tokenizer, batch[:rows]), numbers)]
     writer.add_text("samples", table(["prompt", "response", "score", "KL", "advantage"], cells), step)
@@ -548,7 +569,7 @@ def check_finite(step, folder, **values):
     if bad:
         name, value = next(iter(bad.items()))
         stop(f"update {step}: {name} is {value}, so the run ends here; what was saved and logged until now stays in "
-             f"{folder}; try a smaller --lr or --max-grad-norm, and look at the rewards", code=1)  # fmt: skip
+             f"{folder}; try a smaller --lr or --max-grad-norm, and look at the rewards", code=1)
 
 
 def report(folder, dataset, before, after):
@@ -597,11 +618,11 @@ def check_args(args):
         if name in values:
             require(ok(values[name]), f"--{name.replace('_', '-')} {values[name]}: {remedy}")
 
-    for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length",
-                 "microbatch_tokens", "eval_prompts", "eval_batch_size", "samples"):  # fmt: skip
+    for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length", "max_length",
+                 "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "samples"):
         check(name, lambda value: value >= 1, "must be 1 or more")
     check("temperature", lambda value: 0 < value < float("inf"), "must be above 0 (1 samples from the model as it is)")
     for name in ("lr", "max_grad_norm"):
         check(name, lambda value: 0 < value < float("inf"), "must be above 0")
-    for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates"):
+    for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates", "weight_decay", "center"):
         check(name, lambda value: 0 <= value < float("inf"), "must be 0 or more")

@@ -23,11 +23,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from common import (check_args, encode, evaluate, find_gold, frozen_logprobs, load_model, load_prompts, load_reward, load_tokenizer,
-                    pick_device, require, try_rewards)  # fmt: skip
+from common import (check_args, encode, evaluate, find_gold, frozen_logprobs, load_model, load_prompts, load_reward,
+                    load_tokenizer, pick_device, require, try_rewards)
 
 
 @dataclass
@@ -39,7 +38,8 @@ class Args:
     reward: str = "tasks/mini_tldr-reward"
     """a one-label classifier (hub name or folder), or path/to/file.py:function"""
     gold: str = "auto"
-    """a second reward; "auto": the function gold_reward of the python file that --dataset names, if it has one; "none" """
+    """a second reward; "auto": the function gold_reward of the python file that --dataset names, if it has one;
+    "none": none"""
     judge: str = "gold"
     """who decides the win rate: gold, reward, or path/to/file.py:function"""
     against: str | None = None
@@ -122,8 +122,9 @@ def main(args):
     k = 1 if args.greedy else args.samples
     gold = find_gold(args.gold, args.dataset)
     require(args.judge in ("gold", "reward") or ".py:" in args.judge,
-            f"--judge {args.judge}: choose gold, reward, or path/to/file.py:function")  # fmt: skip
-    require(args.judge != "gold" or gold, "--judge gold: there is no gold reward; name one with --gold, or use --judge reward")
+            f"--judge {args.judge}: choose gold, reward, or path/to/file.py:function")
+    require(args.judge != "gold" or gold,
+            "--judge gold: there is no gold reward; name one with --gold, or use --judge reward")
     judge = {"gold": gold, "reward": args.reward}.get(args.judge, args.judge)
     reference = load_model(args.reference, device, args.dtype).requires_grad_(False)
 
@@ -131,10 +132,11 @@ def main(args):
     for name in [args.against] * bool(args.against) + list(args.policies):
         tokenizer = load_tokenizer(name)
         policy = load_model(name, device, args.dtype).requires_grad_(False)
-        dataset = dataset or load_prompts(args.dataset, args.test_split, tokenizer, args.max_prompt_length, args.eval_prompts)
+        dataset = dataset or load_prompts(args.dataset, args.test_split, tokenizer, args.max_prompt_length,
+                                          args.eval_prompts)
         specs = {"score": args.reward, "gold": gold, "judge": judge}  # the last one decides the win rate
         measures = {key: load_reward(spec, tokenizer, device, args.dtype, args.microbatch_tokens)
-                    for key, spec in specs.items() if spec}  # fmt: skip
+                    for key, spec in specs.items() if spec}
         try_rewards(tokenizer, dataset, device, measures)
         values, completions = evaluate(policy, reference, tokenizer, measures, dataset, args, k, args.greedy, rivals)
         if args.greedy:

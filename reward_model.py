@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, get_scheduler
+from transformers import get_scheduler
 
-from common import (batches, check_args, check_finite, classifier_scores, encode, find_gold, load_dataset, load_model, load_reward,
-                    load_tokenizer, log, microbatches, open_run, pick_device, require, save)  # fmt: skip
+from common import (batches, check_args, check_finite, classifier_scores, encode, find_gold, load_classifier,
+                    load_dataset, load_reward, load_tokenizer, log, microbatches, open_run, pick_device, require, save)
 
 
 def compute_loss(chosen, rejected, center):
@@ -83,9 +83,9 @@ class Args:
 def load_pairs(args, split, tokenizer):
     """The pairs of a split, without those with a response longer than --max-length tokens, prompt included."""
     pairs = load_dataset(args.dataset, split, ["prompt", "chosen", "rejected"])
-    lengths = {name: [len(ids) for ids in tokenizer(pairs[name][:])["input_ids"]] for name in ("prompt", "chosen", "rejected")}
-    total = [p + max(c, r) + 1 for p, c, r in zip(*lengths.values())]  # 1 for the EOS
-    fits = [i for i, length in enumerate(total) if length <= args.max_length]
+    ids = [tokenizer(pairs[name][:])["input_ids"] for name in ("prompt", "chosen", "rejected")]
+    lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*ids)]
+    fits = [i for i, length in enumerate(lengths) if length < args.max_length]  # 1 is for the EOS
     require(fits, f"--max-length {args.max_length}: every pair of {args.dataset} is longer")
     return pairs.select(fits)
 
@@ -108,7 +108,7 @@ def evaluate(model, tokenizer, pairs, gold, args):
         batch = encode(tokenizer, columns["prompt"], columns[name], model.device)
         scores = torch.zeros(len(batch), device=model.device)
         for rows in microbatches(args.microbatch_tokens, batch):
-            scores[rows] = classifier_scores(model, tokenizer.pad_token_id, batch[rows])
+            scores[rows] = classifier_scores(model, batch[rows])
         rewards.append(scores)
         if gold:
             golds.append(gold(batch, columns))
@@ -128,7 +128,7 @@ def main(args):
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, device, args.dtype, AutoModelForSequenceClassification, num_labels=1)
+    model = load_classifier(args.model, device, args.dtype, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
     gold = find_gold(args.gold, args.dataset)
     gold = gold and load_reward(gold, tokenizer, device, args.dtype, args.microbatch_tokens)
@@ -145,16 +145,15 @@ def main(args):
         loss = 0.0
         optimizer.zero_grad()
         for rows in microbatches(args.microbatch_tokens, chosen, rejected):
-            scores = [classifier_scores(model, tokenizer.pad_token_id, batch[rows]) for batch in (chosen, rejected)]  # (n,)
-            part = compute_loss(*scores, args.center) / args.batch_size
+            rewards = [classifier_scores(model, batch[rows]) for batch in (chosen, rejected)]
+            part = compute_loss(*rewards, args.center) / args.batch_size  # rewards: two of (n,)
             part.backward()
             loss += part.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         check_finite(step, folder, loss=loss, grad_norm=grad_norm)
         optimizer.step()
-        scheduler.step()
-
         log(writer, step, {"loss": loss, "grad_norm": grad_norm, "lr": scheduler.get_last_lr()[0]})
+        scheduler.step()
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{metrics['accuracy']:.3f}", refresh=False)
         if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
             metrics = evaluate(model, tokenizer, test, gold, args)

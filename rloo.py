@@ -29,9 +29,9 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from common import (batches, check_args, check_finite, evaluate, frozen_logprobs, load_measures, load_model,
-                    load_prompts, load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run, pick_device, report,
-                    require, rollout, rollout_metrics, save, sequence_rewards, show, token_kl, token_logprobs,
-                    try_rewards)  # fmt: skip
+                    load_prompts, load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run,
+                    pick_device, report, require, rollout, rollout_metrics, save, sequence_rewards, show, token_kl,
+                    token_logprobs, try_rewards)
 
 
 def compute_advantages(rewards, k):
@@ -91,7 +91,8 @@ class Args:
     """a second reward that is only measured, in evaluations, where it judges the win rate; "auto": the function
     gold_reward of the python file that --dataset names, if it has one; "none": none"""
     dataset: str = "tasks/mini_tldr.py:prompts"
-    """rows with the column prompt, and completion (a reference text) for the win rate: hub name, path, or file.py:function"""
+    """rows with the column prompt, and completion (a reference text) for the win rate: hub name, path, or
+    file.py:function"""
     train_split: str = "train"
     """split that the rollouts take their prompts from"""
     test_split: str = "test"
@@ -160,6 +161,7 @@ def main(args):
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         check_finite(step, folder, loss=loss, grad_norm=grad_norm)
         optimizer.step()
+        lr = scheduler.get_last_lr()[0]
         scheduler.step()
 
         # 6. log
@@ -170,7 +172,7 @@ def main(args):
             "objective/frac_reward_zero_std": (advantages.view(-1, args.k).abs().amax(1) < 1e-6).float().mean(),
             "policy/loss": loss,
             "policy/grad_norm": grad_norm,
-            "policy/lr": scheduler.get_last_lr()[0],
+            "policy/lr": lr,
             "time/samples": samples,
             "time/seconds": seconds,
             "time/tokens_per_second": batch.response_mask.sum() / elapsed,

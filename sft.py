@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from common import (batches, check_args, check_finite, encode, frozen_logprobs, load_dataset, load_model,
-                    load_tokenizer, log, microbatches, open_run, pick_device, require, save, token_logprobs)  # fmt: skip
+                    load_tokenizer, log, microbatches, open_run, pick_device, require, save, token_logprobs)
 
 
 def compute_loss(logprobs):
@@ -30,7 +30,7 @@ def compute_loss(logprobs):
 @dataclass
 class Args:
     model: str = "tasks/mini_tldr.py:new_model"
-    """where to start: a hub name, a folder, or file.py:function that returns an untrained (model, tokenizer)"""
+    """where to start: a hub name, a folder, or path/to/file.py:function that returns a (model, tokenizer)"""
     dataset: str = "tasks/mini_tldr.py:demonstrations"
     """rows with the columns prompt and completion: a hub name, folder, file, or file.py:function"""
     train_split: str = "train"
@@ -105,9 +105,8 @@ def main(args):
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         check_finite(step, folder, loss=loss, grad_norm=grad_norm)
         optimizer.step()
-        scheduler.step()
-
         log(writer, step, {"loss": loss, "grad_norm": grad_norm, "lr": scheduler.get_last_lr()[0]})
+        scheduler.step()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
             logprobs = frozen_logprobs(policy, test, 1.0, args.microbatch_tokens)  # (N, T)

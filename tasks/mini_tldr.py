@@ -49,7 +49,7 @@ EVENTS = [
 ]
 FEELINGS = ["i feel so {feeling} .", "now i am {feeling} about it .", "to be honest i am really {feeling} ."]
 QUESTIONS = ["should i {question} them ?", "do you think i should {question} them ?",
-             "i wonder if i should {question} them ."]  # fmt: skip
+             "i wonder if i should {question} them ."]
 DISTRACTORS = [  # other people, things and places: words that a summary must not take
     "another {who} once {did} a {thing} .",
     "the {who} was also at the {where} .",
@@ -66,7 +66,7 @@ SUMMARIES = [  # the same facts in three orders
      [". should i {question} them ?", "."]),
     (["my {who} {did} my {thing}"], ["last {when}", ""], ["at the {where}", ""], [". i am {feeling}", ""],
      [". should i {question} them ?", "."]),
-]  # fmt: skip
+]
 FILLERS = ["so yeah", "anyway", "long story short", "basically"]
 FILLER_WORDS = set(" ".join(FILLERS).split())
 MAX_WORDS = 24  # a longer summary is over-long; the fullest reference has 20 words
@@ -227,7 +227,6 @@ def preferences(split):
 
 def new_model():
     """An untrained Llama of 223,104 parameters and its tokenizer, which has one token for each word of this file."""
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -245,7 +244,7 @@ def new_model():
         num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.1,  # the usual 0.02 is too small for this width: copying is then learned late or never
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config), tokenizer
 
 

@@ -15,9 +15,28 @@ def world(tmp_path_factory):
     policy = save_policy(folder / "policy", tokenizer)
     reward = save_classifier(folder / "reward", policy, tokenizer)
     data = str(folder / "data.jsonl")
-    rows = [{"prompt": " ".join("abcdef"[i * j % 6] for j in range(1, 2 + i % 5)), "completion": "a b",
-             "chosen": "a b c", "rejected": "d e"} for i in range(12)]  # fmt: skip
+    rows = [
+        {
+            "prompt": " ".join("abcdef"[i * j % 6] for j in range(1, 2 + i % 5)),
+            "completion": "a b",
+            "chosen": "a b c",
+            "rejected": "d e",
+        }
+        for i in range(12)
+    ]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = dict(model=policy, reward=reward, gold="none", dataset=data, device="cpu", k=3, num_updates=3,
-                 prompts_per_step=4, max_new_tokens=6, eval_prompts=4, eval_every=2, lr=1e-2)  # fmt: skip
+    flags = dict(
+        model=policy,
+        reward=reward,
+        gold="none",
+        dataset=data,
+        device="cpu",
+        k=3,
+        num_updates=3,
+        prompts_per_step=4,
+        max_new_tokens=6,
+        eval_prompts=4,
+        eval_every=2,
+        lr=1e-2,
+    )
     return SimpleNamespace(folder=folder, tokenizer=tokenizer, policy=policy, reward=reward, data=data, flags=flags)

@@ -31,7 +31,9 @@ class Enumeration:
         self.logprobs = token_logprobs(self.policy, self.batch, temperature)  # (M, T), with gradients
         self.ref_logprobs = token_logprobs(reference, self.batch, temperature).detach()  # (M, T)
         self.probs = self.logprobs.sum(1).exp()  # (M,)
-        self.scores = 2 * torch.randn(len(rows), generator=torch.Generator().manual_seed(5), dtype=torch.float64)  # (M,)
+        self.scores = 2 * torch.randn(
+            len(rows), generator=torch.Generator().manual_seed(5), dtype=torch.float64
+        )  # (M,)
 
     def gradient(self, loss):
         gradients = torch.autograd.grad(loss, list(self.policy.parameters()), retain_graph=True)

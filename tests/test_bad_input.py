@@ -132,25 +132,43 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("script, flags, expected", OTHERS, ids=lambda value: getattr(value, "__name__", str(value)[:50]))
+@pytest.mark.parametrize(
+    "script, flags, expected", OTHERS, ids=lambda value: getattr(value, "__name__", str(value)[:50])
+)
 def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
-    flags = {name: tuple(part.format(bad=bad) for part in value) if isinstance(value, tuple) else value
-             for name, value in fill(flags, bad).items()}  # fmt: skip
+    flags = {
+        name: tuple(part.format(bad=bad) for part in value) if isinstance(value, tuple) else value
+        for name, value in fill(flags, bad).items()
+    }
     base = {
         sft: dict(model=world.policy, dataset=world.data, device="cpu", output=str(tmp_path / "run")),
-        reward_model: dict(model=world.policy, dataset=world.data, gold="none", device="cpu", output=str(tmp_path / "run")),
-        evaluate: dict(policies=(world.policy,), reference=world.policy, reward=world.reward, gold="none", judge="reward",
-                       dataset=world.data, device="cpu", output=str(tmp_path / "run")),
+        reward_model: dict(
+            model=world.policy, dataset=world.data, gold="none", device="cpu", output=str(tmp_path / "run")
+        ),
+        evaluate: dict(
+            policies=(world.policy,),
+            reference=world.policy,
+            reward=world.reward,
+            gold="none",
+            judge="reward",
+            dataset=world.data,
+            device="cpu",
+            output=str(tmp_path / "run"),
+        ),
         plot: dict(runs=(), output=str(tmp_path / "run")),
-    }[script]  # fmt: skip
+    }[script]
     check(capsys, lambda: script.main(script.Args(**base | flags)), expected, bad)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("command", [["--k", "1"], ["--dataset", "no_such.jsonl"]])
 def test_from_the_command_line(command, tmp_path):
-    done = subprocess.run([sys.executable, "rloo.py", "--device", "cpu", *command, "--output", str(tmp_path / "run")],
-                          capture_output=True, text=True, cwd=Path(__file__).parent.parent)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "rloo.py", "--device", "cpu", *command, "--output", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {command[0] if command[0] == '--k' else 'dataset'} {command[1]}")
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()

@@ -9,9 +9,28 @@ from datasets import Dataset, DatasetDict
 from tiny import CPU, make_policy, make_tokenizer, save_classifier, save_policy
 from transformers import AutoModelForSequenceClassification
 
-from common import (Batch, batches, classifier_scores, decode, encode, eos_ids, evaluate, frozen_logprobs, load_dataset,
-                    load_model, load_prompts, load_reward, load_tokenizer, microbatches, pad, positions, rollout, save,
-                    sequence_rewards, token_kl, token_logprobs, wins)  # fmt: skip
+from common import (
+    Batch,
+    batches,
+    encode,
+    eos_ids,
+    evaluate,
+    frozen_logprobs,
+    load_dataset,
+    load_model,
+    load_prompts,
+    load_reward,
+    load_tokenizer,
+    microbatches,
+    pad,
+    positions,
+    rollout,
+    save,
+    sequence_rewards,
+    token_kl,
+    token_logprobs,
+    wins,
+)
 
 WORDS = "a b c d e f".split()
 PROMPTS = ["a b c", "d", "e f a b c d", "f f"]
@@ -40,7 +59,9 @@ def test_sampler_logprobs_are_those_of_a_forward_pass(policy, tokenizer, tempera
     with torch.no_grad():
         torch.testing.assert_close(token_logprobs(policy, batch, temperature), batch.old_logprobs, rtol=1e-4, atol=1e-5)
         for row in range(len(batch)):  # each row alone, without any padding, against softmax(logits / T) itself
-            ids = torch.cat([batch.prompts[row][batch.prompt_mask[row]], batch.responses[row][batch.response_mask[row]]])
+            ids = torch.cat(
+                [batch.prompts[row][batch.prompt_mask[row]], batch.responses[row][batch.response_mask[row]]]
+            )
             logprobs = (policy(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
             alone = logprobs.gather(1, ids[1:, None])[-lengths[row] :, 0]
             torch.testing.assert_close(batch.old_logprobs[row][: lengths[row]], alone, rtol=1e-4, atol=1e-5)
@@ -49,7 +70,9 @@ def test_sampler_logprobs_are_those_of_a_forward_pass(policy, tokenizer, tempera
 def test_rollout_is_prompt_major_and_stops_at_the_first_eos(policy, tokenizer):
     torch.manual_seed(0)
     batch = rollout(policy, tokenizer, PROMPTS, 3, 1.0, 10)
-    assert [tokenizer.decode(p[m]) for p, m in zip(batch.prompts, batch.prompt_mask)] == [p for p in PROMPTS for _ in range(3)]
+    assert [tokenizer.decode(p[m]) for p, m in zip(batch.prompts, batch.prompt_mask)] == [
+        p for p in PROMPTS for _ in range(3)
+    ]
     for row in range(len(batch)):
         written = batch.responses[row][batch.response_mask[row]].tolist()
         assert batch.ended[row].item() == (tokenizer.eos_token_id in written)
@@ -61,7 +84,13 @@ def test_rollout_is_prompt_major_and_stops_at_the_first_eos(policy, tokenizer):
 
 def test_rollout_samples_the_softmax_whatever_the_generation_config_says(policy, tokenizer):
     config = policy.generation_config
-    config.top_k, config.top_p, config.temperature, config.repetition_penalty, config.do_sample = 1, 0.1, 9.0, 5.0, False
+    config.top_k, config.top_p, config.temperature, config.repetition_penalty, config.do_sample = (
+        1,
+        0.1,
+        9.0,
+        5.0,
+        False,
+    )
     torch.manual_seed(0)
     n, temperature = 4000, 0.7
     batch = rollout(policy, tokenizer, ["a b c"], n, temperature, 1)
@@ -125,15 +154,21 @@ def test_logprobs_do_not_depend_on_padding_or_on_the_other_rows(policy, tokenize
     batch = rollout(policy, tokenizer, PROMPTS, 4, 1.0, 12)
     together = frozen_logprobs(policy, batch, 1.0, 100_000)
     torch.testing.assert_close(frozen_logprobs(policy, batch, 1.0, 1), together, rtol=1e-4, atol=1e-5)
-    wider = Batch(torch.nn.functional.pad(batch.prompts, (3, 0), value=4), torch.nn.functional.pad(batch.prompt_mask, (3, 0)),
-                  torch.nn.functional.pad(batch.responses, (0, 2), value=5),
-                  torch.nn.functional.pad(batch.response_mask, (0, 2)), batch.ended,
-                  torch.nn.functional.pad(batch.old_logprobs, (0, 2)))  # fmt: skip
+    wider = Batch(
+        torch.nn.functional.pad(batch.prompts, (3, 0), value=4),
+        torch.nn.functional.pad(batch.prompt_mask, (3, 0)),
+        torch.nn.functional.pad(batch.responses, (0, 2), value=5),
+        torch.nn.functional.pad(batch.response_mask, (0, 2)),
+        batch.ended,
+        torch.nn.functional.pad(batch.old_logprobs, (0, 2)),
+    )
     torch.testing.assert_close(frozen_logprobs(policy, wider, 1.0, 500)[:, :-2], together, rtol=1e-4, atol=1e-5)
 
 
 def test_kl_is_policy_minus_reference_and_its_mean_is_the_kl(policy, tokenizer):
-    assert token_kl(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -7.0]]), torch.tensor([[True, False]])).tolist() == [[0.5, 0]]
+    assert token_kl(
+        torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -7.0]]), torch.tensor([[True, False]])
+    ).tolist() == [[0.5, 0]]
     assert sequence_rewards(torch.tensor([2.0]), torch.tensor([[0.5, 1.0]]), 0.1).item() == pytest.approx(1.85)
     reference = make_policy(len(tokenizer), tokenizer.eos_token_id, seed=7)
     torch.manual_seed(0)
@@ -191,14 +226,18 @@ def test_reward_model_with_another_tokenizer_gets_the_text_and_the_eos(tmp_path)
     expected = load_reward(reward, theirs, CPU, "float32", 1000)(other, columns)
     torch.testing.assert_close(load_reward(reward, mine, CPU, "float32", 1000)(batch, columns), expected)
     all_ended = encode(theirs, PROMPTS, ["a b", "c", "d e", "f"], CPU)
-    assert not torch.allclose(load_reward(reward, theirs, CPU, "float32", 1000)(all_ended, columns)[[1, 3]], expected[[1, 3]])
+    assert not torch.allclose(
+        load_reward(reward, theirs, CPU, "float32", 1000)(all_ended, columns)[[1, 3]], expected[[1, 3]]
+    )
 
 
 def test_python_reward_gets_texts_and_the_columns_of_its_own_row(tmp_path):
     path = tmp_path / "reward.py"
-    path.write_text("def check(prompts, completions, answer):\n"
-                    "    assert len(prompts) == len(completions) == len(answer) == 4\n"
-                    "    return [10 * (p == 'a') + a + (c == 'c d') for p, c, a in zip(prompts, completions, answer)]\n")  # fmt: skip
+    path.write_text(
+        "def check(prompts, completions, answer, completion):\n"
+        "    assert len(prompts) == len(completions) == len(answer) == 4\n"
+        "    return [10 * (p == 'a') + a + (c == 'c d') for p, c, a in zip(prompts, completions, answer)]\n"
+    )
     tokenizer = make_tokenizer(WORDS)
     batch = encode(tokenizer, ["a", "a", "b", "b"], ["c d", "c", "c d", "d"], CPU)
     score = load_reward(f"{path}:check", tokenizer, CPU, "float32", 100)
@@ -222,7 +261,9 @@ def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer):
     again, _ = evaluate(policy, policy, tokenizer, {"score": length}, dataset, Args, k=2)
     assert torch.equal(values["length"], again["length"])
     against_others, _ = evaluate(policy, policy, tokenizer, {"score": length}, dataset, Args, k=2, rivals=completions)
-    assert against_others["win_rate"].eq(0.5).float().mean() >= 0.5  # itself, but for texts that lost their special tokens
+    assert (
+        against_others["win_rate"].eq(0.5).float().mean() >= 0.5
+    )  # itself, but for texts that lost their special tokens
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -231,7 +272,9 @@ def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer):
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(5)]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "save_to_disk", "save_to_disk_splits", "folder", "function"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "json", "csv", "parquet", "save_to_disk", "save_to_disk_splits", "folder", "function"]
+)
 def test_datasets_of_every_local_kind(kind, tmp_path):
     dataset, name = Dataset.from_list(ROWS), str(tmp_path / f"data.{kind}")
     if kind in ("jsonl", "json"):

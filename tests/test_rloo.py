@@ -104,16 +104,28 @@ def test_run_folder_holds_what_the_readme_says(world, tmp_path):
     log = EventAccumulator(str(tmp_path / "run"), size_guidance={"tensors": 0}).Reload()
     assert {"hyperparameters/text_summary", "samples/text_summary"} <= set(log.Tags()["tensors"])
     assert [step for step, _ in scalars(tmp_path / "run")["eval/score"]] == [0, 2, 3]
-    for name in ("objective/scores", "objective/kl", "objective/rewards", "objective/entropy", "policy/loss",
-                 "policy/grad_norm", "policy/lr", "rollout/length", "rollout/eos_rate", "time/samples"):  # fmt: skip
+    for name in (
+        "objective/scores",
+        "objective/kl",
+        "objective/rewards",
+        "objective/entropy",
+        "policy/loss",
+        "policy/grad_norm",
+        "policy/lr",
+        "rollout/length",
+        "rollout/eos_rate",
+        "time/samples",
+    ):
         assert len(scalars(tmp_path / "run")[name]) == 3
 
 
 def test_a_run_raises_its_reward(world, tmp_path):
     """Reward: the share of "a" in the response. Twenty updates on a random policy must find it."""
     path = tmp_path / "reward.py"
-    path.write_text("def share(prompts, completions, **_):\n"
-                    "    return [c.split().count('a') / max(1, len(c.split())) for c in completions]\n")  # fmt: skip
+    path.write_text(
+        "def share(prompts, completions, **_):\n"
+        "    return [c.split().count('a') / max(1, len(c.split())) for c in completions]\n"
+    )
     flags = world.flags | {"reward": f"{path}:share", "num_updates": 20, "prompts_per_step": 8, "beta": 0.0, "lr": 3e-2}
     rloo.main(rloo.Args(**flags, output=str(tmp_path / "run")))
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())

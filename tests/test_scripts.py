@@ -1,4 +1,4 @@
-"""sft.py, reward_model.py, evaluate.py and plot.py on tiny data, with numbers checked against other ways to get them."""
+"""sft.py, reward_model.py, evaluate.py and plot.py on tiny data, checked against other ways to get the numbers."""
 
 import json
 import math
@@ -31,8 +31,17 @@ def test_sft_loss_is_the_models_own_on_responses_with_eos(world):
 
 
 def test_sft_learns_the_completions_and_to_end(world, tmp_path):
-    args = sft.Args(model=world.policy, dataset=world.data, test_split="train", num_updates=40, batch_size=12, lr=1e-2,
-                    warmup_updates=0, device="cpu", output=str(tmp_path / "run"))  # fmt: skip
+    args = sft.Args(
+        model=world.policy,
+        dataset=world.data,
+        test_split="train",
+        num_updates=40,
+        batch_size=12,
+        lr=1e-2,
+        warmup_updates=0,
+        device="cpu",
+        output=str(tmp_path / "run"),
+    )
     sft.main(args)
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
@@ -56,29 +65,62 @@ def test_spearman():
 
 @pytest.mark.parametrize("tokens", [20, 16384])
 def test_reward_model_learns_the_pairs(world, tmp_path, tokens):
-    (tmp_path / "length.py").write_text("def words(prompts, completions, **_):\n    return [len(c.split()) for c in completions]\n")
-    args = reward_model.Args(model=world.policy, dataset=world.data, test_split="train", num_updates=30, batch_size=12,
-                             lr=1e-2, warmup_updates=0, gold=f"{tmp_path}/length.py:words", device="cpu",
-                             microbatch_tokens=tokens, output=str(tmp_path / "run"))  # fmt: skip
+    (tmp_path / "length.py").write_text(
+        "def words(prompts, completions, **_):\n    return [len(c.split()) for c in completions]\n"
+    )
+    args = reward_model.Args(
+        model=world.policy,
+        dataset=world.data,
+        test_split="train",
+        num_updates=30,
+        batch_size=12,
+        lr=1e-2,
+        warmup_updates=0,
+        gold=f"{tmp_path}/length.py:words",
+        device="cpu",
+        microbatch_tokens=tokens,
+        output=str(tmp_path / "run"),
+    )
     reward_model.main(args)
     metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert metrics["accuracy"] == 1 and metrics["gold_accuracy"] == 1
     assert metrics["std"] == pytest.approx(1, abs=1e-3) and abs(metrics["mean"]) < 0.2
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-    good, bad = (model(**tokenizer(text, return_tensors="pt")).logits.item() for text in ("a a b c <eos>", "a d e <eos>"))
+    good, bad = (
+        model(**tokenizer(text, return_tensors="pt")).logits.item() for text in ("a a b c <eos>", "a d e <eos>")
+    )
     assert good > bad + 1  # plain transformers, without our reading of the last token, says the same
 
 
 def test_evaluate_table_and_json(world, tmp_path, capsys):
-    flags = dict(reference=world.policy, reward=world.reward, gold="none", judge="reward", dataset=world.data,
-                 test_split="train", samples=2, max_new_tokens=5, device="cpu")  # fmt: skip
+    flags = dict(
+        reference=world.policy,
+        reward=world.reward,
+        gold="none",
+        judge="reward",
+        dataset=world.data,
+        test_split="train",
+        samples=2,
+        max_new_tokens=5,
+        device="cpu",
+    )
     results = evaluate.main(evaluate.Args(policies=(world.policy,), output=str(tmp_path / "a.json"), **flags))
     metrics = results[world.policy]
     assert json.loads((tmp_path / "a.json").read_text())["policies"] == results
     assert abs(metrics["kl"]) < 1e-5 and metrics["variance"] > 0 and 0 <= metrics["win_rate"] <= 1
     table = capsys.readouterr().out
-    for name in ("score", "variance", "win_rate", "perplexity", "diversity_1", "diversity_2", "length", "eos_rate", "kl"):
+    for name in (
+        "score",
+        "variance",
+        "win_rate",
+        "perplexity",
+        "diversity_1",
+        "diversity_2",
+        "length",
+        "eos_rate",
+        "kl",
+    ):
         assert name in table and math.isfinite(metrics[name])
 
     policy, tokenizer = load_model(world.policy, CPU), load_tokenizer(world.policy)
@@ -89,7 +131,9 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
         losses.append(policy(ids, labels=labels).loss.item())
     assert metrics["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
 
-    itself = evaluate.Args(policies=(world.policy,), against=world.policy, output=str(tmp_path / "b.json"), **flags | {"greedy": True})
+    itself = evaluate.Args(
+        policies=(world.policy,), against=world.policy, output=str(tmp_path / "b.json"), **flags | {"greedy": True}
+    )
     assert evaluate.main(itself)[world.policy]["win_rate"] > 0.4  # ties, but for what decoding loses
 
 

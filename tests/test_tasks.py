@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import CPU
 
-from common import decode, encode, load_function, load_model, load_reward, load_tokenizer, rollout
+from common import decode, encode, load_model, load_reward, load_tokenizer, rollout
 from tasks import mini_tldr
 
 ROOT = Path(__file__).parent.parent
@@ -17,18 +17,25 @@ FACTS = dict(who="sister", did="sold", thing="bike", where="party", when="week",
 FULL = "my sister sold my bike at the party last week , i feel sad , should i help them ?"
 
 
-@pytest.mark.parametrize("summary, gold, parts", [
-    (FULL, 7, {"covered": 7}),
-    ("my sister sold my bike .", 3, {"covered": 3}),
-    ("last week , my sister sold my bike at the party and now i am sad . should i help them ?", 7, {"covered": 7}),
-    ("my sister sold my laptop .", 1, {"covered": 2, "hallucinated": 1}),
-    ("my sister sold my bike", 2, {"covered": 3, "no_end": 1}),
-    ("basically my sister sold my bike .", 2.75, {"covered": 3, "redundant": 1}),
-    ("so yeah my sister sold my bike sold my bike .", 1.5, {"covered": 3, "redundant": 4, "joints": 1}),
-    ("sister bike .", 1, {"covered": 2, "joints": 2}),
-    (" ".join([FULL] * 2), 7 - 7 * 0.25 - 0.5 - 16 * 0.1, {"covered": 7, "redundant": 7, "joints": 1, "overlength": 16}),
-    ("", -1, {"no_end": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "summary, gold, parts",
+    [
+        (FULL, 7, {"covered": 7}),
+        ("my sister sold my bike .", 3, {"covered": 3}),
+        ("last week , my sister sold my bike at the party and now i am sad . should i help them ?", 7, {"covered": 7}),
+        ("my sister sold my laptop .", 1, {"covered": 2, "hallucinated": 1}),
+        ("my sister sold my bike", 2, {"covered": 3, "no_end": 1}),
+        ("basically my sister sold my bike .", 2.75, {"covered": 3, "redundant": 1}),
+        ("so yeah my sister sold my bike sold my bike .", 1.5, {"covered": 3, "redundant": 4, "joints": 1}),
+        ("sister bike .", 1, {"covered": 2, "joints": 2}),
+        (
+            " ".join([FULL] * 2),
+            7 - 7 * 0.25 - 0.5 - 16 * 0.1,
+            {"covered": 7, "redundant": 7, "joints": 1, "overlength": 16},
+        ),
+        ("", -1, {"no_end": 1}),
+    ],
+)
 def test_gold_reward_by_hand(summary, gold, parts):
     counted = mini_tldr.gold_parts(summary, FACTS)
     assert {name: count for name, count in counted.items() if count} == parts
@@ -52,8 +59,10 @@ def test_posts_are_deterministic_and_hold_their_facts():
 def test_demonstrations_are_worse_than_references():
     rows = [mini_tldr.example("train", i) for i in range(2000)]
     columns = {slot: [row[slot] for row in rows] for slot in mini_tldr.SLOTS}
-    gold = {kind: torch.tensor(mini_tldr.gold_reward(None, [row[kind] for row in rows], **columns))
-            for kind in ("reference", "demonstration")}  # fmt: skip
+    gold = {
+        kind: torch.tensor(mini_tldr.gold_reward(None, [row[kind] for row in rows], **columns))
+        for kind in ("reference", "demonstration")
+    }
     assert 5.2 < gold["reference"].mean() < 5.6 and 3.3 < gold["demonstration"].mean() < 4.0
     assert (gold["demonstration"] > gold["reference"]).float().mean() < 0.2
 
@@ -86,7 +95,7 @@ def test_the_task_prints_posts_with_their_gold_reward():
 
 
 def test_shipped_policy_and_reward_model_are_what_the_readme_says():
-    """Small folders of safetensors; on 500 held-out posts: an SFT policy with room to grow, a reward model that knows why."""
+    """Small folders of safetensors; on 500 held-out posts the SFT policy has room to grow, and the reward model sees it."""
     for folder in ("mini_tldr-sft", "mini_tldr-reward"):
         files = {path.name: path.stat().st_size for path in (ROOT / "tasks" / folder).iterdir()}
         assert files["model.safetensors"] < 1_100_000

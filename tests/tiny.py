@@ -2,8 +2,14 @@
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast)  # fmt: skip
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CPU = torch.device("cpu")
 
@@ -21,10 +27,18 @@ def make_policy(vocab_size, eos_token_id, seed=0, dtype=torch.float32, hidden=16
     """A random Llama whose next-token distributions are far from uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=2, max_position_embeddings=128, initializer_range=0.5, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=eos_token_id, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=None,
+    )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
