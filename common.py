@@ -237,7 +237,7 @@ def classifier_scores(model, batch):
     ids, mask, T = join(batch)
     output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
     last = ids.shape[1] - T + batch.response_mask.sum(1) - 1  # (N,)
-    hidden = output.last_hidden_state[torch.arange(len(ids)), last]  # (N, hidden)
+    hidden = output.last_hidden_state[torch.arange(len(ids), device=last.device), last]  # (N, hidden)
     return model.score(hidden.to(model.score.weight.dtype)).squeeze(1)
 
 
@@ -469,6 +469,8 @@ def load_dataset(name, split, columns):
     for column in columns:
         require(column in dataset.column_names,
                 f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}")
+        odd = [i for i, text in enumerate(dataset[column][:]) if not isinstance(text, str)]
+        require(not odd, f"dataset {name}: column {column!r} must hold strings, and row {odd[:1]} does not")
     require(len(dataset) > 0, f"dataset {name}, split {split}: is empty")
     return dataset
 
@@ -503,9 +505,10 @@ def batches(dataset, size, seed):
 
 
 def open_run(args, script):
-    """Make the run folder (args.output, or runs/<script>-<time>) and return (folder, TensorBoard writer).
+    """Make the run folder (args.output, or one named after script, seed and time under runs/).
 
-    It will hold args.json, TensorBoard's event file, and model/. A folder that already holds anything is refused.
+    A folder that already holds anything is refused.
+    Returns: (folder, TensorBoard writer); the folder holds args.json and the log, and later model/ beside them.
     """
     folder = Path(args.output or f"runs/{script}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     require(not folder.is_file(), f"--output {folder}: is a file; name a new folder")
@@ -516,6 +519,7 @@ def open_run(args, script):
     (folder / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
     writer = SummaryWriter(folder)
     writer.add_text("hyperparameters", table(["flag", "value"], settings.items()))
+    print(f"logs and model go to {folder}")
     return folder, writer
 
 
@@ -556,8 +560,7 @@ def log_evaluation(writer, step, evaluation):
 
 def log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages, rows=8):
     """The first responses of a rollout, for TensorBoard's text tab."""
-    k = len(batch) // len(columns["prompt"])
-    prompts = repeat(columns["prompt"], k)
+    prompts = repeat(columns["prompt"], len(batch) // len(columns["prompt"]))
     numbers = [[f"{value:.2f}" for value in row.tolist()] for row in torch.stack([scores, kl.sum(1), advantages], 1)]
     cells = [[p, c, *n] for p, c, n in zip(prompts, decode(tokenizer, batch[:rows]), numbers)]
     writer.add_text("samples", table(["prompt", "response", "score", "KL", "advantage"], cells), step)
@@ -565,11 +568,10 @@ def log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages,
 
 def check_finite(step, folder, **values):
     """Stop before a number that is not finite reaches the weights."""
-    bad = {name: float(value) for name, value in values.items() if not math.isfinite(value)}
-    if bad:
-        name, value = next(iter(bad.items()))
-        stop(f"update {step}: {name} is {value}, so the run ends here; what was saved and logged until now stays in "
-             f"{folder}; try a smaller --lr or --max-grad-norm, and look at the rewards", code=1)
+    for name, value in values.items():
+        if not math.isfinite(value):
+            stop(f"update {step}: {name} is {float(value)}, so the run ends here; what was saved and logged until now "
+                 f"stays in {folder}; try a smaller --lr or --max-grad-norm, and look at the rewards", code=1)
 
 
 def report(folder, dataset, before, after):
@@ -581,7 +583,7 @@ def report(folder, dataset, before, after):
     for name in old:
         print(f"{name:<20}{old[name]:>10.3f}{new[name]:>10.3f}")
     print(f"\nprompt   {dataset[0]['prompt']}\nbefore   {old_texts[0]}\nafter    {new_texts[0]}")
-    print(f"\npolicy and logs are in {folder}; to see the curves: tensorboard --logdir {folder.parent}")
+    print(f"\nthe policy is in {folder / 'model'}; to see the curves: tensorboard --logdir {folder.parent}")
 
 
 def save(folder, model, tokenizer):
@@ -589,6 +591,7 @@ def save(folder, model, tokenizer):
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)

@@ -36,6 +36,8 @@ def bad(world, tmp_path_factory):
     (folder / "syntax.py").write_text("def f(:\n")
     (folder / "empty.jsonl").write_text("")
     (folder / "column.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}))
+    (folder / "numbers.jsonl").write_text(json.dumps({"prompt": 1}) + "\n" + json.dumps({"prompt": 2}))
+    (folder / "blank.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": ""}))
     (folder / "used").mkdir()
     (folder / "used" / "args.json").write_text("{}")
     (folder / "nothing").mkdir()
@@ -80,6 +82,9 @@ RLOO = [  # flags, and what the line must name: the flag or file, and the remedy
     ({"dataset": "{bad}/nothing"}, ["dataset {bad}/nothing", "cannot be loaded"]),
     ({"dataset": "{bad}/empty.jsonl"}, ["{bad}/empty.jsonl"]),
     ({"dataset": "{bad}/column.jsonl"}, ["{bad}/column.jsonl", "no column 'prompt'", "question, answer"]),
+    ({"dataset": "{bad}/numbers.jsonl"}, ["{bad}/numbers.jsonl", "'prompt' must hold strings", "row [0]"]),
+    ({"dataset": "{bad}/blank.jsonl"}, ["{bad}/blank.jsonl", "row 1 has an empty prompt"]),
+    ({"dataset": "tasks/mini_tldr.py:prompts", "train_split": "dev"}, ["split dev", "cannot be loaded"]),
     ({"max_prompt_length": 0}, ["--max-prompt-length 0", "1 or more"]),
     ({"output": "{bad}/used"}, ["--output {bad}/used", "already holds files"]),
     ({"output": "{bad}/rewards.py"}, ["--output {bad}/rewards.py", "is a file; name a new folder"]),
