@@ -505,15 +505,11 @@ def batches(dataset, size, seed):
 
 
 def open_run(args, script):
-    """Make the run folder (args.output, or one named after script, seed and time under runs/).
+    """Make the run folder: args.output (check_args has refused one that is in use), or a new one under runs/.
 
-    A folder that already holds anything is refused.
     Returns: (folder, TensorBoard writer); the folder holds args.json and the log, and later model/ beside them.
     """
     folder = Path(args.output or f"runs/{script}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
-    require(not folder.is_file(), f"--output {folder}: is a file; name a new folder")
-    require(not folder.exists() or not any(folder.iterdir()),
-            f"--output {folder}: already holds files; name a new folder, or remove that one")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"script": script, **asdict(args)}
     (folder / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -616,6 +612,10 @@ def require(ok, message):
 def check_args(args):
     """Stop at the first flag, of those that several scripts share, whose value cannot work."""
     values = vars(args)
+    output = Path(args.output or "")
+    require(not output.is_file(), f"--output {output}: already exists; name another, or remove that file")
+    require(not args.output or not output.exists() or not any(output.iterdir()),
+            f"--output {output}: already holds files; name a new folder, or remove that one")
 
     def check(name, ok, remedy):
         if name in values:

@@ -118,7 +118,6 @@ def main(args):
     check_args(args)
     device = pick_device(args.device)
     output = Path(args.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}.json")
-    require(not output.exists(), f"--output {output}: already exists; name a new file, or remove that one")
     k = 1 if args.greedy else args.samples
     gold = find_gold(args.gold, args.dataset)
     require(args.judge in ("gold", "reward") or ".py:" in args.judge,

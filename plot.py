@@ -61,6 +61,7 @@ def curve(scalars, x, y):
 
 def main(args):
     require(args.runs, "name at least one run folder")
+    require(args.output.endswith(".png"), f"--output {args.output}: must be a .png file")
     for x in args.x:
         require(x in AXES, f"--x {x}: unknown; choose from {', '.join(AXES)}")
     groups = defaultdict(list)

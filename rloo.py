@@ -69,7 +69,7 @@ class Args:
     """updates over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
     """the gradient's norm is clipped to this"""
-    num_updates: int = 100
+    num_updates: int = 150
     """optimizer steps, each on a rollout of its own"""
     prompts_per_step: int = 16
     """prompts of one rollout; it has k times as many responses"""

@@ -87,7 +87,7 @@ RLOO = [  # flags, and what the line must name: the flag or file, and the remedy
     ({"dataset": "tasks/mini_tldr.py:prompts", "train_split": "dev"}, ["split dev", "cannot be loaded"]),
     ({"max_prompt_length": 0}, ["--max-prompt-length 0", "1 or more"]),
     ({"output": "{bad}/used"}, ["--output {bad}/used", "already holds files"]),
-    ({"output": "{bad}/rewards.py"}, ["--output {bad}/rewards.py", "is a file; name a new folder"]),
+    ({"output": "{bad}/rewards.py"}, ["--output {bad}/rewards.py", "already exists"]),
 ]
 
 
@@ -133,6 +133,7 @@ OTHERS = [
     (evaluate, dict(output="{bad}/used/args.json"), ["--output {bad}/used/args.json", "already exists"]),
     (plot, dict(runs=("{bad}/nothing",)), ["{bad}/nothing", "is not a run folder"]),
     (plot, dict(runs=("{bad}/used",)), ["{bad}/used", "no scalars"]),
+    (plot, dict(runs=("{bad}/used",), output="{bad}/used/args.json"), ["--output {bad}/used/args.json", ".png"]),
     (plot, dict(runs=("{bad}/used",), x=("days",)), ["--x days", "updates, samples, seconds, kl"]),
 ]
 
@@ -160,7 +161,7 @@ def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
             device="cpu",
             output=str(tmp_path / "run"),
         ),
-        plot: dict(runs=(), output=str(tmp_path / "run")),
+        plot: dict(runs=(), output=str(tmp_path / "run.png")),
     }[script]
     check(capsys, lambda: script.main(script.Args(**base | flags)), expected, bad)
     assert not (tmp_path / "run").exists()

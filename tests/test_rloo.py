@@ -120,16 +120,17 @@ def test_run_folder_holds_what_the_readme_says(world, tmp_path):
 
 
 def test_a_run_raises_its_reward(world, tmp_path):
-    """Reward: the share of "a" in the response. Twenty updates on a random policy must find it."""
+    """Reward: the share of the words a, b and c in the response. Thirty updates on a random policy must find it."""
     path = tmp_path / "reward.py"
     path.write_text(
         "def share(prompts, completions, **_):\n"
-        "    return [c.split().count('a') / max(1, len(c.split())) for c in completions]\n"
+        "    return [sum(word in 'abc' for word in c.split()) / max(1, len(c.split())) for c in completions]\n"
     )
-    flags = world.flags | {"reward": f"{path}:share", "num_updates": 20, "prompts_per_step": 8, "beta": 0.0, "lr": 3e-2}
+    flags = world.flags | {"reward": f"{path}:share", "num_updates": 30, "prompts_per_step": 8, "eval_prompts": 12}
+    flags |= {"beta": 0.0, "missing_eos_penalty": 0.0}
     rloo.main(rloo.Args(**flags, output=str(tmp_path / "run")))
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert result["after"]["score"] > result["before"]["score"] + 0.3
+    assert result["before"]["score"] < 0.4 and result["after"]["score"] > 0.8
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(world, tmp_path, capsys):
