@@ -8,6 +8,7 @@ same everywhere:
     P prompt tokens (padded on the left), T response tokens (padded on the right), V words in the vocabulary
 """
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -96,19 +97,19 @@ def positions(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def microbatches(max_tokens, *batches):
+def microbatches(max_tokens, *groups):
     """Yield index tensors that together cover all rows once, rows of like length together.
 
-    Row i of every batch goes together (one batch; or two, of chosen and rejected responses). A micro-batch has at most
+    Row i of every group goes together (one Batch; or two, of chosen and rejected responses). A micro-batch has at most
     `max_tokens` tokens, padding included; a single row that is longer comes alone. What is summed over micro-batches
     and divided by the whole batch's count does not depend on `max_tokens`: only memory and time do.
     """
-    prompt_lengths = torch.stack([batch.prompt_mask.sum(1) for batch in batches]).amax(0).tolist()
-    lengths = torch.stack([batch.response_mask.sum(1) for batch in batches]).amax(0).tolist()
+    prompt_lengths = torch.stack([batch.prompt_mask.sum(1) for batch in groups]).amax(0).tolist()
+    lengths = torch.stack([batch.response_mask.sum(1) for batch in groups]).amax(0).tolist()
     rows, P, T = [], 0, 0
     for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], prompt_lengths[row])):
         P, T = max(P, prompt_lengths[row]), max(T, lengths[row])
-        if rows and (len(rows) + 1) * (P + T) * len(batches) > max_tokens:
+        if rows and (len(rows) + 1) * (P + T) * len(groups) > max_tokens:
             yield torch.tensor(rows)
             rows, P, T = [], prompt_lengths[row], lengths[row]
         rows.append(row)
@@ -310,17 +311,18 @@ def load_measures(args, tokenizer, device):
 
 
 @torch.no_grad()
-def evaluate(policy, reference, tokenizer, measures, dataset, args, k=1, greedy=False, rivals=None):
+def evaluate(policy, reference, tokenizer, measures, dataset, args, k=1, greedy=False, judge=None, rivals=None):
     """Sample k responses to each held-out prompt and measure them. Leaves the training's random numbers alone.
 
     Args: policy and reference (causal LMs); measures (dict name -> score function of load_reward); dataset (rows with
-    prompt); args (temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed); rivals (N texts, or the B of
-    the dataset's completion column if there is one: what the responses win against in the eyes of the last measure).
+    prompt); args (temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed); judge (name of the measure
+    that decides the win rate; by default the last); rivals (N texts to win against, and for each whether it ended; by
+    default the dataset's completion column, if there is one).
     Returns: (values, completions): dict name -> (N,) floats on the CPU, and the N responses as text, prompt-major.
     """
     if rivals is None and "completion" in dataset.column_names:
-        rivals = repeat(dataset["completion"][:], k)
-    values, completions, judge = {}, [], list(measures)[-1]
+        rivals = repeat(dataset["completion"][:], k), [True] * len(dataset) * k
+    values, completions, judge = {}, [], judge or list(measures)[-1]
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         size = max(1, args.eval_batch_size // k)
@@ -328,15 +330,15 @@ def evaluate(policy, reference, tokenizer, measures, dataset, args, k=1, greedy=
             columns = dataset[start : start + size]
             batch = rollout(policy, tokenizer, columns["prompt"], k, args.temperature, args.max_new_tokens, greedy)
             ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (n, T)
-            part = {name: measure(batch, columns) for name, measure in measures.items()}  # name -> (n,)
+            found = {name: measure(batch, columns) for name, measure in measures.items()}  # name -> (n,)
             if rivals:
-                texts = rivals[len(completions) :][: len(batch)]
-                others = encode(tokenizer, repeat(columns["prompt"], k), texts, policy.device)
-                part["win_rate"] = wins(part[judge], measures[judge](others, columns))
-            part["kl"] = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask).sum(1)
-            part["length"] = batch.response_mask.sum(1)
-            part["eos_rate"] = batch.ended
-            for name, value in part.items():
+                texts, ended = (part[len(completions) :][: len(batch)] for part in rivals)
+                others = encode(tokenizer, repeat(columns["prompt"], k), texts, policy.device, ended)
+                found["win_rate"] = wins(found[judge], measures[judge](others, columns))
+            found["kl"] = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask).sum(1)
+            found["length"] = batch.response_mask.sum(1)
+            found["eos_rate"] = batch.ended
+            for name, value in found.items():
                 values.setdefault(name, []).append(value.float().cpu())
             completions += decode(tokenizer, batch)
     return {name: torch.cat(parts) for name, parts in values.items()}, completions
@@ -360,18 +362,20 @@ def try_rewards(tokenizer, dataset, device, measures):
 
 def pick_device(name):
     """torch.device for "cpu", "cuda", "mps", or the best one there is for "auto"."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    require(available.get(name.split(":")[0], False), f"--device {name}: not available here; use auto or cpu")
-    return torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except Exception:
+        stop(f"--device {name}: not available here; use auto or cpu")
 
 
+@functools.cache
 def load_module(path):
-    """The python file at `path`, imported."""
+    """The python file at `path`, imported once."""
     require(os.path.isfile(path), f"{path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(path, path)
+    module = sys.modules[path] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -403,7 +407,7 @@ def from_pretrained(what, auto_class, name, **kwargs):
     """auto_class.from_pretrained(name), from a local folder or the hub; stop in one line where it cannot be loaded."""
     check_path(what, name)
     try:
-        return auto_class.from_pretrained(name, **kwargs)
+        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:
         stop(f"{what} {name}: cannot be loaded from a folder or the hub: {one_line(error)[:300]}")
 
@@ -420,38 +424,51 @@ def load_tokenizer(name):
     return tokenizer
 
 
-def load_model(name, device, dtype="float32", auto_class=AutoModelForCausalLM, **kwargs):
+def load_model(name, device, dtype="float32", auto_class=AutoModelForCausalLM, new=(), **kwargs):
     """Model of a hub name, a folder, or "file.py:function" that returns (model, tokenizer).
 
     Weights are kept in float32, since Adam's small steps vanish in bfloat16; dtype "bfloat16" runs the forward passes
     in it by autocast. Dropout is off (eval mode) for good: the sampler and the update must see the same policy.
-    Only safetensors are read, and code from the hub never runs.
+    Only safetensors are read, and code from the hub never runs. `new` names the weights that may be missing.
     """
     if ".py:" in name:
         model = load_function(name)()[0]
     else:
-        model = from_pretrained("model", auto_class, name, dtype=torch.float32, use_safetensors=True, **kwargs)
+        model, info = from_pretrained("model", auto_class, name, dtype=torch.float32, use_safetensors=True,
+                                      output_loading_info=True, **kwargs)
+        missing = sorted(set(info["missing_keys"]) - set(new))
+        require(not missing, f"model {name}: lacks the weights {', '.join(missing[:3])}, so it is no such model")
     if dtype == "bfloat16":
         for module in (model, model.base_model):
             module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
     return model.to(device).eval()
 
 
-def load_classifier(name, device, dtype="float32", **kwargs):
-    """Like load_model, for a reward model: a causal model with a one-label head called `score`."""
-    model = load_model(name, device, dtype, AutoModelForSequenceClassification, **kwargs)
+def load_reference(name, tokenizer, device, dtype="float32"):
+    """The frozen policy that the KL is measured to; it must have the vocabulary of `tokenizer`, the policy's."""
+    require(".py:" not in name, f"reference {name}: must be a hub name or a folder; a function would make new weights")
+    same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
+    require(same, f"reference {name}: has another vocabulary than the policy, so there is no KL between them")
+    return load_model(name, device, dtype).requires_grad_(False)
+
+
+def load_classifier(name, device, dtype="float32", new_head=False):
+    """Like load_model, for a reward model: a causal model with a one-label head called `score`, trained or new."""
+    new, kwargs = (["score.weight"], {"num_labels": 1}) if new_head else ([], {})
+    model = load_model(name, device, dtype, AutoModelForSequenceClassification, new, **kwargs)
     require(hasattr(model, "score"), f"model {name}: is no classifier on a causal model; wrap it in a python function")
     require(model.config.num_labels == 1, f"model {name}: has {model.config.num_labels} labels; a reward model has 1")
     return model
 
 
-def load_dataset(name, split, columns):
+def load_dataset(name, split):
     """Rows of a hub dataset, a folder written by save_to_disk, a .json/.jsonl/.csv/.parquet file, or a python function.
 
-    Args: name ("owner/name", a path, or "file.py:function" called with the split); split ("train", "test", ...);
-    columns (names that must be there).
+    Args: name ("owner/name", a path, or "file.py:function" called with the split); split ("train", "test", ...; of a
+    single file, which has no splits, any).
     """
     function = load_function(name) if ".py:" in name else check_path("dataset", name)
+    require(not os.path.isfile(name) or os.path.getsize(name) > 0, f"dataset {name}: is empty")
     try:
         if function:
             dataset = function(split)
@@ -466,26 +483,35 @@ def load_dataset(name, split, columns):
             dataset = datasets.load_dataset(name, split=split)
     except Exception as error:
         stop(f"dataset {name}, split {split}: cannot be loaded: {type(error).__name__}: {one_line(error)[:300]}")
-    for column in columns:
-        require(column in dataset.column_names,
-                f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}")
-        odd = [i for i, text in enumerate(dataset[column][:]) if not isinstance(text, str)]
-        require(not odd, f"dataset {name}: column {column!r} must hold strings, and row {odd[:1]} does not")
+    require(isinstance(dataset, datasets.Dataset), f"dataset {name}: must be a datasets.Dataset, not {type(dataset)}")
     require(len(dataset) > 0, f"dataset {name}, split {split}: is empty")
     return dataset
 
 
-def load_prompts(name, split, tokenizer, max_prompt_length, first=None):
-    """The (first) rows of a dataset, without those whose prompt has more than `max_prompt_length` tokens."""
-    dataset = load_dataset(name, split, ["prompt"])
-    dataset = dataset.select(range(min(first or len(dataset), len(dataset))))
-    lengths = [len(ids) for ids in tokenizer(dataset["prompt"][:])["input_ids"]]
-    require(min(lengths) > 0, f"dataset {name}, split {split}: row {lengths.index(min(lengths))} has an empty prompt")
-    fits = [length <= max_prompt_length for length in lengths]
-    require(any(fits), f"dataset {name}: every prompt is longer than --max-prompt-length {max_prompt_length}")
-    if not all(fits):
-        print(f"dataset {name}, split {split}: left out {len(fits) - sum(fits)} of {len(fits)} rows: longer prompts")
-    return dataset.select([i for i, fit in enumerate(fits) if fit])
+def load_rows(name, split, tokenizer, columns, max_length, first=None):
+    """The (first) rows of a dataset whose prompt, with the longest response and its EOS, has at most max_length tokens.
+
+    Args: name and split (see load_dataset); tokenizer; columns ("prompt", and the response columns that must be
+    there); max_length; first (how many rows at most). Says how many rows were too long.
+    """
+    dataset = load_dataset(name, split)
+    for column in columns:
+        require(column in dataset.column_names,
+                f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}")
+    for column in {"prompt", "completion", "chosen", "rejected"} & set(dataset.column_names):
+        odd = [i for i, text in enumerate(dataset[column][:]) if not isinstance(text, str)]
+        require(not odd, f"dataset {name}, split {split}: column {column!r} must hold text; row {odd[:1]} does not")
+
+    prompts, *responses = ([len(ids) for ids in tokenizer(dataset[column][:], add_special_tokens=column == "prompt")
+                            ["input_ids"]] for column in columns)
+    require(min(prompts) > 0, f"dataset {name}, split {split}: row {prompts.index(min(prompts))} has an empty prompt")
+    longest = [max(lengths) + 1 for lengths in zip(*responses)] if responses else [0] * len(dataset)
+    fits = [i for i in range(len(dataset)) if prompts[i] + longest[i] <= max_length]
+    require(fits, f"dataset {name}, split {split}: every row has more than {max_length} tokens; allow more")
+    if len(fits) < len(dataset):
+        print(f"dataset {name}, split {split}: left out {len(dataset) - len(fits)} of {len(dataset)} rows, which are "
+              f"longer than {max_length} tokens")
+    return dataset.select(fits[:first])
 
 
 def batches(dataset, size, seed):
@@ -510,7 +536,10 @@ def open_run(args, script):
     Returns: (folder, TensorBoard writer); the folder holds args.json and the log, and later model/ beside them.
     """
     folder = Path(args.output or f"runs/{script}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(args.output))
+    except OSError as error:
+        stop(f"--output {folder}: cannot be made ({one_line(error)}); name another folder")
     settings = {"script": script, **asdict(args)}
     (folder / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
     writer = SummaryWriter(folder)
@@ -531,13 +560,15 @@ def log(writer, step, metrics):
         writer.add_scalar(name, float(value), step)
 
 
-def rollout_metrics(batch, scores, kl, rewards):
-    """What every algorithm logs about a rollout: means over its N responses."""
+def rollout_metrics(batch, scores, kl, rewards, k):
+    """What every algorithm logs about a rollout: means over its N responses, and over its B prompts."""
+    groups = scores.view(-1, k)  # (B, k)
     return {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
         "objective/kl": kl.sum(1).mean(),
         "objective/rewards": rewards.mean(),
+        "objective/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
         "objective/entropy": -batch.old_logprobs.sum(1).mean(),
         "rollout/length": batch.response_mask.sum(1).float().mean(),
         "rollout/eos_rate": batch.ended.float().mean(),
@@ -612,20 +643,23 @@ def require(ok, message):
 def check_args(args):
     """Stop at the first flag, of those that several scripts share, whose value cannot work."""
     values = vars(args)
-    output = Path(args.output or "")
-    require(not output.is_file(), f"--output {output}: already exists; name another, or remove that file")
-    require(not args.output or not output.exists() or not any(output.iterdir()),
-            f"--output {output}: already holds files; name a new folder, or remove that one")
+    if args.output:
+        output = Path(args.output)
+        parent = next(parent for parent in output.absolute().parents if parent.exists())
+        require(parent.is_dir(), f"--output {output}: cannot be made, for {parent} is a file; name another")
+        require(not output.is_file(), f"--output {output}: already exists; name another, or remove that file")
+        require(not output.exists() or not any(output.iterdir()),
+                f"--output {output}: already holds files; name a new folder, or remove that one")
 
     def check(name, ok, remedy):
         if name in values:
             require(ok(values[name]), f"--{name.replace('_', '-')} {values[name]}: {remedy}")
 
     for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length", "max_length",
-                 "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "samples"):
+                 "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "k"):
         check(name, lambda value: value >= 1, "must be 1 or more")
-    check("temperature", lambda value: 0 < value < float("inf"), "must be above 0 (1 samples from the model as it is)")
+    check("temperature", lambda value: 0 < value < float("inf"), "must be above 0, and finite")
     for name in ("lr", "max_grad_norm"):
-        check(name, lambda value: 0 < value < float("inf"), "must be above 0")
+        check(name, lambda value: 0 < value < float("inf"), "must be above 0, and finite")
     for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates", "weight_decay", "center"):
-        check(name, lambda value: 0 <= value < float("inf"), "must be 0 or more")
+        check(name, lambda value: 0 <= value < float("inf"), "must be 0 or more, and finite")

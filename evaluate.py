@@ -18,15 +18,16 @@ For every policy, on held-out prompts (Ahmadian et al. 2024, section 4.2 and tab
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tqdm import tqdm
 
-from common import (check_args, encode, evaluate, find_gold, frozen_logprobs, load_model, load_prompts, load_reward,
-                    load_tokenizer, pick_device, require, try_rewards)
+from common import (check_args, encode, evaluate, find_gold, frozen_logprobs, load_model, load_reference, load_reward,
+                    load_rows, load_tokenizer, pick_device, require, try_rewards)
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Args:
     policies: Annotated[tuple[str, ...], tyro.conf.Positional]
     """policies to evaluate: hub names or folders"""
     reference: str = "tasks/mini_tldr-sft"
-    """the policy that the KL is measured to"""
+    """the policy that the KL is measured to; its tokenizer must be that of all policies"""
     reward: str = "tasks/mini_tldr-reward"
     """a one-label classifier (hub name or folder), or path/to/file.py:function"""
     gold: str = "auto"
@@ -48,11 +49,11 @@ class Args:
     """rows with the column prompt: hub name, path, or file.py:function"""
     test_split: str = "test"
     """split of the held-out prompts"""
-    preferred_column: str = "completion"
-    """column of the preferred completions, for the perplexity"""
+    preferred_column: str | None = None
+    """column of the preferred completions, for the perplexity; by default completion or chosen, if there is one"""
     eval_prompts: int = 1000
     """how many prompts"""
-    samples: int = 4
+    k: int = 4
     """responses for each prompt"""
     greedy: bool = False
     """take the most probable response instead of samples; there is then no variance and no KL"""
@@ -114,37 +115,46 @@ def summarize(values, completions, k):
 
 
 def main(args):
+    # Everything that can be wrong is looked at before the first policy is evaluated.
     require(args.policies, "name at least one policy (a folder or a hub name)")
     check_args(args)
     device = pick_device(args.device)
     output = Path(args.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}.json")
-    k = 1 if args.greedy else args.samples
-    gold = find_gold(args.gold, args.dataset)
-    require(args.judge in ("gold", "reward") or ".py:" in args.judge,
-            f"--judge {args.judge}: choose gold, reward, or path/to/file.py:function")
-    require(args.judge != "gold" or gold,
-            "--judge gold: there is no gold reward; name one with --gold, or use --judge reward")
-    judge = {"gold": gold, "reward": args.reward}.get(args.judge, args.judge)
-    reference = load_model(args.reference, device, args.dtype).requires_grad_(False)
+    require(not output.exists(), f"--output {output}: already exists; name a new file")
+    specs = {"score": args.reward, "gold": find_gold(args.gold, args.dataset)}
+    judge = {"reward": "score"}.get(args.judge, args.judge)
+    if judge not in specs:
+        require(".py:" in judge, f"--judge {judge}: choose gold, reward, or path/to/file.py:function")
+        specs["judge"], judge = judge, "judge"
+    require(specs[judge], "--judge gold: there is no gold reward; name one with --gold, or use --judge reward")
+    tokenizer = load_tokenizer(args.reference)
+    for name in (*args.policies, args.against):
+        same = name is None or load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
+        require(same, f"policy {name}: has another vocabulary than --reference {args.reference}; evaluate it apart")
+    reference = load_reference(args.reference, tokenizer, device, args.dtype)
+    measures = {name: load_reward(spec, tokenizer, device, args.dtype, args.microbatch_tokens)
+                for name, spec in specs.items() if spec}
+    dataset = load_rows(args.dataset, args.test_split, tokenizer, ["prompt"], args.max_prompt_length, args.eval_prompts)
+    columns = [args.preferred_column] if args.preferred_column else ["completion", "chosen"]
+    preferred = next((column for column in columns if column in dataset.column_names), None)
+    require(preferred or not args.preferred_column, f"--preferred-column {args.preferred_column}: the dataset has none")
+    try_rewards(tokenizer, dataset, device, measures)
 
-    dataset, rivals, results = None, None, {}
-    for name in [args.against] * bool(args.against) + list(args.policies):
-        tokenizer = load_tokenizer(name)
+    k, rivals, results = 1 if args.greedy else args.k, None, {}
+    if args.against:  # sampled with another seed: the two policies must not share their random numbers
+        policy = load_model(args.against, device, args.dtype).requires_grad_(False)
+        values, completions = evaluate(policy, reference, tokenizer, measures, dataset,
+                                       replace(args, seed=args.seed + 1), k, args.greedy, judge)
+        rivals = completions, values["eos_rate"].bool().tolist()
+    for name in tqdm(args.policies, desc="evaluate", unit="policy"):
         policy = load_model(name, device, args.dtype).requires_grad_(False)
-        dataset = dataset or load_prompts(args.dataset, args.test_split, tokenizer, args.max_prompt_length,
-                                          args.eval_prompts)
-        specs = {"score": args.reward, "gold": gold, "judge": judge}  # the last one decides the win rate
-        measures = {key: load_reward(spec, tokenizer, device, args.dtype, args.microbatch_tokens)
-                    for key, spec in specs.items() if spec}
-        try_rewards(tokenizer, dataset, device, measures)
-        values, completions = evaluate(policy, reference, tokenizer, measures, dataset, args, k, args.greedy, rivals)
+        values, completions = evaluate(policy, reference, tokenizer, measures, dataset, args, k, args.greedy, judge,
+                                       rivals)
         if args.greedy:
             del values["kl"]  # its estimate needs samples
         results[name] = summarize(values, completions, k)
-        if args.preferred_column in dataset.column_names:
-            results[name]["perplexity"] = perplexity(policy, tokenizer, dataset, args.preferred_column, args)
-        if name == args.against:
-            rivals = completions
+        if preferred:
+            results[name]["perplexity"] = perplexity(policy, tokenizer, dataset, preferred, args)
 
     names = list(dict.fromkeys(key for metrics in results.values() for key in metrics))
     width = max(map(len, results))

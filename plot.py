@@ -74,10 +74,11 @@ def main(args):
     all_settings = [json.loads(key) for key in groups]
 
     figure, axes = plt.subplots(len(ys), len(args.x), squeeze=False, figsize=(3.6 * len(args.x), 2.7 * len(ys)))
+    lines = {}
     for row, y in enumerate(ys):
         for column, x in enumerate(args.x):
             axis = axes[row][column]
-            for settings, runs in zip(all_settings, groups.values()):
+            for i, (settings, runs) in enumerate(zip(all_settings, groups.values())):
                 curves = [curve(scalars, x, y) for scalars in runs if y in scalars]
                 steps = sorted(set.intersection(*map(set, curves))) if curves else []
                 if not steps:
@@ -85,13 +86,12 @@ def main(args):
                 points = np.array([[points[step] for step in steps] for points in curves])  # (runs, steps, 2)
                 mean, std = points.mean(0), points[..., 1].std(0)
                 name = f"{label(settings, all_settings)} ({len(curves)} seed{'s' * (len(curves) > 1)})"
-                (line,) = axis.plot(mean[:, 0], mean[:, 1], marker=".", label=name)
-                axis.fill_between(mean[:, 0], mean[:, 1] - std, mean[:, 1] + std, color=line.get_color(), alpha=0.2)
+                (lines[name],) = axis.plot(mean[:, 0], mean[:, 1], marker=".", color=f"C{i}")
+                axis.fill_between(mean[:, 0], mean[:, 1] - std, mean[:, 1] + std, color=f"C{i}", alpha=0.2)
             axis.grid(alpha=0.3)
             axis.set_xlabel({"kl": "KL to the reference", "seconds": "training seconds"}.get(x, x))
             axis.set_ylabel(y)
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=2, bbox_to_anchor=(0.5, 1.0), fontsize=9)
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=2, bbox_to_anchor=(0.5, 1.0), fontsize=9)
     figure.tight_layout()
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110, bbox_inches="tight")

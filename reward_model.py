@@ -4,8 +4,7 @@
 
 The first term is the likelihood of the annotators' choices (Stiennon et al. 2020, equation 1). It leaves a constant
 free, which the second, small one fixes: rewards are centred near 0 (Eisenstein et al. 2023, section 3).
-Afterwards the head is divided by the standard deviation of the rewards on held-out pairs, so that 1 means one
-standard deviation of what the SFT policy writes.
+Afterwards the head is divided by the standard deviation of the rewards on the held-out pairs, which becomes 1.
 
 The defaults make the reward model that is shipped in tasks/mini_tldr-reward:
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from common import (batches, check_args, check_finite, classifier_scores, encode, find_gold, load_classifier,
-                    load_dataset, load_reward, load_tokenizer, log, microbatches, open_run, pick_device, require, save)
+                    load_reward, load_rows, load_tokenizer, log, microbatches, open_run, pick_device, save)
 
 
 def compute_loss(chosen, rejected, center):
@@ -80,16 +79,6 @@ class Args:
     """float32, or bfloat16 (autocast; the weights stay in float32)"""
 
 
-def load_pairs(args, split, tokenizer):
-    """The pairs of a split, without those with a response longer than --max-length tokens, prompt included."""
-    pairs = load_dataset(args.dataset, split, ["prompt", "chosen", "rejected"])
-    ids = [tokenizer(pairs[name][:])["input_ids"] for name in ("prompt", "chosen", "rejected")]
-    lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*ids)]
-    fits = [i for i, length in enumerate(lengths) if length < args.max_length]  # 1 is for the EOS
-    require(fits, f"--max-length {args.max_length}: every pair of {args.dataset} is longer")
-    return pairs.select(fits)
-
-
 def spearman(x, y):
     """Rank correlation of x and y (M,), ties ranked by their mean rank."""
     ranks = []
@@ -100,7 +89,7 @@ def spearman(x, y):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, pairs, gold, args):
+def evaluate_pairs(model, tokenizer, pairs, gold, args):
     """Metrics on M held-out pairs: against the annotator, and against the gold reward where there is one."""
     columns = pairs[:]
     rewards, golds = [], []
@@ -109,9 +98,9 @@ def evaluate(model, tokenizer, pairs, gold, args):
         scores = torch.zeros(len(batch), device=model.device)
         for rows in microbatches(args.microbatch_tokens, batch):
             scores[rows] = classifier_scores(model, batch[rows])
-        rewards.append(scores)
+        rewards.append(scores.cpu())
         if gold:
-            golds.append(gold(batch, columns))
+            golds.append(gold(batch, columns).cpu())
     rewards = torch.stack(rewards, 1)  # (M, 2)
     right = rewards[:, 0] > rewards[:, 1]  # (M,)
     metrics = {"accuracy": right.float().mean().item(), "mean": rewards.mean().item(), "std": rewards.std().item()}
@@ -128,16 +117,18 @@ def main(args):
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
-    model = load_classifier(args.model, device, args.dtype, num_labels=1)
+    model = load_classifier(args.model, device, args.dtype, new_head=True)
     model.config.pad_token_id = tokenizer.pad_token_id
     gold = find_gold(args.gold, args.dataset)
     gold = gold and load_reward(gold, tokenizer, device, args.dtype, args.microbatch_tokens)
-    train, test = (load_pairs(args, split, tokenizer) for split in (args.train_split, args.test_split))
+    names = ["prompt", "chosen", "rejected"]
+    train, test = (load_rows(args.dataset, split, tokenizer, names, args.max_length)
+                   for split in (args.train_split, args.test_split))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
     folder, writer = open_run(args, "reward")
 
-    metrics = evaluate(model, tokenizer, test, gold, args)
+    metrics = evaluate_pairs(model, tokenizer, test, gold, args)
     bar = tqdm(range(1, args.num_updates + 1), desc="reward_model", unit="update")
     for step, columns in zip(bar, batches(train, args.batch_size, args.seed)):
         chosen = encode(tokenizer, columns["prompt"], columns["chosen"], device)
@@ -156,12 +147,13 @@ def main(args):
         scheduler.step()
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{metrics['accuracy']:.3f}", refresh=False)
         if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
-            metrics = evaluate(model, tokenizer, test, gold, args)
+            metrics = evaluate_pairs(model, tokenizer, test, gold, args)
+            check_finite(step, folder, **metrics)
             log(writer, step, {f"eval/{name}": value for name, value in metrics.items()})
 
     with torch.no_grad():
         model.score.weight /= metrics["std"]
-    metrics = evaluate(model, tokenizer, test, gold, args)
+    metrics = evaluate_pairs(model, tokenizer, test, gold, args)
     print("\n" + "\n".join(f"{name:<16}{value:>8.3f}" for name, value in metrics.items()))
     (folder / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
     save(folder / "model", model, tokenizer)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from common import (batches, check_args, check_finite, evaluate, frozen_logprobs, load_measures, load_model,
-                    load_prompts, load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run,
+                    load_reference, load_rows, load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run,
                     pick_device, report, require, rollout, rollout_metrics, save, sequence_rewards, show, token_kl,
                     token_logprobs, try_rewards)
 
@@ -80,7 +80,8 @@ class Args:
     missing_eos_penalty: float = 1.0
     """subtracted from the score of a response that was cut off before it ended"""
     microbatch_tokens: int = 8192
-    """tokens, padding included, that go through a model at once: changes memory and time, never the gradient"""
+    """tokens, padding included, that go through a model at once in scoring and update (the rollout's memory follows
+    from its prompts and k): changes memory and time, never the gradient"""
     model: str = "tasks/mini_tldr-sft"
     """the policy to start from: a hub name or a folder"""
     reference: str | None = None
@@ -120,10 +121,10 @@ def main(args):
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype)
-    reference = load_model(args.reference or args.model, device, args.dtype).requires_grad_(False)
+    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype)
     measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
-    train = load_prompts(args.dataset, args.train_split, tokenizer, args.max_prompt_length)
-    test = load_prompts(args.dataset, args.test_split, tokenizer, args.max_prompt_length, args.eval_prompts)
+    train = load_rows(args.dataset, args.train_split, tokenizer, ["prompt"], args.max_prompt_length)
+    test = load_rows(args.dataset, args.test_split, tokenizer, ["prompt"], args.max_prompt_length, args.eval_prompts)
     try_rewards(tokenizer, train, device, measures)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
@@ -167,9 +168,8 @@ def main(args):
         # 6. log
         elapsed = time.perf_counter() - start
         samples, seconds = samples + len(batch), seconds + elapsed
-        metrics = rollout_metrics(batch, scores, kl, rewards)
+        metrics = rollout_metrics(batch, scores, kl, rewards, args.k)
         metrics |= {
-            "objective/frac_reward_zero_std": (advantages.view(-1, args.k).abs().amax(1) < 1e-6).float().mean(),
             "policy/loss": loss,
             "policy/grad_norm": grad_norm,
             "policy/lr": lr,

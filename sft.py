@@ -15,8 +15,8 @@ import tyro
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from common import (batches, check_args, check_finite, encode, frozen_logprobs, load_dataset, load_model,
-                    load_tokenizer, log, microbatches, open_run, pick_device, require, save, token_logprobs)
+from common import (batches, check_args, check_finite, encode, frozen_logprobs, load_model, load_rows,
+                    load_tokenizer, log, microbatches, open_run, pick_device, save, token_logprobs)
 
 
 def compute_loss(logprobs):
@@ -56,7 +56,7 @@ class Args:
     max_length: int = 512
     """rows whose prompt and completion together are longer are left out"""
     eval_every: int = 100
-    """updates between two evaluations"""
+    """updates between two evaluations; 0 evaluates at the end only"""
     eval_rows: int = 500
     """held-out rows that an evaluation uses"""
     seed: int = 1
@@ -69,23 +69,15 @@ class Args:
     """float32, or bfloat16 (autocast; the weights stay in float32)"""
 
 
-def load_rows(args, split, tokenizer):
-    """The rows of a split, without those whose prompt and completion have more than --max-length tokens."""
-    rows = load_dataset(args.dataset, split, ["prompt", "completion"])
-    prompts, completions = (tokenizer(rows[name][:])["input_ids"] for name in ("prompt", "completion"))
-    fits = [i for i in range(len(rows)) if len(prompts[i]) + len(completions[i]) < args.max_length]  # 1 is for the EOS
-    require(fits, f"--max-length {args.max_length}: every row of {args.dataset} is longer")
-    return rows.select(fits)
-
-
 def main(args):
     check_args(args)
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype)
-    train, test = (load_rows(args, split, tokenizer) for split in (args.train_split, args.test_split))
-    columns = test[: args.eval_rows]
+    names = ["prompt", "completion"]
+    train = load_rows(args.dataset, args.train_split, tokenizer, names, args.max_length)
+    columns = load_rows(args.dataset, args.test_split, tokenizer, names, args.max_length, args.eval_rows)[:]
     test = encode(tokenizer, columns["prompt"], columns["completion"], device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
@@ -111,6 +103,7 @@ def main(args):
         if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
             logprobs = frozen_logprobs(policy, test, 1.0, args.microbatch_tokens)  # (N, T)
             perplexity = torch.exp(-logprobs.sum() / test.response_mask.sum()).item()
+            check_finite(step, folder, perplexity=perplexity)
             log(writer, step, {"eval/perplexity": perplexity})
             save(folder / "model", policy, tokenizer)
     print(f"\nheld-out perplexity {perplexity:.3f}; policy and logs are in {folder}")

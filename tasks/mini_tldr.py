@@ -69,7 +69,7 @@ SUMMARIES = [  # the same facts in three orders
 ]
 FILLERS = ["so yeah", "anyway", "long story short", "basically"]
 FILLER_WORDS = set(" ".join(FILLERS).split())
-MAX_WORDS = 24  # a longer summary is over-long; the fullest reference has 20 words
+MAX_WORDS = 24  # a longer summary is over-long; the fullest reference has 22 words
 
 WEIGHTS = {  # gold reward = sum of weight * count
     "covered": 1.0,  # facts of the post that the summary names
@@ -126,7 +126,7 @@ def gold_reward(prompts, completions, **facts):
 
 
 def write_post(facts, aside, rng):
-    """A post of 30 to 70 words about `facts`, with one to three sentences about the other people of `aside`."""
+    """A post of about 27 to 63 words about `facts`, with one to three sentences about the other people of `aside`."""
     story = [rng.choice(EVENTS).format(**facts)]
     for distractor in rng.sample(DISTRACTORS, rng.randint(1, 3)):
         story.insert(rng.randint(0, len(story)), distractor.format(**aside))

@@ -11,7 +11,7 @@ from tiny import make_tokenizer, save_classifier, save_policy
 def world(tmp_path_factory):
     """Paths of a tiny policy, reward model and data file, and flags for a short RL run on them. Read it only."""
     folder = tmp_path_factory.mktemp("world")
-    tokenizer = make_tokenizer("a b c d e f".split())
+    tokenizer = make_tokenizer("a b c d e f".split(), pad="<eos>")
     policy = save_policy(folder / "policy", tokenizer)
     reward = save_classifier(folder / "reward", policy, tokenizer)
     data = str(folder / "data.jsonl")

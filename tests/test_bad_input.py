@@ -38,9 +38,15 @@ def bad(world, tmp_path_factory):
     (folder / "column.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}))
     (folder / "numbers.jsonl").write_text(json.dumps({"prompt": 1}) + "\n" + json.dumps({"prompt": 2}))
     (folder / "blank.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": ""}))
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "b"}]
+    (folder / "blank2.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "used").mkdir()
     (folder / "used" / "args.json").write_text("{}")
     (folder / "nothing").mkdir()
+    save_policy(folder / "headless", world.tokenizer)
+    save_policy(folder / "other", make_tokenizer("x y z".split()))
+    (folder / "list.py").write_text("def rows(split):\n    return [{'prompt': 'a'}]\n")
+    (folder / "null.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n')
     save_classifier(folder / "two_labels", world.policy, world.tokenizer, labels=2)
     return folder
 
@@ -63,6 +69,7 @@ RLOO = [  # flags, and what the line must name: the flag or file, and the remedy
     ({"missing_eos_penalty": -1.0}, ["--missing-eos-penalty -1.0", "0 or more"]),
     ({"eval_every": -1}, ["--eval-every -1", "0 or more"]),
     ({"device": "cuda:99"}, ["--device cuda:99", "not available"]),
+    ({"device": "cpu:x"}, ["--device cpu:x", "not available"]),
     ({"device": "gpu"}, ["--device gpu", "auto or cpu"]),
     ({"model": "{bad}/no_model"}, ["model", "{bad}/no_model", "no such file or folder"]),
     ({"model": "{bad}/nothing"}, ["{bad}/nothing", "cannot be loaded"]),
@@ -77,16 +84,21 @@ RLOO = [  # flags, and what the line must name: the flag or file, and the remedy
     ({"reward": "{bad}/rewards.py:text"}, ["rewards.py:text", "could not convert string to float: 'good'"]),
     ({"reward": "{bad}/rewards.py:none"}, ["rewards.py:none", "NoneType"]),
     ({"gold": "{bad}/rewards.py:nan"}, ["rewards.py:nan", "nan", "finite"]),
+    ({"reward": "{bad}/headless"}, ["{bad}/headless", "lacks the weights score.weight"]),
+    ({"reference": "{bad}/other"}, ["reference {bad}/other", "another vocabulary"]),
     ({"reward": "{bad}/two_labels"}, ["{bad}/two_labels", "2 labels", "has 1"]),
     ({"dataset": "{bad}/no_data.jsonl"}, ["{bad}/no_data.jsonl", "no such file"]),
     ({"dataset": "{bad}/nothing"}, ["dataset {bad}/nothing", "cannot be loaded"]),
-    ({"dataset": "{bad}/empty.jsonl"}, ["{bad}/empty.jsonl"]),
+    ({"dataset": "{bad}/empty.jsonl"}, ["{bad}/empty.jsonl", "is empty"]),
     ({"dataset": "{bad}/column.jsonl"}, ["{bad}/column.jsonl", "no column 'prompt'", "question, answer"]),
-    ({"dataset": "{bad}/numbers.jsonl"}, ["{bad}/numbers.jsonl", "'prompt' must hold strings", "row [0]"]),
+    ({"dataset": "{bad}/list.py:rows"}, ["{bad}/list.py:rows", "must be a datasets.Dataset"]),
+    ({"dataset": "{bad}/null.jsonl"}, ["{bad}/null.jsonl", "'completion' must hold text", "row [1]"]),
+    ({"dataset": "{bad}/numbers.jsonl"}, ["{bad}/numbers.jsonl", "'prompt' must hold text", "row [0]"]),
     ({"dataset": "{bad}/blank.jsonl"}, ["{bad}/blank.jsonl", "row 1 has an empty prompt"]),
     ({"dataset": "tasks/mini_tldr.py:prompts", "train_split": "dev"}, ["split dev", "cannot be loaded"]),
     ({"max_prompt_length": 0}, ["--max-prompt-length 0", "1 or more"]),
     ({"output": "{bad}/used"}, ["--output {bad}/used", "already holds files"]),
+    ({"output": "{bad}/rewards.py/run"}, ["--output {bad}/rewards.py/run", "is a file"]),
     ({"output": "{bad}/rewards.py"}, ["--output {bad}/rewards.py", "already exists"]),
 ]
 
@@ -120,16 +132,18 @@ OTHERS = [
     (sft, dict(model="{bad}/no_model"), ["{bad}/no_model", "no such file or folder"]),
     (sft, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "question, answer"]),
     (sft, dict(batch_size=0), ["--batch-size 0", "1 or more"]),
-    (sft, dict(max_length=1), ["--max-length 1", "longer"]),
+    (sft, dict(dataset="{bad}/blank.jsonl"), ["no column 'completion'"]),
+    (sft, dict(dataset="{bad}/blank2.jsonl"), ["row 1 has an empty prompt"]),
+    (sft, dict(max_length=1), ["more than 1 tokens"]),
     (sft, dict(output="{bad}/used"), ["--output {bad}/used", "already holds files"]),
     (reward_model, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "question, answer"]),
     (reward_model, dict(gold="{bad}/rewards.py:absent"), ["{bad}/rewards.py", "no function absent"]),
-    (reward_model, dict(max_length=1), ["--max-length 1", "longer"]),
+    (reward_model, dict(max_length=1), ["more than 1 tokens"]),
     (reward_model, dict(output="{bad}/used"), ["--output {bad}/used", "already holds files"]),
     (evaluate, dict(policies=("{bad}/no_model",)), ["{bad}/no_model", "no such file or folder"]),
     (evaluate, dict(judge="gold"), ["--judge gold", "--gold"]),
     (evaluate, dict(judge="best"), ["--judge best", "choose gold, reward"]),
-    (evaluate, dict(samples=0), ["--samples 0", "1 or more"]),
+    (evaluate, dict(k=0), ["--k 0", "1 or more"]),
     (evaluate, dict(output="{bad}/used/args.json"), ["--output {bad}/used/args.json", "already exists"]),
     (plot, dict(runs=("{bad}/nothing",)), ["{bad}/nothing", "is not a run folder"]),
     (plot, dict(runs=("{bad}/used",)), ["{bad}/used", "no scalars"]),

@@ -18,7 +18,7 @@ from common import (
     frozen_logprobs,
     load_dataset,
     load_model,
-    load_prompts,
+    load_rows,
     load_reward,
     load_tokenizer,
     microbatches,
@@ -249,21 +249,32 @@ def test_wins():
     assert wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0])).tolist() == [0, 0.5, 1]
 
 
-def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer):
-    class Args:
-        temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed = 1.0, 6, 1000, 3, 1
+class EvaluateArgs:
+    temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed = 1.0, 6, 1000, 3, 1
 
+
+def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer):
     length = lambda batch, columns: batch.response_mask.sum(1).float()
-    dataset = Dataset.from_dict({"prompt": PROMPTS, "completion": ["a b"] * 4})  # references of 3 tokens with EOS
-    values, completions = evaluate(policy, policy, tokenizer, {"score": length}, dataset, Args, k=2)
+    dataset = Dataset.from_dict({"prompt": PROMPTS, "completion": ["a b c d"] * 4})  # 5 tokens with EOS
+    values, completions = evaluate(policy, policy, tokenizer, {"score": length}, dataset, EvaluateArgs, k=2)
     assert len(completions) == 8 and values["kl"].abs().max() < 1e-4
-    assert values["win_rate"].tolist() == [0.5 + 0.5 * math.copysign(n != 3, n - 3) for n in values["length"].tolist()]
-    again, _ = evaluate(policy, policy, tokenizer, {"score": length}, dataset, Args, k=2)
+    assert {2, 5, 6} <= set(values["length"].tolist())
+    assert values["win_rate"].tolist() == [1 if n > 5 else 0 if n < 5 else 0.5 for n in values["length"].tolist()]
+    again, _ = evaluate(policy, policy, tokenizer, {"score": length}, dataset, EvaluateArgs, k=2)
     assert torch.equal(values["length"], again["length"])
-    against_others, _ = evaluate(policy, policy, tokenizer, {"score": length}, dataset, Args, k=2, rivals=completions)
-    assert (
-        against_others["win_rate"].eq(0.5).float().mean() >= 0.5
-    )  # itself, but for texts that lost their special tokens
+
+
+def test_a_policy_ties_with_its_own_responses_even_where_they_were_cut_off(world):
+    """The rivals are texts; whether each had ended must come along, or a reward model would see two different rows."""
+    tokenizer, policy = load_tokenizer(world.policy), load_model(world.policy, CPU)
+    score = load_reward(world.reward, tokenizer, CPU, "float32", 1000)
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    values, completions = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4)
+    ended = values["eos_rate"].bool().tolist()
+    assert any(ended) and not all(ended) and "win_rate" not in values
+    rivals = completions, ended
+    values, _ = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4, rivals=rivals)
+    assert values["win_rate"].tolist() == [0.5] * 16
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -292,10 +303,11 @@ def test_datasets_of_every_local_kind(kind, tmp_path):
         dataset.to_parquet(tmp_path / "data.folder" / "train.parquet")
     else:
         (tmp_path / "make.py").write_text(
-            f"from datasets import Dataset\ndef rows(split):\n    assert split == 'train'\n    return Dataset.from_list({ROWS})\n"
+            "from datasets import Dataset\n\n\ndef rows(split):\n"
+            f"    assert split == 'train'\n    return Dataset.from_list({ROWS})\n"
         )
         name = f"{tmp_path / 'make.py'}:rows"
-    assert load_dataset(name, "train", ["prompt"]).to_list() == ROWS
+    assert load_dataset(name, "train").to_list() == ROWS
 
 
 def test_batches_use_every_row_once_an_epoch_and_go_on_for_ever():
@@ -312,7 +324,7 @@ def test_batches_use_every_row_once_an_epoch_and_go_on_for_ever():
 
 def test_long_prompts_are_left_out_and_counted(tokenizer, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
-    kept = load_prompts(str(tmp_path / "data.jsonl"), "train", tokenizer, 3)
+    kept = load_rows(str(tmp_path / "data.jsonl"), "train", tokenizer, ["prompt"], 3)
     assert kept["prompt"][:] == ["a b c", "d", "f f"]
     assert "left out 1 of 4" in capsys.readouterr().out
 

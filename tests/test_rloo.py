@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from exact import Enumeration
+from tiny import save_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -32,7 +33,7 @@ def test_worked_example_of_the_notes():
 
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_advantages_against_the_equivalent_form(k):
-    """A = k/(k-1) (R - mean of all k), equation 21 of seeds/001; they sum to 0; k = 2 gives +-(R_1 - R_2)."""
+    """A = k/(k-1) (R - mean of all k), in exact arithmetic; they sum to 0; k = 2 gives +-(R_1 - R_2)."""
     rewards = torch.randn(7 * k, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
     groups = rewards.view(7, k)
     advantages = rloo.compute_advantages(rewards, k)
@@ -92,6 +93,22 @@ def test_gradient_does_not_depend_on_the_micro_batch(world, tmp_path):
     assert gradients[0].norm() > 1e-3
     for gradient in gradients[1:]:
         assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_the_run_is_wired_as_the_formula_says(world, tmp_path):
+    """Scores = reward - missing-EOS penalty, rewards = scores - beta * KL, KL to the reference and not to the policy."""
+    (tmp_path / "reward.py").write_text("def two(completions, **_):\n    return [2.0] * len(completions)\n")
+    reference = save_policy(tmp_path / "reference", world.tokenizer, seed=5)
+    flags = world.flags | {"reference": reference, "reward": f"{tmp_path}/reward.py:two", "num_updates": 1}
+    rloo.main(rloo.Args(**flags, beta=0.3, missing_eos_penalty=0.7, output=str(tmp_path / "run")))
+    step = {name: points[0][1] for name, points in scalars(tmp_path / "run").items()}
+    assert abs(step["objective/kl"]) > 0.1 and 0 < step["rollout/eos_rate"] < 1
+    assert step["objective/scores"] == pytest.approx(2 - 0.7 * (1 - step["rollout/eos_rate"]), abs=1e-5)
+    assert step["objective/rewards"] == pytest.approx(step["objective/scores"] - 0.3 * step["objective/kl"], abs=1e-4)
+
+    rloo.main(rloo.Args(**flags | {"reference": None}, missing_eos_penalty=0.0, output=str(tmp_path / "own")))
+    step = {name: points[0][1] for name, points in scalars(tmp_path / "own").items()}
+    assert abs(step["objective/kl"]) < 1e-4 and step["objective/frac_reward_zero_std"] == 1
 
 
 def test_run_folder_holds_what_the_readme_says(world, tmp_path):

@@ -7,7 +7,7 @@ import matplotlib.image
 import pytest
 import torch
 from datasets import Dataset
-from tiny import CPU
+from tiny import CPU, make_tokenizer, save_policy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import evaluate
@@ -101,7 +101,7 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
         judge="reward",
         dataset=world.data,
         test_split="train",
-        samples=2,
+        k=2,
         max_new_tokens=5,
         device="cpu",
     )
@@ -131,10 +131,20 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
         losses.append(policy(ids, labels=labels).loss.item())
     assert metrics["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
 
-    itself = evaluate.Args(
-        policies=(world.policy,), against=world.policy, output=str(tmp_path / "b.json"), **flags | {"greedy": True}
-    )
-    assert evaluate.main(itself)[world.policy]["win_rate"] > 0.4  # ties, but for what decoding loses
+    flags |= {"greedy": True, "against": world.policy}
+    results = evaluate.main(evaluate.Args(policies=(world.policy,), output=str(tmp_path / "b.json"), **flags))
+    assert results[world.policy]["win_rate"] == 0.5 and "kl" not in results[world.policy]
+
+
+def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys):
+    other = save_policy(tmp_path / "other", make_tokenizer("x y z".split()))
+    flags = dict(reference=world.policy, reward=world.reward, judge="reward", dataset=world.data, device="cpu")
+    for name, expected in ((str(tmp_path / "typo"), "no such file or folder"), (other, "another vocabulary")):
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main(evaluate.Args(policies=(world.policy, name), output=str(tmp_path / "c.json"), **flags))
+        captured = capsys.readouterr()
+        assert stopped.value.code == 2 and name in captured.err and expected in captured.err
+        assert captured.out == "" and not (tmp_path / "c.json").exists()
 
 
 def test_diversity_by_hand():

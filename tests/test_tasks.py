@@ -95,7 +95,7 @@ def test_the_task_prints_posts_with_their_gold_reward():
 
 
 def test_shipped_policy_and_reward_model_are_what_the_readme_says():
-    """Small folders of safetensors; on 500 held-out posts the SFT policy has room to grow, and the reward model sees it."""
+    """On 500 held-out posts the SFT policy has room to grow, and the reward model sees where."""
     for folder in ("mini_tldr-sft", "mini_tldr-reward"):
         files = {path.name: path.stat().st_size for path in (ROOT / "tasks" / folder).iterdir()}
         assert files["model.safetensors"] < 1_100_000
