@@ -578,7 +578,7 @@ def rollout_metrics(batch, scores, kl, rewards, k):
 def show(bar, metrics):
     """Write reward, KL and length of the last rollout behind the progress bar."""
     names = {"score": "objective/scores", "kl": "objective/kl", "length": "rollout/length"}
-    bar.set_postfix({short: f"{metrics[name].item():.2f}" for short, name in names.items()}, refresh=False)
+    bar.set_postfix({short: f"{metrics[name].item():z.2f}" for short, name in names.items()}, refresh=False)
 
 
 def log_evaluation(writer, step, evaluation):
@@ -608,7 +608,7 @@ def report(folder, dataset, before, after):
     (folder / "evaluation.json").write_text(json.dumps({"before": old, "after": new}, indent=2) + "\n")
     print(f"\n{'held-out prompts':<20}{'before':>10}{'after':>10}")
     for name in old:
-        print(f"{name:<20}{old[name]:>10.3f}{new[name]:>10.3f}")
+        print(f"{name:<20}{old[name]:>z10.3f}{new[name]:>z10.3f}")
     print(f"\nprompt   {dataset[0]['prompt']}\nbefore   {old_texts[0]}\nafter    {new_texts[0]}")
     print(f"\nthe policy is in {folder / 'model'}; to see the curves: tensorboard --logdir {folder.parent}")
 

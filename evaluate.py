@@ -156,11 +156,10 @@ def main(args):
         if preferred:
             results[name]["perplexity"] = perplexity(policy, tokenizer, dataset, preferred, args)
 
-    names = list(dict.fromkeys(key for metrics in results.values() for key in metrics))
-    width = max(map(len, results))
-    print(f"{'policy':<{width}}" + "".join(f"{key:>13}" for key in names))
-    for name, metrics in results.items():
-        print(f"{name:<{width}}" + "".join(f"{metrics.get(key, math.nan):>13.3f}" for key in names))
+    print("".join([f"{'':<12}", *(f"  {name:>10}" for name in results)]))
+    for metric in next(iter(results.values())):
+        numbers = (f"  {metrics[metric]:>z{max(10, len(name))}.3f}" for name, metrics in results.items())
+        print(f"{metric:<12}" + "".join(numbers))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"settings": asdict(args), "policies": results}, indent=2) + "\n")
     print(f"wrote {output}")

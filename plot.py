@@ -3,7 +3,7 @@
     python plot.py runs/rloo-seed* --output curves.png
 
 Runs that differ in nothing but the seed (and the output folder) are one curve: the mean, and a band of one standard
-deviation. Every metric (--y) is drawn against every x-axis (--x): updates, samples, seconds and KL.
+deviation (not against the KL). Every metric (--y) is drawn against every x-axis (--x): updates, samples, seconds and KL.
 """
 
 import json
@@ -87,7 +87,8 @@ def main(args):
                 mean, std = points.mean(0), points[..., 1].std(0)
                 name = f"{label(settings, all_settings)} ({len(curves)} seed{'s' * (len(curves) > 1)})"
                 (lines[name],) = axis.plot(mean[:, 0], mean[:, 1], marker=".", color=f"C{i}")
-                axis.fill_between(mean[:, 0], mean[:, 1] - std, mean[:, 1] + std, color=f"C{i}", alpha=0.2)
+                if x != "kl":  # the KL may go back, where a band would cross itself
+                    axis.fill_between(mean[:, 0], mean[:, 1] - std, mean[:, 1] + std, color=f"C{i}", alpha=0.2)
             axis.grid(alpha=0.3)
             axis.set_xlabel({"kl": "KL to the reference", "seconds": "training seconds"}.get(x, x))
             axis.set_ylabel(y)
