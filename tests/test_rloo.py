@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rloo
-from common import sequence_rewards, token_kl
+from common import encode, load_model, sequence_rewards, token_kl, token_logprobs
 
 
 def test_worked_example_of_the_notes():
@@ -158,3 +158,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(world,
     assert stopped.value.code == 1
     assert message.startswith("error: update 2: ") and "--lr" in message and str(tmp_path / "run") in message
     assert scalars(tmp_path / "run")["eval/score"]
+
+
+def test_bfloat16_keeps_float32_weights_and_close_logprobs(world, tmp_path):
+    policy = rloo.main(rloo.Args(**world.flags, dtype="bfloat16", output=str(tmp_path / "run")))
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    batch = encode(world.tokenizer, ["a b c", "d"], ["e f", "a"], policy.device)
+    low = token_logprobs(policy, batch, 1.0)
+    policy = load_model(str(tmp_path / "run" / "model"), policy.device)
+    full = token_logprobs(policy, batch, 1.0)
+    assert low.dtype == torch.float32 and 1e-5 < (low - full).abs().max() < 0.3
