@@ -226,6 +226,18 @@ def sequence_rewards(scores, kl, beta):
     return scores - beta * kl.sum(1)
 
 
+def token_rewards(scores, kl, beta, response_mask):
+    """r_t = -beta * kl_t, plus the score on the last token of the response, EOS where there is one.
+
+    Args: scores (N,); kl (N, T); beta; response_mask (N, T). Returns: (N, T), 0 where masked; each row sums to
+    sequence_rewards.
+    """
+    rewards = -beta * kl  # (N, T)
+    last = response_mask.sum(1) - 1  # (N,)
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores.to(rewards.dtype)
+    return rewards
+
+
 # ------------------------------------------------------------------------------------------------------- reward scoring
 
 
@@ -240,6 +252,28 @@ def classifier_scores(model, batch):
     last = ids.shape[1] - T + batch.response_mask.sum(1) - 1  # (N,)
     hidden = output.last_hidden_state[torch.arange(len(ids), device=last.device), last]  # (N, hidden)
     return model.score(hidden.to(model.score.weight.dtype)).squeeze(1)
+
+
+def token_values(critic, batch):
+    """A one-label classifier's output at the state before each response token, with gradients.
+
+    The value of a state must not see the action: V of response token t is read at the position before it, the last
+    prompt token for the first one. Returns: (N, T), 0 where masked.
+    """
+    ids, mask, T = join(batch)
+    output = critic.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+    hidden = output.last_hidden_state[:, -T - 1 : -1]  # (N, T, hidden)
+    values = critic.score(hidden.to(critic.score.weight.dtype)).squeeze(2)  # (N, T)
+    return F.pad(values.masked_fill(~batch.response_mask[:, :T], 0.0), (0, batch.responses.shape[1] - T))
+
+
+@torch.no_grad()
+def frozen_values(critic, batch, max_tokens):
+    """`token_values` in micro-batches, without gradients. Returns (N, T)."""
+    values = torch.zeros_like(batch.old_logprobs)
+    for rows in microbatches(max_tokens, batch):
+        values[rows] = token_values(critic, batch[rows]).to(values.dtype)
+    return values
 
 
 def load_reward(name, tokenizer, device, dtype, max_tokens):
@@ -459,6 +493,17 @@ def load_classifier(name, device, dtype="float32", new_head=False):
     require(hasattr(model, "score"), f"model {name}: is no classifier on a causal model; wrap it in a python function")
     require(model.config.num_labels == 1, f"model {name}: has {model.config.num_labels} labels; a reward model has 1")
     return model
+
+
+def load_critic(args, tokenizer, device):
+    """The value model: args.critic, or where that is None the reward model, or where that is a function the policy.
+
+    A policy gets a new head; a reward model or a critic keeps its own.
+    """
+    name = args.critic or (args.model if ".py:" in args.reward else args.reward)
+    same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
+    require(same, f"critic {name}: has another vocabulary than the policy; name another with --critic")
+    return load_classifier(name, device, args.dtype, new_head=True)
 
 
 def load_dataset(name, split):

@@ -2,8 +2,8 @@
 
     python plot.py runs/rloo-seed* --output curves.png
 
-Runs that differ in nothing but the seed (and the output folder) are one curve: the mean, and a band of one standard
-deviation (not against the KL). Every metric (--y) is drawn against every x-axis (--x): updates, samples, seconds and KL.
+Runs that differ in nothing but the seed (and the output) are one curve: the mean, and a band of one standard
+deviation (not against the KL). Every metric (--y) is drawn against every x-axis (--x).
 """
 
 import json

@@ -107,7 +107,7 @@ class Args:
     seed: int = 1
     """of the order of the prompts and of the sampling"""
     output: str | None = None
-    """run folder: args.json, TensorBoard logs, model/; by default runs/rloo-seed<seed>-<time>"""
+    """run folder: args.json, TensorBoard logs, model/; by default runs/<script>-seed<seed>-<time>"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"

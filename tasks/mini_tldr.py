@@ -12,6 +12,7 @@ dataset or a reward of your own would:
     prompts(split)          prompt, completion (a reference summary) and the seven facts        for RL and evaluation
     demonstrations(split)   prompt, completion (a summary as a hurried person writes it)        for sft.py
     preferences(split)      prompt, chosen, rejected (a noisy annotator's choice)               for reward_model.py
+    comparisons(split)      fewer of the same                                                   for dpo.py
     gold_reward(...)        what a summary is really worth: the measure that RL never sees
     new_model()             an untrained model and its tokenizer                                for sft.py
 
@@ -195,13 +196,14 @@ def edit(summary, facts, rng):
     return " ".join(words)
 
 
-def preferences(split):
+def preferences(split, count=None):
     """Which of two summaries a noisy annotator prefers. Columns: prompt, chosen, rejected, and the seven facts.
 
     The first is sampled from the shipped SFT policy. The second is another sample (3 of 8 pairs), the post's reference
     (1 of 8; Stiennon et al. 2020 had both kinds compared), or the first with one fact edited (4 of 8): without such
     pairs a model this small learns to count facts, but not to check them. The annotator prefers a over b with
-    probability sigmoid(2 (gold(a) - gold(b))), the Bradley-Terry model: one fact more wins in 88% of all pairs.
+    probability sigmoid(2 (gold(a) - gold(b))), the Bradley-Terry model: one fact more wins in 88% of all pairs. There
+    are `count` pairs, by default PAIRS[split].
     """
     import torch
     from tqdm import trange
@@ -212,7 +214,7 @@ def preferences(split):
     rng, rows = random.Random(f"mini_tldr preferences {split}"), []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for start in trange(0, PAIRS[split], 500, desc=f"{split} pairs", unit=" x 500 pairs"):
+        for start in trange(0, count or PAIRS[split], 500, desc=f"{split} pairs", unit=" x 500 pairs"):
             posts = [example(split, i % POSTS[split]) for i in range(start, start + 500)]
             samples = decode(tokenizer, rollout(policy, tokenizer, [post["prompt"] for post in posts], 2, 1.0, 32))
             for post, a, b in zip(posts, samples[::2], samples[1::2]):
@@ -223,6 +225,11 @@ def preferences(split):
                     a, b = b, a
                 rows.append({"prompt": post["prompt"], "chosen": a, "rejected": b, **facts})
     return Dataset.from_list(rows)
+
+
+def comparisons(split):
+    """The first 8,000 of the training pairs of `preferences`, or 1,000 of the test pairs: enough for dpo.py."""
+    return preferences(split, {"train": 8_000, "test": 1_000}[split])
 
 
 def new_model():

@@ -1,0 +1,183 @@
+"""DPO, direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, equation 7).
+
+    loss = - log sigma( beta [ log pi(y+|x)/pi_ref(y+|x) - log pi(y-|x)/pi_ref(y-|x) ] )
+
+for pairs of a chosen response y+ and a rejected one y-, collected beforehand. beta log(pi/pi_ref) is the reward that
+the policy stands for: the one for which it would be the optimum of E[r] - beta KL.
+
+    python dpo.py
+
+What differs from rloo.py: the data are preference pairs (--dataset, with prompt, chosen and rejected), and the
+evaluation has a dataset of its own (--eval-dataset); the reward model only measures. Log-probs are summed over the response, EOS
+included, as in the paper; some implementations average them, which is another loss.
+
+The gradient at pi = pi_ref is beta/2 times that of log pi(y-) - log pi(y+). Nothing in the loss holds up the
+probability of the chosen response: only the difference counts, and both often fall (rewards/chosen below 0 is normal).
+
+What to watch: rewards/margins rises, rewards/accuracies leaves 0.5; eval/length, since DPO tends to longer responses;
+eval/kl, which nothing but the loss's shape bounds.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from common import (batches, check_args, check_finite, encode, evaluate, frozen_logprobs, load_measures, load_model,
+                    load_reference, load_rows, load_tokenizer, log, log_evaluation, microbatches, open_run, pick_device,
+                    report, save, token_logprobs, try_rewards)
+
+
+def compute_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs, beta):
+    """- log sigma of the difference of the two responses' rewards beta log(pi/pi_ref), summed over pairs.
+
+    A sum: the caller divides by the pairs of the whole batch, whatever the micro-batch.
+
+    Args: four (n, T) tensors of token log-probs, 0 where masked; beta.
+    Returns: scalar, and the rewards of the chosen and the rejected responses, (n,) each.
+    """
+    chosen = beta * (chosen_logprobs - chosen_ref_logprobs).sum(1)  # (n,)
+    rejected = beta * (rejected_logprobs - rejected_ref_logprobs).sum(1)  # (n,)
+    return -F.logsigmoid(chosen - rejected).sum(), chosen.detach(), rejected.detach()
+
+
+@dataclass
+class Args:
+    beta: float = 0.1
+    """how much the policy's log-ratio to the reference counts as reward: higher stays closer to the reference"""
+    temperature: float = 0.7
+    """the policy, and the reference, are softmax(logits / temperature): sampled and scored with the same"""
+    lr: float = 1e-3
+    """Adam's peak learning rate (for a pretrained model of a billion parameters: 1e-6 to 3e-6)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """how the learning rate falls after the warm-up"""
+    warmup_updates: int = 0
+    """updates over which the learning rate rises from 0"""
+    max_grad_norm: float = 1.0
+    """the gradient's norm is clipped to this"""
+    num_updates: int = 150
+    """optimizer steps"""
+    batch_size: int = 32
+    """preference pairs of one step"""
+    max_prompt_length: int = 512
+    """evaluation prompts with more tokens are left out"""
+    max_length: int = 512
+    """pairs with more tokens, prompt and longer response together, are left out"""
+    max_new_tokens: int = 32
+    """a response is cut off after this many tokens"""
+    microbatch_tokens: int = 8192
+    """tokens, padding included, that go through a model at once: changes memory and time, never the gradient"""
+    model: str = "tasks/mini_tldr-sft"
+    """the policy to start from: a hub name or a folder"""
+    reference: str | None = None
+    """the policy that the KL is measured to; by default a frozen copy of --model"""
+    reward: str = "tasks/mini_tldr-reward"
+    """only measured, in evaluations: a one-label classifier (hub name or folder), or path/to/file.py:function"""
+    gold: str = "auto"
+    """a second reward that is only measured, in evaluations, where it judges the win rate; "auto": the function
+    gold_reward of the python file that --dataset names, if it has one; "none": none"""
+    dataset: str = "tasks/mini_tldr.py:comparisons"
+    """rows with the columns prompt, chosen and rejected: hub name, path, or file.py:function"""
+    train_split: str = "train"
+    """split that the pairs are taken from"""
+    eval_dataset: str = "tasks/mini_tldr.py:prompts"
+    """rows with the column prompt, and completion (a reference text) for the win rate, like rloo.py's --dataset"""
+    test_split: str = "test"
+    """split that the evaluations take their prompts from"""
+    eval_every: int = 10
+    """updates between two evaluations; 0 evaluates before and after training only"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one sampled response each"""
+    eval_batch_size: int = 256
+    """responses sampled at once in an evaluation"""
+    seed: int = 1
+    """of the order of the pairs and of the sampling"""
+    output: str | None = None
+    """run folder: args.json, TensorBoard logs, model/; by default runs/<script>-seed<seed>-<time>"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32, or bfloat16 (autocast; the weights and Adam stay in float32)"""
+
+
+def main(args):
+    check_args(args)
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    policy = load_model(args.model, device, args.dtype)
+    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype)
+    measures = load_measures(args, tokenizer, device)  # "score", and "gold" if there is one: both only measured
+    train = load_rows(args.dataset, args.train_split, tokenizer, ["prompt", "chosen", "rejected"], args.max_length)
+    test = load_rows(args.eval_dataset, args.test_split, tokenizer, ["prompt"], args.max_prompt_length,
+                     args.eval_prompts)
+    try_rewards(tokenizer, test, device, measures)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
+    folder, writer = open_run(args, "dpo")
+    before = after = evaluate(policy, reference, tokenizer, measures, test, args)
+    log_evaluation(writer, 0, before)
+
+    samples, seconds = 0, 0.0
+    bar = tqdm(range(1, args.num_updates + 1), desc="dpo", unit="update")
+    for step, columns in zip(bar, batches(train, args.batch_size, args.seed)):
+        start = time.perf_counter()
+
+        # 1. pairs, instead of a rollout
+        chosen = encode(tokenizer, columns["prompt"], columns["chosen"], device)  # N rows each
+        rejected = encode(tokenizer, columns["prompt"], columns["rejected"], device)
+
+        # 2. score, 3. shape: the reference's log-probs are all that is needed
+        chosen_ref_logprobs = frozen_logprobs(reference, chosen, args.temperature, args.microbatch_tokens)  # (N, T)
+        rejected_ref_logprobs = frozen_logprobs(reference, rejected, args.temperature, args.microbatch_tokens)
+
+        # 4. advantages: none. 5. update: one step on the whole batch, which goes through the model in micro-batches
+        loss = 0.0
+        optimizer.zero_grad()
+        chosen_rewards, rejected_rewards = torch.zeros(2, len(chosen), device=device)  # (N,) each
+        for rows in microbatches(args.microbatch_tokens, chosen, rejected):
+            chosen_logprobs = token_logprobs(policy, chosen[rows], args.temperature)  # (n, T)
+            rejected_logprobs = token_logprobs(policy, rejected[rows], args.temperature)  # (n, T)
+            part, chosen_rewards[rows], rejected_rewards[rows] = compute_loss(
+                chosen_logprobs, rejected_logprobs, chosen_ref_logprobs[rows], rejected_ref_logprobs[rows], args.beta)
+            (part / len(chosen)).backward()
+            loss += part.item() / len(chosen)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+        optimizer.step()
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+
+        # 6. log
+        elapsed = time.perf_counter() - start
+        samples, seconds = samples + 2 * len(chosen), seconds + elapsed
+        metrics = {
+            "rewards/chosen": chosen_rewards.mean(),
+            "rewards/rejected": rejected_rewards.mean(),
+            "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float().mean(),
+            "policy/loss": loss,
+            "policy/grad_norm": grad_norm,
+            "policy/lr": lr,
+            "time/samples": samples,
+            "time/seconds": seconds,
+        }
+        log(writer, step, metrics)
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{metrics['rewards/accuracies']:.2f}", refresh=False)
+        if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
+            after = evaluate(policy, reference, tokenizer, measures, test, args)
+            check_finite(step, folder, kl=after[0]["kl"].mean())
+            log_evaluation(writer, step, after)
+            save(folder / "model", policy, tokenizer)
+    report(folder, test, before, after)
+    writer.close()
+    return policy
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,229 @@
+"""GRPO, group relative policy optimization (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300, equations 3 and 4).
+
+    A_i  = ( r_i - mean(r_1 ... r_k) ) / std(r_1 ... r_k)
+    loss = - 1/k sum_i 1/|y_i| sum_t [ min( ratio A_i, clip(ratio, 1 +- clip) A_i ) - beta k3_t ]
+    k3_t = pi_ref / pi - log( pi_ref / pi ) - 1
+
+    python grpo.py
+    python grpo.py --no-scale-std --no-length-mean      # the mean-centred variant: "Dr. GRPO", Liu et al. 2025
+
+What differs from rloo.py: the group's mean, the response itself included, is the baseline, which scales the gradient
+by (k - 1) / k; the advantages are divided by the group's std; a response's tokens are averaged, not summed; the ratio
+to the sampling policy is clipped token by token, so that a rollout can serve several steps; and the KL stands in the
+loss (k3), not in the reward.
+
+Each of these but the ratio changes the expected gradient, not only its variance: dividing by the std weighs prompts by
+how alike their responses' rewards are; averaging over the length favours short good and long bad responses; and the
+gradient of k3 in the loss is that of KL(pi_ref || pi), the other direction. tests/test_exact.py has the numbers.
+
+Where published code deviates: implementations divide by std + 1e-4 (as here) or + 1e-8.
+
+What to watch: objective/frac_reward_zero_std, the share of prompts without any signal; rollout/length.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from common import (batches, check_args, check_finite, evaluate, frozen_logprobs, load_measures, load_model,
+                    load_reference, load_rows, load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run,
+                    pick_device, report, require, rollout, rollout_metrics, save, show, token_kl, token_logprobs,
+                    try_rewards)
+
+
+def compute_advantages(rewards, k, scale_std=True):
+    """A_i = (r_i - mean) / (std + 1e-4), mean and std (k - 1 in its denominator) over the k rewards of the prompt.
+
+    Args: rewards (N,), N = B * k, prompt-major; k >= 2; scale_std (False: not divided by the std).
+    Returns: advantages (N,).
+    """
+    rewards = rewards.view(-1, k)  # (B, k)
+    advantages = rewards - rewards.mean(1, keepdim=True)  # (B, k)
+    if scale_std:
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+    return advantages.flatten()
+
+
+def compute_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mask, clip, beta, length_mean=True):
+    """sum_i 1/|y_i| sum_t [ - min( ratio_t A_i, clip(ratio_t, 1 - clip, 1 + clip) A_i ) + beta k3_t ].
+
+    A sum over rows: the caller divides by the rows of the whole mini-batch.
+
+    Args: logprobs, old_logprobs, ref_logprobs (n, T), 0 where masked; advantages (n,); response_mask (n, T);
+    clip (inf: none); beta; length_mean (False: the tokens are summed). Returns: scalar, and the number of tokens that
+    the clipping touched.
+    """
+    ratio = (logprobs - old_logprobs).exp()  # (n, T)
+    advantages = advantages.unsqueeze(1) * response_mask  # (n, T)
+    free, bounded = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages  # (n, T)
+    log_ratio = ref_logprobs - logprobs  # (n, T)
+    k3 = log_ratio.exp() - log_ratio - 1  # (n, T), 0 where masked
+    losses = beta * k3 - torch.min(free, bounded)  # (n, T)
+    lengths = response_mask.sum(1, keepdim=True) if length_mean else 1  # (n, 1)
+    return (losses / lengths).sum(), (bounded < free).sum()
+
+
+@dataclass
+class Args:
+    k: int = 4
+    """responses per prompt, 2 or more"""
+    scale_std: bool = True
+    """divide the advantages by the std of the group's rewards"""
+    length_mean: bool = True
+    """average the loss over the tokens of a response, rather than sum it"""
+    beta: float = 0.05
+    """weight of the KL penalty in the loss; 0 switches it off"""
+    temperature: float = 0.7
+    """the policy, and the reference, are softmax(logits / temperature): sampled and scored with the same"""
+    lr: float = 1e-3
+    """Adam's peak learning rate (for a pretrained model of a billion parameters: 1e-6 to 3e-6)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """how the learning rate falls after the warm-up"""
+    warmup_updates: int = 0
+    """updates over which the learning rate rises from 0"""
+    max_grad_norm: float = 1.0
+    """the gradient's norm is clipped to this"""
+    num_updates: int = 150
+    """rollouts, each of which is used for epochs * minibatches optimizer steps"""
+    epochs: int = 1
+    """times that each rollout is gone through"""
+    minibatches: int = 1
+    """optimizer steps of one epoch, each on its share of the rollout's responses"""
+    clip: float = 0.2
+    """the ratio pi / pi_old of a token earns nothing beyond 1 +- this; "inf" switches it off"""
+    prompts_per_step: int = 16
+    """prompts of one rollout; it has k times as many responses"""
+    max_prompt_length: int = 512
+    """prompts with more tokens are left out"""
+    max_new_tokens: int = 32
+    """a response is cut off after this many tokens"""
+    missing_eos_penalty: float = 1.0
+    """subtracted from the score of a response that was cut off before it ended"""
+    microbatch_tokens: int = 8192
+    """tokens, padding included, that go through a model at once in scoring and update (the rollout's memory follows
+    from its prompts and k): changes memory and time, never the gradient"""
+    model: str = "tasks/mini_tldr-sft"
+    """the policy to start from: a hub name or a folder"""
+    reference: str | None = None
+    """the policy that the KL is measured to; by default a frozen copy of --model"""
+    reward: str = "tasks/mini_tldr-reward"
+    """what is maximized: a one-label classifier (hub name or folder), or path/to/file.py:function"""
+    gold: str = "auto"
+    """a second reward that is only measured, in evaluations, where it judges the win rate; "auto": the function
+    gold_reward of the python file that --dataset names, if it has one; "none": none"""
+    dataset: str = "tasks/mini_tldr.py:prompts"
+    """rows with the column prompt, and completion (a reference text) for the win rate: hub name, path, or
+    file.py:function"""
+    train_split: str = "train"
+    """split that the rollouts take their prompts from"""
+    test_split: str = "test"
+    """split that the evaluations take their prompts from"""
+    eval_every: int = 10
+    """updates between two evaluations; 0 evaluates before and after training only"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one sampled response each"""
+    eval_batch_size: int = 256
+    """responses sampled at once in an evaluation"""
+    seed: int = 1
+    """of the order of the prompts and of the sampling"""
+    output: str | None = None
+    """run folder: args.json, TensorBoard logs, model/; by default runs/<script>-seed<seed>-<time>"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32, or bfloat16 (autocast; the weights and Adam stay in float32)"""
+
+
+def main(args):
+    require(args.k >= 2, f"--k {args.k}: the baseline is the mean of the k responses; use 2 or more")
+    check_args(args)
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    policy = load_model(args.model, device, args.dtype)
+    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype)
+    measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
+    train = load_rows(args.dataset, args.train_split, tokenizer, ["prompt"], args.max_prompt_length)
+    test = load_rows(args.dataset, args.test_split, tokenizer, ["prompt"], args.max_prompt_length, args.eval_prompts)
+    try_rewards(tokenizer, train, device, measures)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
+    folder, writer = open_run(args, "grpo")
+    before = after = evaluate(policy, reference, tokenizer, measures, test, args)
+    log_evaluation(writer, 0, before)
+
+    samples, seconds = 0, 0.0
+    bar = tqdm(range(1, args.num_updates + 1), desc="grpo", unit="update")
+    for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed)):
+        start = time.perf_counter()
+
+        # 1. rollout: k responses for each prompt, with the sampler's own log-probs
+        batch = rollout(policy, tokenizer, columns["prompt"], args.k, args.temperature, args.max_new_tokens)  # N rows
+
+        # 2. score: one number per response
+        scores = measures["score"](batch, columns) - args.missing_eos_penalty * ~batch.ended  # (N,)
+
+        # 3. shape: the KL to the reference is part of the loss, not of the reward
+        ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
+        rewards = scores  # (N,)
+
+        # 4. advantages: how much better each response is than the others of its prompt
+        advantages = compute_advantages(rewards, args.k, args.scale_std)  # (N,)
+
+        # 5. update: several steps, each on a part of the batch, which goes through the model in micro-batches
+        losses, grad_norms, clipped = [], [], 0
+        for _ in range(args.epochs):
+            for minibatch in torch.randperm(len(batch)).chunk(args.minibatches):  # row numbers
+                loss = 0.0
+                optimizer.zero_grad()
+                for rows in microbatches(args.microbatch_tokens, batch[minibatch]):
+                    rows = minibatch[rows]
+                    logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
+                    policy_loss, outside = compute_loss(
+                        logprobs, batch.old_logprobs[rows], ref_logprobs[rows], advantages[rows],
+                        batch.response_mask[rows], args.clip, args.beta, args.length_mean)
+                    (policy_loss / len(minibatch)).backward()
+                    loss += policy_loss.item() / len(minibatch)
+                    clipped += outside.item()
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+                optimizer.step()
+                losses.append(loss)
+                grad_norms.append(grad_norm.item())
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+
+        # 6. log
+        elapsed = time.perf_counter() - start
+        samples, seconds = samples + len(batch), seconds + elapsed
+        metrics = rollout_metrics(batch, scores, kl, rewards, args.k)
+        metrics |= {
+            "policy/loss": sum(losses) / len(losses),
+            "policy/clipfrac": clipped / (args.epochs * batch.response_mask.sum()),
+            "policy/grad_norm": sum(grad_norms) / len(grad_norms),
+            "policy/lr": lr,
+            "time/samples": samples,
+            "time/seconds": seconds,
+            "time/tokens_per_second": batch.response_mask.sum() / elapsed,
+        }
+        log(writer, step, metrics)
+        show(bar, metrics)
+        if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
+            after = evaluate(policy, reference, tokenizer, measures, test, args)
+            check_finite(step, folder, kl=after[0]["kl"].mean())
+            log_evaluation(writer, step, after)
+            log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages)
+            save(folder / "model", policy, tokenizer)
+    report(folder, test, before, after)
+    writer.close()
+    return policy
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

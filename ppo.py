@@ -1,0 +1,268 @@
+"""PPO, proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347), token by token, as RLHF uses it
+(Ziegler et al. 2019; Ahmadian et al. 2024, section 2.1).
+
+    delta_t = r_t + gamma V_{t+1} - V_t,    A_t = sum_l (gamma lambda)^l delta_{t+l}                              (GAE)
+    loss    = - sum_t min( ratio_t A_t, clip(ratio_t, 1 +- clip) A_t ),    ratio_t = pi(y_t) / pi_old(y_t)
+    value   = 1/2 sum_t max( (V_t - G_t)^2, (clip(V_t, V_old +- value_clip) - G_t)^2 ),    G_t = A_t + V_old
+
+    python ppo.py
+    python ppo.py --lam 1 --clip inf --value-clip inf --no-whiten --minibatches 1        # is vanilla_pg.py
+
+What differs from rloo.py: every token is an action, with a learned critic (a second trained model); each rollout serves
+several steps, kept near the policy that sampled by the clipped ratio; and the advantages are bootstrapped from the
+critic, which for lambda < 1 is biased by as much as the critic is wrong. Whitening the advantages over the batch's
+tokens changes their scale and adds a small bias.
+
+Where published code deviates: "The N implementation details" code puts the score one slot after EOS; V is read at the
+state before each token, here and there; whitening must leave out masked positions. Its settings for 1 B parameters: KL
+0.05, lambda 0.95, gamma 1, clips 0.2, lr 3e-6, Adam eps 1e-5, temperature 0.7.
+
+What to watch: policy/clipfrac (the paper: under 5 percent on average), value/explained_variance, objective/kl.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from common import (batches, check_args, check_finite, evaluate, frozen_logprobs, frozen_values, load_critic,
+                    load_measures, load_model, load_reference, load_rows, load_tokenizer, log, log_evaluation,
+                    log_samples, microbatches, open_run, pick_device, report, rollout, rollout_metrics, save, show,
+                    token_kl, token_logprobs, token_rewards, token_values, try_rewards)
+
+
+def compute_advantages(rewards, values, response_mask, gamma, lam):
+    """GAE: A_t = delta_t + gamma lam A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t; V and A are 0 after the last token.
+
+    Args: rewards and values (N, T), 0 where masked; response_mask (N, T); gamma; lam.
+    Returns: advantages and returns A + V (N, T), 0 where masked.
+    """
+    advantages = torch.zeros_like(rewards)  # (N, T)
+    following_value = following_advantage = torch.zeros_like(rewards[:, 0])  # (N,)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following_value - values[:, t]  # (N,)
+        advantages[:, t] = delta + gamma * lam * following_advantage
+        following_value, following_advantage = values[:, t], advantages[:, t]
+    return advantages * response_mask, (advantages + values) * response_mask
+
+
+def whiten_advantages(advantages, response_mask):
+    """Mean 0 and std 1 over all real tokens of the batch. Args: both (N, T). Returns: (N, T), 0 where masked."""
+    tokens = advantages[response_mask]
+    return (advantages - tokens.mean()) / (tokens.std() + 1e-8) * response_mask
+
+
+def compute_loss(logprobs, old_logprobs, advantages, clip):
+    """- sum_t min( ratio_t A_t, clip(ratio_t, 1 - clip, 1 + clip) A_t ),  ratio_t = pi(y_t) / pi_old(y_t).
+
+    A sum: the caller divides by the rows of the whole mini-batch.
+
+    Args: logprobs, old_logprobs and advantages (n, T), 0 where masked; clip (inf: none).
+    Returns: scalar, and the number of tokens that the clipping touched.
+    """
+    ratio = (logprobs - old_logprobs).exp()  # (n, T)
+    free, bounded = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages  # (n, T)
+    return -torch.min(free, bounded).sum(), (bounded < free).sum()
+
+
+def compute_value_loss(values, old_values, returns, value_clip):
+    """1/2 sum_t max( (V_t - G_t)^2, (V_old + clip(V_t - V_old, +- value_clip) - G_t)^2 ).
+
+    Args: values (n, T), with gradients, old_values and returns (n, T), all 0 where masked; value_clip (inf: none).
+    """
+    bounded = old_values + (values - old_values).clamp(-value_clip, value_clip)  # (n, T)
+    return torch.max((values - returns).square(), (bounded - returns).square()).sum() / 2
+
+
+def explained_variance(values, returns, response_mask):
+    """1 - Var(G - V) / Var(G) over the real tokens: 1 is a perfect critic, 0 one that might as well be a constant."""
+    values, returns = values[response_mask], returns[response_mask]
+    return 1 - (returns - values).var() / returns.var()
+
+
+@dataclass
+class Args:
+    k: int = 1
+    """responses per prompt"""
+    critic: str | None = None
+    """where the critic starts: a one-label classifier or a policy (hub name or folder); by default the --reward, or
+    the --model where the reward is a function"""
+    critic_lr: float = 1e-3
+    """Adam's peak learning rate for the critic"""
+    gamma: float = 1.0
+    """discount"""
+    lam: float = 0.95
+    """GAE's lambda: 1 is unbiased, lower values trust the critic more"""
+    value_clip: float = 0.2
+    """a value may move this far from the old one in an update; "inf" switches it off"""
+    whiten: bool = True
+    """normalise the advantages over all tokens of the batch"""
+    beta: float = 0.05
+    """weight of the KL penalty in the reward; 0 switches it off"""
+    temperature: float = 0.7
+    """the policy, and the reference, are softmax(logits / temperature): sampled and scored with the same"""
+    lr: float = 1e-3
+    """Adam's peak learning rate (for a pretrained model of a billion parameters: 1e-6 to 3e-6)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """how the learning rate falls after the warm-up"""
+    warmup_updates: int = 0
+    """updates over which the learning rate rises from 0"""
+    max_grad_norm: float = 1.0
+    """the gradient's norm is clipped to this"""
+    num_updates: int = 150
+    """rollouts, each of which is used for epochs * minibatches optimizer steps"""
+    epochs: int = 1
+    """times that each rollout is gone through"""
+    minibatches: int = 4
+    """optimizer steps of one epoch, each on its share of the rollout's responses"""
+    clip: float = 0.2
+    """the ratio pi / pi_old of a token earns nothing beyond 1 +- this; "inf" switches it off"""
+    prompts_per_step: int = 64
+    """prompts of one rollout; it has k times as many responses"""
+    max_prompt_length: int = 512
+    """prompts with more tokens are left out"""
+    max_new_tokens: int = 32
+    """a response is cut off after this many tokens"""
+    missing_eos_penalty: float = 1.0
+    """subtracted from the score of a response that was cut off before it ended"""
+    microbatch_tokens: int = 8192
+    """tokens, padding included, that go through a model at once in scoring and update (the rollout's memory follows
+    from its prompts and k): changes memory and time, never the gradient"""
+    model: str = "tasks/mini_tldr-sft"
+    """the policy to start from: a hub name or a folder"""
+    reference: str | None = None
+    """the policy that the KL is measured to; by default a frozen copy of --model"""
+    reward: str = "tasks/mini_tldr-reward"
+    """what is maximized: a one-label classifier (hub name or folder), or path/to/file.py:function"""
+    gold: str = "auto"
+    """a second reward that is only measured, in evaluations, where it judges the win rate; "auto": the function
+    gold_reward of the python file that --dataset names, if it has one; "none": none"""
+    dataset: str = "tasks/mini_tldr.py:prompts"
+    """rows with the column prompt, and completion (a reference text) for the win rate: hub name, path, or
+    file.py:function"""
+    train_split: str = "train"
+    """split that the rollouts take their prompts from"""
+    test_split: str = "test"
+    """split that the evaluations take their prompts from"""
+    eval_every: int = 10
+    """updates between two evaluations; 0 evaluates before and after training only"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one sampled response each"""
+    eval_batch_size: int = 256
+    """responses sampled at once in an evaluation"""
+    seed: int = 1
+    """of the order of the prompts and of the sampling"""
+    output: str | None = None
+    """run folder: args.json, TensorBoard logs, model/; by default runs/<script>-seed<seed>-<time>"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32, or bfloat16 (autocast; the weights and Adam stay in float32)"""
+
+
+def main(args):
+    check_args(args)
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    policy = load_model(args.model, device, args.dtype)
+    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype)
+    critic = load_critic(args, tokenizer, device)
+    measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
+    train = load_rows(args.dataset, args.train_split, tokenizer, ["prompt"], args.max_prompt_length)
+    test = load_rows(args.dataset, args.test_split, tokenizer, ["prompt"], args.max_prompt_length, args.eval_prompts)
+    try_rewards(tokenizer, train, device, measures)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)
+    critic_scheduler = get_scheduler(args.lr_schedule, critic_optimizer, args.warmup_updates, args.num_updates)
+    folder, writer = open_run(args, "ppo")
+    before = after = evaluate(policy, reference, tokenizer, measures, test, args)
+    log_evaluation(writer, 0, before)
+
+    samples, seconds = 0, 0.0
+    bar = tqdm(range(1, args.num_updates + 1), desc="ppo", unit="update")
+    for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed)):
+        start = time.perf_counter()
+
+        # 1. rollout: k responses for each prompt, with the sampler's own log-probs
+        batch = rollout(policy, tokenizer, columns["prompt"], args.k, args.temperature, args.max_new_tokens)  # N rows
+
+        # 2. score: one number per response
+        scores = measures["score"](batch, columns) - args.missing_eos_penalty * ~batch.ended  # (N,)
+
+        # 3. shape: the KL to the reference becomes part of the reward
+        ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
+        rewards = token_rewards(scores, kl, args.beta, batch.response_mask)  # (N, T)
+
+        # 4. advantages: how much better it went from each token on than the critic expected
+        old_values = frozen_values(critic, batch, args.microbatch_tokens)  # (N, T)
+        advantages, returns = compute_advantages(rewards, old_values, batch.response_mask, args.gamma, args.lam)
+        if args.whiten:
+            advantages = whiten_advantages(advantages, batch.response_mask)  # (N, T)
+
+        # 5. update: several steps, each on a part of the batch, which goes through the model in micro-batches
+        losses, value_losses, grad_norms, clipped = [], [], [], 0
+        for _ in range(args.epochs):
+            for minibatch in torch.randperm(len(batch)).chunk(args.minibatches):  # row numbers
+                loss = value_loss = 0.0
+                optimizer.zero_grad()
+                critic_optimizer.zero_grad()
+                for rows in microbatches(args.microbatch_tokens, batch[minibatch]):
+                    rows = minibatch[rows]
+                    logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
+                    policy_loss, outside = compute_loss(logprobs, batch.old_logprobs[rows], advantages[rows], args.clip)
+                    (policy_loss / len(minibatch)).backward()
+                    loss += policy_loss.item() / len(minibatch)
+                    clipped += outside.item()
+                    values = token_values(critic, batch[rows])  # (n, T)
+                    part = compute_value_loss(values, old_values[rows], returns[rows], args.value_clip) / len(minibatch)
+                    part.backward()
+                    value_loss += part.item()
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                critic_grad_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+                check_finite(step, folder, loss=loss, value_loss=value_loss, grad_norm=grad_norm + critic_grad_norm)
+                optimizer.step()
+                critic_optimizer.step()
+                losses.append(loss)
+                value_losses.append(value_loss)
+                grad_norms.append(grad_norm.item())
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+        critic_scheduler.step()
+
+        # 6. log
+        elapsed = time.perf_counter() - start
+        samples, seconds = samples + len(batch), seconds + elapsed
+        metrics = rollout_metrics(batch, scores, kl, rewards.sum(1), args.k)
+        metrics |= {
+            "value/loss": sum(value_losses) / len(value_losses),
+            "value/explained_variance": explained_variance(old_values, returns, batch.response_mask),
+            "policy/loss": sum(losses) / len(losses),
+            "policy/clipfrac": clipped / (args.epochs * batch.response_mask.sum()),
+            "policy/grad_norm": sum(grad_norms) / len(grad_norms),
+            "policy/lr": lr,
+            "time/samples": samples,
+            "time/seconds": seconds,
+            "time/tokens_per_second": batch.response_mask.sum() / elapsed,
+        }
+        log(writer, step, metrics)
+        show(bar, metrics)
+        if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
+            after = evaluate(policy, reference, tokenizer, measures, test, args)
+            check_finite(step, folder, kl=after[0]["kl"].mean())
+            log_evaluation(writer, step, after)
+            log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages[:, 0])
+            save(folder / "model", policy, tokenizer)
+    report(folder, test, before, after)
+    writer.close()
+    return policy
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,214 @@
+"""REINFORCE with a baseline from past rewards (Williams 1992; Ahmadian et al. 2024, section 2.2, arXiv:2402.14740).
+
+    gradient = [ R(y, x) - b ] grad log pi(y | x),    R(y, x) = r(x, y) - beta log( pi(y|x) / pi_ref(y|x) )
+
+The whole response is one action, as in rloo.py, but one response per prompt is enough, because the baseline comes
+from the steps before:
+
+    --baseline none             b = 0
+    --baseline moving-average   b = mean of R over all past steps, or over the last --window of them
+    --baseline ema              b <- decay * b + (1 - decay) * mean R of the step
+
+    python reinforce.py --baseline moving-average
+
+What differs from rloo.py: the baseline, one number for all prompts. It is unbiased, since it is fixed before the
+responses of the step are drawn; a baseline that contains the step's own rewards would not be. And it is weaker: it
+knows how well the policy does on average, and nothing of the prompt.
+
+What to watch: objective/baseline should follow objective/rewards closely. While it lags, all advantages of a step have
+the same sign, and policy/grad_norm shows it.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from common import (batches, check_args, check_finite, evaluate, frozen_logprobs, load_measures, load_model,
+                    load_reference, load_rows, load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run,
+                    pick_device, report, require, rollout, rollout_metrics, save, sequence_rewards, show, token_kl,
+                    token_logprobs, try_rewards)
+
+
+def compute_baseline(history, kind, window, decay):
+    """b from the mean rewards of past steps: 0 at the first step.
+
+    Args: history (list of float, one for each past step); kind ("none", "moving-average" or "ema"); window (how many of
+    the last steps a moving average covers, 0 for all); decay (of the ema). Returns: float.
+    """
+    if kind == "none" or not history:
+        return 0.0
+    if kind == "moving-average":
+        recent = history[-window:]
+        return sum(recent) / len(recent)
+    baseline = history[0]
+    for reward in history[1:]:
+        baseline = decay * baseline + (1 - decay) * reward
+    return baseline
+
+
+def compute_advantages(rewards, baseline):
+    """A_i = R_i - b. Args: rewards (N,); baseline (float, from earlier steps). Returns: advantages (N,)."""
+    return rewards - baseline
+
+
+def compute_loss(logprobs, advantages):
+    """- sum_i A_i log pi(y_i | x). A sum: the caller divides by the rows of the whole batch, whatever the micro-batch.
+
+    Args: logprobs (n, T), 0 where masked; advantages (n,). Returns: scalar.
+    """
+    return -(advantages * logprobs.sum(1)).sum()
+
+
+@dataclass
+class Args:
+    baseline: Literal["none", "moving-average", "ema"] = "moving-average"
+    """what is subtracted from the rewards: nothing, or an average over past steps"""
+    window: int = 0
+    """past steps that the moving average covers; 0: all"""
+    decay: float = 0.9
+    """of the exponential moving average (the usual values are 0.9 and 0.99)"""
+    k: int = 1
+    """responses per prompt"""
+    beta: float = 0.05
+    """weight of the KL penalty in the reward; 0 switches it off"""
+    temperature: float = 0.7
+    """the policy, and the reference, are softmax(logits / temperature): sampled and scored with the same"""
+    lr: float = 1e-3
+    """Adam's peak learning rate (for a pretrained model of a billion parameters: 1e-6 to 3e-6)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """how the learning rate falls after the warm-up"""
+    warmup_updates: int = 0
+    """updates over which the learning rate rises from 0"""
+    max_grad_norm: float = 1.0
+    """the gradient's norm is clipped to this"""
+    num_updates: int = 150
+    """optimizer steps, each on a rollout of its own"""
+    prompts_per_step: int = 64
+    """prompts of one rollout; it has k times as many responses"""
+    max_prompt_length: int = 512
+    """prompts with more tokens are left out"""
+    max_new_tokens: int = 32
+    """a response is cut off after this many tokens"""
+    missing_eos_penalty: float = 1.0
+    """subtracted from the score of a response that was cut off before it ended"""
+    microbatch_tokens: int = 8192
+    """tokens, padding included, that go through a model at once in scoring and update (the rollout's memory follows
+    from its prompts and k): changes memory and time, never the gradient"""
+    model: str = "tasks/mini_tldr-sft"
+    """the policy to start from: a hub name or a folder"""
+    reference: str | None = None
+    """the policy that the KL is measured to; by default a frozen copy of --model"""
+    reward: str = "tasks/mini_tldr-reward"
+    """what is maximized: a one-label classifier (hub name or folder), or path/to/file.py:function"""
+    gold: str = "auto"
+    """a second reward that is only measured, in evaluations, where it judges the win rate; "auto": the function
+    gold_reward of the python file that --dataset names, if it has one; "none": none"""
+    dataset: str = "tasks/mini_tldr.py:prompts"
+    """rows with the column prompt, and completion (a reference text) for the win rate: hub name, path, or
+    file.py:function"""
+    train_split: str = "train"
+    """split that the rollouts take their prompts from"""
+    test_split: str = "test"
+    """split that the evaluations take their prompts from"""
+    eval_every: int = 10
+    """updates between two evaluations; 0 evaluates before and after training only"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one sampled response each"""
+    eval_batch_size: int = 256
+    """responses sampled at once in an evaluation"""
+    seed: int = 1
+    """of the order of the prompts and of the sampling"""
+    output: str | None = None
+    """run folder: args.json, TensorBoard logs, model/; by default runs/<script>-seed<seed>-<time>"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32, or bfloat16 (autocast; the weights and Adam stay in float32)"""
+
+
+def main(args):
+    require(0 <= args.decay < 1, f"--decay {args.decay}: must be 0 or more, and below 1")
+    check_args(args)
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    policy = load_model(args.model, device, args.dtype)
+    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype)
+    measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
+    train = load_rows(args.dataset, args.train_split, tokenizer, ["prompt"], args.max_prompt_length)
+    test = load_rows(args.dataset, args.test_split, tokenizer, ["prompt"], args.max_prompt_length, args.eval_prompts)
+    try_rewards(tokenizer, train, device, measures)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
+    folder, writer = open_run(args, "reinforce")
+    before = after = evaluate(policy, reference, tokenizer, measures, test, args)
+    log_evaluation(writer, 0, before)
+
+    samples, seconds, history = 0, 0.0, []  # history: mean reward of each past step
+    bar = tqdm(range(1, args.num_updates + 1), desc="reinforce", unit="update")
+    for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed)):
+        start = time.perf_counter()
+
+        # 1. rollout: k responses for each prompt, with the sampler's own log-probs
+        batch = rollout(policy, tokenizer, columns["prompt"], args.k, args.temperature, args.max_new_tokens)  # N rows
+
+        # 2. score: one number per response
+        scores = measures["score"](batch, columns) - args.missing_eos_penalty * ~batch.ended  # (N,)
+
+        # 3. shape: the KL to the reference becomes part of the reward
+        ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
+        rewards = sequence_rewards(scores, kl, args.beta)  # (N,)
+
+        # 4. advantages: how much better each response is than those of the steps before
+        baseline = compute_baseline(history, args.baseline, args.window, args.decay)
+        advantages = compute_advantages(rewards, baseline)  # (N,)
+        history.append(rewards.mean().item())
+
+        # 5. update: one step on the whole batch, which goes through the model in micro-batches
+        loss = 0.0
+        optimizer.zero_grad()
+        for rows in microbatches(args.microbatch_tokens, batch):
+            logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
+            part = compute_loss(logprobs, advantages[rows]) / len(batch)
+            part.backward()
+            loss += part.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+        optimizer.step()
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+
+        # 6. log
+        elapsed = time.perf_counter() - start
+        samples, seconds = samples + len(batch), seconds + elapsed
+        metrics = rollout_metrics(batch, scores, kl, rewards, args.k)
+        metrics |= {
+            "objective/baseline": baseline,
+            "policy/loss": loss,
+            "policy/grad_norm": grad_norm,
+            "policy/lr": lr,
+            "time/samples": samples,
+            "time/seconds": seconds,
+            "time/tokens_per_second": batch.response_mask.sum() / elapsed,
+        }
+        log(writer, step, metrics)
+        show(bar, metrics)
+        if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
+            after = evaluate(policy, reference, tokenizer, measures, test, args)
+            check_finite(step, folder, kl=after[0]["kl"].mean())
+            log_evaluation(writer, step, after)
+            log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages)
+            save(folder / "model", policy, tokenizer)
+    report(folder, test, before, after)
+    writer.close()
+    return policy
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,251 @@
+"""REINFORCE++ (Hu 2024, a blog post; Hu et al. 2025, arXiv:2501.03262): PPO's tricks without a critic.
+
+    A_t  = r - beta sum_{i >= t} kl_i,  then whitened over all tokens of the whole batch
+    loss = - sum_t min( ratio_t A_t, clip(ratio_t, 1 +- clip) A_t )
+
+with r normalised over the batch and clipped, several mini-batches per rollout, and
+
+    python reinforce_pp.py --baseline group
+
+the later variant: r less its prompt's mean, the same for all tokens, whitened over the batch; the KL is then a
+separate term of the loss, beta k2_t = beta/2 ( log pi - log pi_ref )^2, and not in the reward.
+
+What differs from rloo.py: the baseline is the mean of the whole batch, not of the prompt, so one response per prompt
+would do; the KL is a token-level reward; each rollout serves several clipped steps.
+
+Whitening subtracts a mean and divides by a std that contain the response itself: a small bias, which shrinks as the
+batch grows, and a change of scale that makes the learning rate mean the same for every reward. Mean and std are those
+of the tokens of the global batch, never of a micro-batch or a prompt. tests/test_exact.py has the numbers.
+
+Where published code deviates: OpenRLHF divides by the std with N in its denominator and clamps the variance at 1e-8
+(as here), verl takes N - 1. The post's settings for large models: KL 0.01 with a learned reward model and 0.001 with
+rules, 4 samples per prompt, rollouts of 256 in mini-batches of 128, lr 5e-7.
+
+What to watch: policy/clipfrac (a few percent at most); objective/kl.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from common import (batches, check_args, check_finite, evaluate, frozen_logprobs, load_measures, load_model,
+                    load_reference, load_rows, load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run,
+                    pick_device, report, require, rollout, rollout_metrics, save, show, token_kl, token_logprobs,
+                    token_rewards, try_rewards)
+
+
+def normalize_scores(scores, clip):
+    """( r - mean ) / std over the batch, clipped to +- clip. Args: scores (N,); clip. Returns: (N,)."""
+    return ((scores - scores.mean()) / (scores.std(correction=0) + 1e-8)).clamp(-clip, clip)
+
+
+def center_scores(scores, k):
+    """r - mean of the k scores of the prompt. Args: scores (N,), prompt-major; k. Returns: (N,)."""
+    groups = scores.view(-1, k)  # (B, k)
+    return (groups - groups.mean(1, keepdim=True)).flatten()
+
+
+def compute_advantages(rewards, response_mask, whiten=True):
+    """A_t = sum of the rewards from token t on, whitened over all tokens of the batch.
+
+    Args: rewards (N, T), 0 where masked; response_mask (N, T); whiten (False: the returns as they are).
+    Returns: advantages (N, T), 0 where masked.
+    """
+    returns = rewards.flip(1).cumsum(1).flip(1) * response_mask  # (N, T), the KL-to-go and the score
+    if not whiten:
+        return returns
+    tokens = returns[response_mask]  # all real tokens
+    return (returns - tokens.mean()) / tokens.var(correction=0).clamp(min=1e-8).sqrt() * response_mask
+
+
+def compute_loss(logprobs, old_logprobs, advantages, clip):
+    """- sum_t min( ratio_t A_t, clip(ratio_t, 1 - clip, 1 + clip) A_t ),  ratio_t = pi(y_t) / pi_old(y_t).
+
+    A sum: the caller divides by the rows of the whole mini-batch.
+
+    Args: logprobs, old_logprobs and advantages (n, T), 0 where masked; clip (inf: none).
+    Returns: scalar, and the number of tokens that the clipping touched.
+    """
+    ratio = (logprobs - old_logprobs).exp()  # (n, T)
+    free, bounded = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages  # (n, T)
+    return -torch.min(free, bounded).sum(), (bounded < free).sum()
+
+
+def compute_kl_loss(logprobs, ref_logprobs):
+    """sum_t k2_t = 1/2 ( log pi - log pi_ref )^2. Args: logprobs, ref_logprobs (n, T), 0 where masked."""
+    return (logprobs - ref_logprobs).square().sum() / 2
+
+
+@dataclass
+class Args:
+    baseline: Literal["none", "group"] = "none"
+    """"group" is the later variant: subtract the prompt's mean score, and put the KL into the loss"""
+    normalize_scores: bool = True
+    """normalise the scores over the batch (--baseline none)"""
+    clip_scores: float = 10.0
+    """normalised scores are clipped to +- this"""
+    whiten: bool = True
+    """normalise the advantages over all tokens of the batch"""
+    k: int = 4
+    """responses per prompt"""
+    beta: float = 0.05
+    """weight of the KL penalty, in the reward (--baseline none) or in the loss; 0 switches it off"""
+    temperature: float = 0.7
+    """the policy, and the reference, are softmax(logits / temperature): sampled and scored with the same"""
+    lr: float = 1e-3
+    """Adam's peak learning rate (for a pretrained model of a billion parameters: 1e-6 to 3e-6)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """how the learning rate falls after the warm-up"""
+    warmup_updates: int = 0
+    """updates over which the learning rate rises from 0"""
+    max_grad_norm: float = 1.0
+    """the gradient's norm is clipped to this"""
+    num_updates: int = 150
+    """rollouts, each of which is used for epochs * minibatches optimizer steps"""
+    epochs: int = 1
+    """times that each rollout is gone through"""
+    minibatches: int = 2
+    """optimizer steps of one epoch, each on its share of the rollout's responses"""
+    clip: float = 0.2
+    """the ratio pi / pi_old of a token earns nothing beyond 1 +- this; "inf" switches it off"""
+    prompts_per_step: int = 16
+    """prompts of one rollout; it has k times as many responses"""
+    max_prompt_length: int = 512
+    """prompts with more tokens are left out"""
+    max_new_tokens: int = 32
+    """a response is cut off after this many tokens"""
+    missing_eos_penalty: float = 1.0
+    """subtracted from the score of a response that was cut off before it ended"""
+    microbatch_tokens: int = 8192
+    """tokens, padding included, that go through a model at once in scoring and update (the rollout's memory follows
+    from its prompts and k): changes memory and time, never the gradient"""
+    model: str = "tasks/mini_tldr-sft"
+    """the policy to start from: a hub name or a folder"""
+    reference: str | None = None
+    """the policy that the KL is measured to; by default a frozen copy of --model"""
+    reward: str = "tasks/mini_tldr-reward"
+    """what is maximized: a one-label classifier (hub name or folder), or path/to/file.py:function"""
+    gold: str = "auto"
+    """a second reward that is only measured, in evaluations, where it judges the win rate; "auto": the function
+    gold_reward of the python file that --dataset names, if it has one; "none": none"""
+    dataset: str = "tasks/mini_tldr.py:prompts"
+    """rows with the column prompt, and completion (a reference text) for the win rate: hub name, path, or
+    file.py:function"""
+    train_split: str = "train"
+    """split that the rollouts take their prompts from"""
+    test_split: str = "test"
+    """split that the evaluations take their prompts from"""
+    eval_every: int = 10
+    """updates between two evaluations; 0 evaluates before and after training only"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one sampled response each"""
+    eval_batch_size: int = 256
+    """responses sampled at once in an evaluation"""
+    seed: int = 1
+    """of the order of the prompts and of the sampling"""
+    output: str | None = None
+    """run folder: args.json, TensorBoard logs, model/; by default runs/<script>-seed<seed>-<time>"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32, or bfloat16 (autocast; the weights and Adam stay in float32)"""
+
+
+def main(args):
+    require(args.k >= 2 or args.baseline == "none", f"--k {args.k}: --baseline group needs 2 or more responses")
+    check_args(args)
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    policy = load_model(args.model, device, args.dtype)
+    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype)
+    measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
+    train = load_rows(args.dataset, args.train_split, tokenizer, ["prompt"], args.max_prompt_length)
+    test = load_rows(args.dataset, args.test_split, tokenizer, ["prompt"], args.max_prompt_length, args.eval_prompts)
+    try_rewards(tokenizer, train, device, measures)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
+    folder, writer = open_run(args, "reinforce_pp")
+    before = after = evaluate(policy, reference, tokenizer, measures, test, args)
+    log_evaluation(writer, 0, before)
+
+    samples, seconds = 0, 0.0
+    bar = tqdm(range(1, args.num_updates + 1), desc="reinforce_pp", unit="update")
+    for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed)):
+        start = time.perf_counter()
+
+        # 1. rollout: k responses for each prompt, with the sampler's own log-probs
+        batch = rollout(policy, tokenizer, columns["prompt"], args.k, args.temperature, args.max_new_tokens)  # N rows
+
+        # 2. score: one number per response
+        scores = measures["score"](batch, columns) - args.missing_eos_penalty * ~batch.ended  # (N,)
+
+        # 3. shape: the KL to the reference becomes part of the reward
+        ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
+        if args.baseline == "group":  # the KL is part of the loss
+            shaped = center_scores(scores, args.k)  # (N,)
+        else:
+            shaped = normalize_scores(scores, args.clip_scores) if args.normalize_scores else scores  # (N,)
+        beta = 0.0 if args.baseline == "group" else args.beta
+        rewards = token_rewards(shaped, kl, beta, batch.response_mask)  # (N, T)
+
+        # 4. advantages: each token's reward-to-go, compared with all tokens of the batch
+        advantages = compute_advantages(rewards, batch.response_mask, args.whiten)  # (N, T)
+
+        # 5. update: several steps, each on a part of the batch, which goes through the model in micro-batches
+        losses, grad_norms, clipped = [], [], 0
+        for _ in range(args.epochs):
+            for minibatch in torch.randperm(len(batch)).chunk(args.minibatches):  # row numbers
+                loss = 0.0
+                optimizer.zero_grad()
+                for rows in microbatches(args.microbatch_tokens, batch[minibatch]):
+                    rows = minibatch[rows]
+                    logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
+                    policy_loss, outside = compute_loss(logprobs, batch.old_logprobs[rows], advantages[rows], args.clip)
+                    if args.baseline == "group":
+                        policy_loss = policy_loss + args.beta * compute_kl_loss(logprobs, ref_logprobs[rows])
+                    (policy_loss / len(minibatch)).backward()
+                    loss += policy_loss.item() / len(minibatch)
+                    clipped += outside.item()
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+                optimizer.step()
+                losses.append(loss)
+                grad_norms.append(grad_norm.item())
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+
+        # 6. log
+        elapsed = time.perf_counter() - start
+        samples, seconds = samples + len(batch), seconds + elapsed
+        metrics = rollout_metrics(batch, scores, kl, rewards.sum(1), args.k)
+        metrics |= {
+            "policy/loss": sum(losses) / len(losses),
+            "policy/clipfrac": clipped / (args.epochs * batch.response_mask.sum()),
+            "policy/grad_norm": sum(grad_norms) / len(grad_norms),
+            "policy/lr": lr,
+            "time/samples": samples,
+            "time/seconds": seconds,
+            "time/tokens_per_second": batch.response_mask.sum() / elapsed,
+        }
+        log(writer, step, metrics)
+        show(bar, metrics)
+        if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
+            after = evaluate(policy, reference, tokenizer, measures, test, args)
+            check_finite(step, folder, kl=after[0]["kl"].mean())
+            log_evaluation(writer, step, after)
+            log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages[:, 0])
+            save(folder / "model", policy, tokenizer)
+    report(folder, test, before, after)
+    writer.close()
+    return policy
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

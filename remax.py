@@ -1,0 +1,195 @@
+"""ReMax (Li et al. 2023, arXiv:2310.10505, algorithm 1): the reward of the greedy response is the baseline.
+
+    gradient = sum_t [ r(x, y) - beta sum_{i >= t} kl_i - r(x, y_greedy) ] grad log pi(y_t | x, y_<t)
+    kl_i     = log( pi(y_i | x, y_<i) / pi_ref(y_i | x, y_<i) )
+
+    python remax.py
+
+What differs from rloo.py: one response per prompt is enough, since the baseline is what the policy would have got by
+its most probable response. It needs a second rollout, which counts in time/samples and time/seconds. The KL is a
+token-level reward: a token answers for the KL from its own position on, for it cannot change the KL before it. Both
+are unbiased: the greedy response does not depend on the sample.
+
+Where published code deviates: the official code overwrites the cumulative KL instead of adding to it; it samples with
+top-p 0.9 but scores the full softmax; and it clips r - r_greedy to +-5. Here the KL accumulates, sampling and scoring
+use one distribution, and nothing is clipped.
+
+What to watch: objective/baseline, the greedy response's score. Where it is above objective/scores for long, most
+samples are pushed down, which costs diversity (objective/entropy).
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from common import (batches, check_args, check_finite, evaluate, frozen_logprobs, load_measures, load_model,
+                    load_reference, load_rows, load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run,
+                    pick_device, report, rollout, rollout_metrics, save, show, token_kl, token_logprobs,
+                    token_rewards, try_rewards)
+
+
+def compute_advantages(rewards, baseline, response_mask):
+    """A_t = sum of the rewards from token t on - the greedy response's score.
+
+    Args: rewards (N, T), 0 where masked; baseline (N,), the score of the greedy response to the same prompt, without
+    KL; response_mask (N, T). Returns: advantages (N, T), 0 where masked.
+    """
+    returns = rewards.flip(1).cumsum(1).flip(1)  # (N, T), the KL-to-go and the score
+    return (returns - baseline.unsqueeze(1)) * response_mask
+
+
+def compute_loss(logprobs, advantages):
+    """- sum_t A_t log pi(y_t | x, y_<t). A sum: the caller divides by the rows of the whole batch.
+
+    Args: logprobs (n, T) and advantages (n, T), both 0 where masked. Returns: scalar.
+    """
+    return -(advantages * logprobs).sum()
+
+
+@dataclass
+class Args:
+    k: int = 1
+    """sampled responses per prompt, beside the greedy one"""
+    beta: float = 0.05
+    """weight of the KL penalty in the reward; 0 switches it off"""
+    temperature: float = 0.7
+    """the policy, and the reference, are softmax(logits / temperature): sampled and scored with the same"""
+    lr: float = 1e-3
+    """Adam's peak learning rate (for a pretrained model of a billion parameters: 1e-6 to 3e-6)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """how the learning rate falls after the warm-up"""
+    warmup_updates: int = 0
+    """updates over which the learning rate rises from 0"""
+    max_grad_norm: float = 1.0
+    """the gradient's norm is clipped to this"""
+    num_updates: int = 150
+    """optimizer steps, each on a rollout of its own"""
+    prompts_per_step: int = 32
+    """prompts of one rollout; it has k times as many responses"""
+    max_prompt_length: int = 512
+    """prompts with more tokens are left out"""
+    max_new_tokens: int = 32
+    """a response is cut off after this many tokens"""
+    missing_eos_penalty: float = 1.0
+    """subtracted from the score of a response that was cut off before it ended"""
+    microbatch_tokens: int = 8192
+    """tokens, padding included, that go through a model at once in scoring and update (the rollout's memory follows
+    from its prompts and k): changes memory and time, never the gradient"""
+    model: str = "tasks/mini_tldr-sft"
+    """the policy to start from: a hub name or a folder"""
+    reference: str | None = None
+    """the policy that the KL is measured to; by default a frozen copy of --model"""
+    reward: str = "tasks/mini_tldr-reward"
+    """what is maximized: a one-label classifier (hub name or folder), or path/to/file.py:function"""
+    gold: str = "auto"
+    """a second reward that is only measured, in evaluations, where it judges the win rate; "auto": the function
+    gold_reward of the python file that --dataset names, if it has one; "none": none"""
+    dataset: str = "tasks/mini_tldr.py:prompts"
+    """rows with the column prompt, and completion (a reference text) for the win rate: hub name, path, or
+    file.py:function"""
+    train_split: str = "train"
+    """split that the rollouts take their prompts from"""
+    test_split: str = "test"
+    """split that the evaluations take their prompts from"""
+    eval_every: int = 10
+    """updates between two evaluations; 0 evaluates before and after training only"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one sampled response each"""
+    eval_batch_size: int = 256
+    """responses sampled at once in an evaluation"""
+    seed: int = 1
+    """of the order of the prompts and of the sampling"""
+    output: str | None = None
+    """run folder: args.json, TensorBoard logs, model/; by default runs/<script>-seed<seed>-<time>"""
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32, or bfloat16 (autocast; the weights and Adam stay in float32)"""
+
+
+def main(args):
+    check_args(args)
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    policy = load_model(args.model, device, args.dtype)
+    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype)
+    measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
+    train = load_rows(args.dataset, args.train_split, tokenizer, ["prompt"], args.max_prompt_length)
+    test = load_rows(args.dataset, args.test_split, tokenizer, ["prompt"], args.max_prompt_length, args.eval_prompts)
+    try_rewards(tokenizer, train, device, measures)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
+    folder, writer = open_run(args, "remax")
+    before = after = evaluate(policy, reference, tokenizer, measures, test, args)
+    log_evaluation(writer, 0, before)
+
+    samples, seconds = 0, 0.0
+    bar = tqdm(range(1, args.num_updates + 1), desc="remax", unit="update")
+    for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed)):
+        start = time.perf_counter()
+
+        # 1. rollout: k responses for each prompt, with the sampler's own log-probs
+        batch = rollout(policy, tokenizer, columns["prompt"], args.k, args.temperature, args.max_new_tokens)  # N rows
+
+        # 2. score: one number per response
+        scores = measures["score"](batch, columns) - args.missing_eos_penalty * ~batch.ended  # (N,)
+
+        # 3. shape: the KL to the reference becomes part of the reward
+        ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
+        rewards = token_rewards(scores, kl, args.beta, batch.response_mask)  # (N, T)
+
+        # 4. advantages: how much better each response is than the greedy one
+        greedy = rollout(policy, tokenizer, columns["prompt"], 1, args.temperature, args.max_new_tokens, greedy=True)
+        greedy_scores = measures["score"](greedy, columns) - args.missing_eos_penalty * ~greedy.ended  # (B,)
+        baseline = greedy_scores.repeat_interleave(args.k)  # (N,)
+        advantages = compute_advantages(rewards, baseline, batch.response_mask)  # (N, T)
+
+        # 5. update: one step on the whole batch, which goes through the model in micro-batches
+        loss = 0.0
+        optimizer.zero_grad()
+        for rows in microbatches(args.microbatch_tokens, batch):
+            logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
+            part = compute_loss(logprobs, advantages[rows]) / len(batch)
+            part.backward()
+            loss += part.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+        optimizer.step()
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+
+        # 6. log
+        elapsed = time.perf_counter() - start
+        samples, seconds = samples + len(batch) + len(greedy), seconds + elapsed
+        metrics = rollout_metrics(batch, scores, kl, rewards.sum(1), args.k)
+        metrics |= {
+            "objective/baseline": baseline.mean(),
+            "policy/loss": loss,
+            "policy/grad_norm": grad_norm,
+            "policy/lr": lr,
+            "time/samples": samples,
+            "time/seconds": seconds,
+            "time/tokens_per_second": batch.response_mask.sum() / elapsed,
+        }
+        log(writer, step, metrics)
+        show(bar, metrics)
+        if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
+            after = evaluate(policy, reference, tokenizer, measures, test, args)
+            check_finite(step, folder, kl=after[0]["kl"].mean())
+            log_evaluation(writer, step, after)
+            log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages[:, 0])
+            save(folder / "model", policy, tokenizer)
+    report(folder, test, before, after)
+    writer.close()
+    return policy
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
