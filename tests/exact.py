@@ -3,9 +3,9 @@
 import itertools
 
 import torch
-from tiny import make_float64_policy
+from tiny import make_float64_critic, make_float64_policy
 
-from common import Batch, token_logprobs
+from common import Batch, sequence_rewards, token_kl, token_logprobs, token_rewards, token_values
 
 
 def all_responses(length, words, eos):
@@ -34,6 +34,36 @@ class Enumeration:
         self.scores = 2 * torch.randn(
             len(rows), generator=torch.Generator().manual_seed(5), dtype=torch.float64
         )  # (M,)
+
+        self.kl = token_kl(self.logprobs.detach(), self.ref_logprobs, mask)  # (M, T)
+        self.mask = mask  # (M, T)
+        self.greedy = self.greedy_row(rows)
+        with torch.no_grad():  # an arbitrary critic, far from the truth
+            self.values = 3 * token_values(make_float64_critic(words + 1, seed=6), self.batch)  # (M, T)
+
+    def greedy_row(self, rows):
+        """Number of the response that takes the most probable token at every step."""
+        alive, prefix = list(range(len(rows))), ()
+        while len(alive) > 1:
+            t = len(prefix)
+            best = max(alive, key=lambda row: self.logprobs[row, t].item())
+            prefix = (*prefix, rows[best][t])
+            alive = [row for row in alive if rows[row][: t + 1] == prefix]
+        return alive[0]
+
+    def sequence_rewards(self, beta):
+        return sequence_rewards(self.scores, self.kl, beta)  # (M,)
+
+    def token_rewards(self, beta):
+        return token_rewards(self.scores, self.kl, beta, self.mask)  # (M, T)
+
+    def expected_gradient(self, loss, draws):
+        """Gradient of the mean of loss(rows), over every draw of `draws` responses, weighted by its probability."""
+        expectation = 0.0
+        for draw in itertools.product(range(len(self.probs)), repeat=draws):
+            rows = torch.tensor(draw)
+            expectation = expectation + self.probs[rows].prod().detach() * loss(rows)
+        return self.gradient(expectation)
 
     def gradient(self, loss):
         gradients = torch.autograd.grad(loss, list(self.policy.parameters()), retain_graph=True)

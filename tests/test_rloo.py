@@ -41,24 +41,6 @@ def test_advantages_against_the_equivalent_form(k):
     torch.testing.assert_close(advantages.view(7, k).sum(1), torch.zeros(7, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("k, beta", [(2, 0.0), (2, 0.3), (3, 0.3)])
-def test_expected_gradient_is_the_true_gradient(k, beta):
-    """The mean of rloo.py's gradient over every possible draw of k responses, each weighted by its probability."""
-    world = Enumeration(words=3 if k == 2 else 2)
-    assert world.probs.sum().item() == pytest.approx(1, abs=1e-12)
-    kl = token_kl(world.logprobs.detach(), world.ref_logprobs, world.batch.response_mask)  # (M, T)
-    rewards = sequence_rewards(world.scores, kl, beta)  # (M,)
-    expectation = 0.0
-    for draw in itertools.product(range(len(rewards)), repeat=k):
-        rows = torch.tensor(draw)
-        advantages = rloo.compute_advantages(rewards[rows], k)  # (k,)
-        loss = rloo.compute_loss(world.logprobs[rows], advantages) / k
-        expectation = expectation + world.probs[rows].prod().detach() * loss
-    difference = world.gradient(expectation) - world.true_gradient(beta)
-    assert world.true_gradient(beta).abs().max() > 1e-2
-    assert difference.abs().max() < 1e-8
-
-
 def scalars(folder):
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {name: [(event.step, event.value) for event in log.Scalars(name)] for name in log.Tags()["scalars"]}

@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -47,6 +48,14 @@ def make_float64_policy(vocab_size, seed):
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=vocab_size, n_embd=8, n_layer=1, n_head=2, n_positions=16, initializer_range=0.5)
     return GPT2LMHeadModel(config).double().eval()
+
+
+def make_float64_critic(vocab_size, seed):
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=vocab_size, n_embd=8, n_layer=1, n_head=2, n_positions=16, initializer_range=0.5, num_labels=1
+    )
+    return GPT2ForSequenceClassification(config).double().eval()
 
 
 def save_policy(folder, tokenizer, **kwargs):

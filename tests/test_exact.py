@@ -1,0 +1,295 @@
+"""The expectation of every estimator's first-step gradient against the true gradient of E[r] - beta KL.
+
+A tiny GPT-2 in float64, every response enumerated, the scripts' own functions. Unbiased estimators agree to 1e-8; for
+the others the bias is a number: the cosine between the two gradients, and the length of the projection on the true one.
+"""
+
+import math
+
+import pytest
+import torch
+from exact import Enumeration
+
+import dpo
+import grpo
+import ppo
+import raft
+import reinforce
+import reinforce_pp
+import remax
+import rloo
+import vanilla_pg
+from common import sequence_rewards
+
+BETA = 0.3
+INF = float("inf")
+
+
+@pytest.fixture(scope="module")
+def world():
+    world = Enumeration(words=2)
+    assert world.probs.sum().item() == pytest.approx(1, abs=1e-12)
+    assert world.true_gradient(BETA).abs().max() > 1e-2
+    return world
+
+
+def assert_unbiased(world, loss, draws, beta=BETA):
+    difference = world.expected_gradient(loss, draws) - world.true_gradient(beta)
+    assert difference.abs().max() < 1e-8
+
+
+def bias(world, loss, draws, beta=BETA):
+    """Cosine to the true gradient, and length of the projection on it."""
+    true, expected = world.true_gradient(beta), world.expected_gradient(loss, draws)
+    projection = (expected @ true / true.norm() ** 2).item()
+    return (expected @ true / expected.norm() / true.norm()).item(), projection
+
+
+# ------------------------------------------------------------------------------------------------ unbiased
+
+
+@pytest.mark.parametrize("k, beta", [(2, 0.0), (2, BETA), (3, BETA)])
+def test_rloo(world, k, beta):
+    rewards = world.sequence_rewards(beta)
+
+    def loss(rows):
+        return rloo.compute_loss(world.logprobs[rows], rloo.compute_advantages(rewards[rows], k)) / k
+
+    assert_unbiased(world, loss, k, beta)
+
+
+def test_rloo_with_four_words():
+    world = Enumeration(words=3)
+    rewards = world.sequence_rewards(BETA)
+    loss = lambda rows: rloo.compute_loss(world.logprobs[rows], rloo.compute_advantages(rewards[rows], 2)) / 2
+    assert_unbiased(world, loss, 2)
+
+
+@pytest.mark.parametrize("kind", ["none", "moving-average", "ema"])
+def test_reinforce_with_a_baseline_from_earlier_steps(world, kind):
+    baseline = reinforce.compute_baseline([1.5, -0.5, 2.0], kind, window=2, decay=0.9)
+    rewards = world.sequence_rewards(BETA)
+
+    def loss(rows):
+        return reinforce.compute_loss(world.logprobs[rows], reinforce.compute_advantages(rewards[rows], baseline))
+
+    assert_unbiased(world, loss, 1)
+
+
+def test_remax(world):
+    rewards = world.token_rewards(BETA)
+    assert world.logprobs[world.greedy].exp().max() > 0.3
+    baseline = world.scores[world.greedy].unsqueeze(0)
+
+    def loss(rows):
+        advantages = remax.compute_advantages(rewards[rows], baseline, world.mask[rows])
+        return remax.compute_loss(world.logprobs[rows], advantages)
+
+    assert_unbiased(world, loss, 1)
+
+
+def test_vanilla_pg_with_an_arbitrary_critic(world):
+    rewards = world.token_rewards(BETA)
+
+    def loss(rows):
+        advantages, _ = vanilla_pg.compute_advantages(rewards[rows], world.values[rows], world.mask[rows])
+        return vanilla_pg.compute_loss(world.logprobs[rows], advantages)
+
+    assert world.values.abs().max() > 0.5
+    assert_unbiased(world, loss, 1)
+
+
+def ppo_loss(world, lam, whiten=False, clip=0.2, beta=BETA):
+    rewards = world.token_rewards(beta)
+
+    def loss(rows):
+        advantages, _ = ppo.compute_advantages(rewards[rows], world.values[rows], world.mask[rows], 1.0, lam)
+        if whiten:
+            advantages = ppo.whiten_advantages(advantages, world.mask[rows])
+        return ppo.compute_loss(world.logprobs[rows], world.logprobs[rows].detach(), advantages, clip)[0] / len(rows)
+
+    return loss
+
+
+@pytest.mark.parametrize("clip", [0.2, INF])
+def test_ppo_with_lambda_1_and_no_whitening(world, clip):
+    assert_unbiased(world, ppo_loss(world, 1.0, clip=clip), 1)
+
+
+def reinforce_pp_loss(world, whiten):
+    rewards = world.token_rewards(BETA)
+
+    def loss(rows):
+        advantages = reinforce_pp.compute_advantages(rewards[rows], world.mask[rows], whiten)
+        old_logprobs = world.logprobs[rows].detach()
+        return reinforce_pp.compute_loss(world.logprobs[rows], old_logprobs, advantages, 0.2)[0] / len(rows)
+
+    return loss
+
+
+def test_reinforce_pp_without_normalisation(world):
+    assert_unbiased(world, reinforce_pp_loss(world, whiten=False), 1)
+
+
+# ------------------------------------------------------------------------------------------------ biased, by how much
+
+
+def grpo_loss(world, k, scale_std, length_mean, beta=0.0):
+    def loss(rows):
+        advantages = grpo.compute_advantages(world.scores[rows], k, scale_std)
+        logprobs = world.logprobs[rows]
+        total, _ = grpo.compute_loss(logprobs, logprobs.detach(), world.ref_logprobs[rows], advantages,
+                                     world.mask[rows], 0.2, beta, length_mean)  # fmt: skip
+        return total / k
+
+    return loss
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_mean_centring_scales_the_gradient(world, k):
+    """GRPO without std and length mean: exactly (k - 1) / k of the true gradient."""
+    expected = world.expected_gradient(grpo_loss(world, k, False, False), k)
+    assert (expected - (k - 1) / k * world.true_gradient(0.0)).abs().max() < 1e-8
+
+
+def rloo_loss_with_k3(world):
+    """RLOO with k3 = exp(-k1) - 1 + k1 in the reward, where k1 belongs: an unbiased value with a biased gradient."""
+    k3 = (-world.kl).exp() - 1 + world.kl  # (M, T), 0 where masked
+    rewards = sequence_rewards(world.scores, k3, BETA)
+    return lambda rows: rloo.compute_loss(world.logprobs[rows], rloo.compute_advantages(rewards[rows], 2)) / 2
+
+
+def rloo_loss_with_length_mean(world):
+    rewards = world.sequence_rewards(BETA)
+    lengths = world.mask.sum(1, keepdim=True)
+    return lambda rows: (
+        rloo.compute_loss((world.logprobs / lengths)[rows], rloo.compute_advantages(rewards[rows], 2)) / 2
+    )
+
+
+BIASED = {
+    "grpo, std, k = 3": (lambda world: bias(world, grpo_loss(world, 3, True, False), 3, 0.0), (0.958, 0.643)),
+    "grpo, length mean, k = 3": (lambda world: bias(world, grpo_loss(world, 3, False, True), 3, 0.0), (0.982, 0.287)),
+    "grpo, both, k = 3": (lambda world: bias(world, grpo_loss(world, 3, True, True), 3, 0.0), (0.973, 0.260)),
+    "grpo, KL k3 in the loss": (lambda world: bias(world, grpo_loss(world, 2, False, False, BETA), 2), (0.631, 0.225)),
+    "reinforce_pp, whitening, N = 3": (lambda world: bias(world, reinforce_pp_loss(world, True), 3), (0.874, 0.468)),
+    "ppo, whitening, N = 3": (lambda world: bias(world, ppo_loss(world, 1.0, whiten=True), 3), (0.980, 0.415)),
+    "rloo, KL k3 in the reward": (lambda world: bias(world, rloo_loss_with_k3(world), 2), (0.970, 1.329)),
+    "rloo, length mean": (lambda world: bias(world, rloo_loss_with_length_mean(world), 2), (0.981, 0.442)),
+    "ppo, lambda 0.95, wrong critic": (lambda world: bias(world, ppo_loss(world, 0.95), 1), (0.999, 0.855)),
+    "ppo, lambda 0, wrong critic": (lambda world: bias(world, ppo_loss(world, 0.0), 1), (-0.658, -0.703)),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_known_bias(world, name):
+    measure, expected = BIASED[name]
+    assert measure(world) == pytest.approx(expected, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ equivalences
+
+
+def random_batch(n=6, T=5, seed=0):
+    """Rewards, values (n, T) and a mask of ragged lengths, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(T) < torch.tensor([5, 1, 3, 2, 5, 4]).unsqueeze(1)  # (n, T)
+    rewards, values = (torch.randn(n, T, generator=generator, dtype=torch.float64) * mask for _ in range(2))
+    return rewards, values, mask
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
+def test_gae_is_the_plain_double_sum(gamma, lam):
+    rewards, values, mask = random_batch()
+    advantages, returns = ppo.compute_advantages(rewards, values, mask, gamma, lam)
+    for row in range(len(rewards)):
+        length = int(mask[row].sum())
+        v = [*values[row, :length].tolist(), 0.0]
+        delta = [rewards[row, t].item() + gamma * v[t + 1] - v[t] for t in range(length)]
+        for t in range(length):
+            plain = sum((gamma * lam) ** (i - t) * delta[i] for i in range(t, length))
+            assert advantages[row, t].item() == pytest.approx(plain, abs=1e-12)
+            assert returns[row, t].item() == pytest.approx(plain + v[t], abs=1e-12)
+        assert (advantages[row, length:] == 0).all() and (returns[row, length:] == 0).all()
+
+
+def test_ppo_with_everything_off_is_vanilla_pg(world):
+    rewards, values, mask = random_batch()
+    advantages, returns = ppo.compute_advantages(rewards, values, mask, 1.0, 1.0)
+    expected, expected_returns = vanilla_pg.compute_advantages(rewards, values, mask)
+    torch.testing.assert_close(advantages, expected)
+    torch.testing.assert_close(returns, expected_returns)
+    rows = torch.arange(6)
+    logprobs, weights = world.logprobs[rows], torch.randn(6, 3, dtype=torch.float64) * world.mask[rows]
+    loss, clipped = ppo.compute_loss(logprobs, logprobs.detach(), weights, INF)
+    difference = world.gradient(loss) - world.gradient(vanilla_pg.compute_loss(logprobs, weights))
+    assert difference.abs().max() < 1e-12 and clipped == 0
+    new_values = values + 1
+    torch.testing.assert_close(ppo.compute_value_loss(new_values, values, returns, INF),
+                               vanilla_pg.compute_value_loss(new_values, returns))  # fmt: skip
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_grpo_and_reinforce_pp_group_are_mean_centred_rloo(k):
+    scores = torch.randn(4 * k, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    expected = (k - 1) / k * rloo.compute_advantages(scores, k)
+    torch.testing.assert_close(grpo.compute_advantages(scores, k, scale_std=False), expected)
+    torch.testing.assert_close(reinforce_pp.center_scores(scores, k), expected)
+
+
+def test_ppo_clips_what_goes_too_far_and_counts_it():
+    """Ratios 1.5 and 0.5 with advantages of both signs: only moves that the advantage asks for are stopped."""
+    logprobs = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]]).log()
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 2.0]])
+    loss, clipped = ppo.compute_loss(logprobs, torch.zeros(1, 5), advantages, 0.2)
+    assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8 + 2.2)) and clipped == 2
+    values = ppo.compute_value_loss(torch.tensor([1.0, 0.1]), torch.zeros(2), torch.tensor([1.0, 1.0]), 0.2)
+    assert values.item() == pytest.approx((0.8**2 + 0.9**2) / 2)  # the first is held at 0.2
+
+
+def test_reinforce_pp_normalises_over_the_tokens_of_the_whole_batch():
+    rewards, _, mask = random_batch()
+    advantages = reinforce_pp.compute_advantages(rewards, mask)
+    tokens = advantages[mask]
+    assert tokens.mean().item() == pytest.approx(0, abs=1e-12)
+    assert tokens.std(correction=0).item() == pytest.approx(1, abs=1e-9) and (advantages[~mask] == 0).all()
+    returns = reinforce_pp.compute_advantages(rewards, mask, whiten=False)
+    assert returns[2, 0].item() == pytest.approx(rewards[2, :3].sum().item())
+    scores = reinforce_pp.normalize_scores(torch.tensor([0.0, 0.0, 0.0, 4.0]), 1.5)
+    assert scores.tolist() == pytest.approx([-1 / math.sqrt(3)] * 3 + [1.5])
+    assert reinforce_pp.compute_kl_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).item() == 2.5
+
+
+def test_reinforce_baselines_by_hand():
+    history = [1.0, 2.0, 6.0]
+    assert reinforce.compute_baseline([], "moving-average", 0, 0.9) == 0
+    assert reinforce.compute_baseline(history, "none", 0, 0.9) == 0
+    assert reinforce.compute_baseline(history, "moving-average", 0, 0.9) == 3
+    assert reinforce.compute_baseline(history, "moving-average", 2, 0.9) == 4
+    assert reinforce.compute_baseline(history, "ema", 0, 0.5) == pytest.approx(0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 6)
+
+
+def test_grpo_by_hand():
+    advantages = grpo.compute_advantages(torch.tensor([0.0, 2.0, 5.0, 5.0]), 2)
+    assert advantages.tolist() == pytest.approx([-1 / (math.sqrt(2) + 1e-4), 1 / (math.sqrt(2) + 1e-4), 0, 0])
+    logprobs = torch.tensor([[-1.0, -1.0]])
+    mask = torch.tensor([[True, True]])
+    loss, _ = grpo.compute_loss(logprobs, logprobs, logprobs + math.log(2), torch.tensor([3.0]), mask, 0.2, 0.5)
+    assert loss.item() == pytest.approx(-3 + 0.5 * (2 - math.log(2) - 1))
+
+
+def test_raft_keeps_the_best_of_each_prompt():
+    assert raft.select_best(torch.tensor([1.0, 3.0, 2.0, 9.0, 8.0, 7.0]), 3).tolist() == [1, 3]
+    assert raft.compute_loss(torch.tensor([[-1.0, -2.0], [-3.0, 0.0]])).item() == 6
+
+
+def test_dpo_by_hand_and_its_gradient_at_the_reference(world):
+    ones = torch.ones(1, 2)
+    loss, chosen, rejected = dpo.compute_loss(-1 * ones, -3 * ones, -2 * ones, -2 * ones, 0.5)
+    assert (chosen.item(), rejected.item()) == (1, -1)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
+    a, b = world.logprobs[[1]], world.logprobs[[7]]
+    loss, _, _ = dpo.compute_loss(a, b, a.detach(), b.detach(), 0.1)
+    assert loss.item() == pytest.approx(math.log(2))
+    difference = world.gradient(loss) - 0.05 * world.gradient(b.sum() - a.sum())
+    assert difference.abs().max() < 1e-12
