@@ -8,8 +8,8 @@ the policy stands for: the one for which it would be the optimum of E[r] - beta 
     python dpo.py
 
 What differs from rloo.py: the data are preference pairs (--dataset, with prompt, chosen and rejected), and the
-evaluation has a dataset of its own (--eval-dataset); the reward model only measures. Log-probs are summed over the response, EOS
-included, as in the paper; some implementations average them, which is another loss.
+evaluation has a dataset of its own (--eval-dataset); the reward model only measures. Log-probs are summed over the
+response, EOS included, as in the paper; some implementations average them, which is another loss.
 
 The gradient at pi = pi_ref is beta/2 times that of log pi(y-) - log pi(y+). Nothing in the loss holds up the
 probability of the chosen response: only the difference counts, and both often fall (rewards/chosen below 0 is normal).

@@ -1,12 +1,20 @@
 """Every RL script end to end on a tiny world: it runs, logs, saves, repeats itself bit for bit, and finds a reward."""
 
+import dataclasses
+import difflib
 import importlib
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import dpo
+
+ROOT = Path(__file__).parent.parent
 SCRIPTS = ["rloo", "reinforce", "remax", "grpo", "reinforce_pp", "vanilla_pg", "ppo", "raft"]
 VARIANTS = [
     ("reinforce", {"baseline": "none"}),
@@ -64,3 +72,58 @@ def test_a_run_raises_its_reward(name, flags, world, tmp_path):
     run(name, world, tmp_path / "run", **flags, beta=0.0, missing_eos_penalty=0.0)
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["before"]["score"] < 0.4 and result["after"]["score"] > 0.7
+
+
+def test_dpo_runs_repeats_itself_and_prefers_the_chosen(world, tmp_path):
+    unused = {"k", "prompts_per_step"}
+    flags = {name: value for name, value in world.flags.items() if name not in unused}
+    flags |= {"eval_dataset": world.data, "batch_size": 12, "num_updates": 20, "microbatch_tokens": 100}
+    runs = [dpo.main(dpo.Args(**flags, output=str(tmp_path / folder))) for folder in "ab"]
+    assert all(torch.equal(p, q) for p, q in zip(runs[0].parameters(), runs[1].parameters()))
+    a = scalars(tmp_path / "a")
+    assert a["policy/loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
+    assert a["rewards/margins"][0][1] == pytest.approx(0, abs=1e-5)
+    assert a["rewards/accuracies"][-1][1] == 1 and a["rewards/margins"][-1][1] > 0.5
+
+
+def body(name):
+    """The lines of a script below its docstring page."""
+    return (ROOT / f"{name}.py").read_text().split('"""\n', 1)[1].splitlines()
+
+
+# Lines of rloo.py that are gone, and lines that are new, in each script: a change of the shared skeleton that does not
+# reach every script shows up here.
+DIFFS = {
+    "reinforce": 36,
+    "remax": 28,
+    "raft": 28,
+    "grpo": 66,
+    "reinforce_pp": 97,
+    "vanilla_pg": 57,
+    "ppo": 114,
+    "dpo": 85,
+}
+
+
+@pytest.mark.parametrize("name", DIFFS)
+def test_scripts_share_their_skeleton_line_by_line(name):
+    matcher = difflib.SequenceMatcher(None, body("rloo"), body(name), autojunk=False)
+    changed = sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
+    assert changed == DIFFS[name]
+
+
+@pytest.mark.parametrize("name", ["rloo", *DIFFS])
+def test_every_flag_is_read_and_explained(name):
+    script = importlib.import_module(name)
+    text = "\n".join(body(name))
+    shared = (ROOT / "common.py").read_text()
+    for field in dataclasses.fields(script.Args):
+        read = text.split("def main(args)")[1]
+        assert f"args.{field.name}" in read or f"args.{field.name}" in shared, field.name
+        assert f"    {field.name}: " in text and text.split(f"    {field.name}: ")[1].splitlines()[1].startswith('    """')
+
+
+def test_the_six_steps_stand_in_the_same_order():
+    for name in ["rloo", *DIFFS]:
+        numbers = re.findall(r"(\d)\. [a-z]", "\n".join(line for line in body(name) if line.strip().startswith("# ")))
+        assert numbers == sorted(numbers) and numbers[-1] == "6", name

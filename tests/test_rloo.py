@@ -1,18 +1,16 @@
-"""rloo.py: the worked example, the exact gradient, and whole runs."""
+"""rloo.py: the worked example, and whole runs (the exact gradient is checked in test_exact.py)."""
 
-import itertools
 import json
 import re
 
 import pytest
 import torch
-from exact import Enumeration
 from tiny import save_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rloo
-from common import encode, load_model, sequence_rewards, token_kl, token_logprobs
+from common import encode, load_model, token_logprobs
 
 
 def test_worked_example_of_the_notes():

@@ -1,0 +1,130 @@
+"""Every algorithm on both embedded tasks, several seeds, equal numbers of generated samples: one picture, one table.
+
+    python lab/compare.py
+
+runs the scripts on as many cores as --jobs says (finished runs in --output are kept, so it can be stopped and started again), then
+draws compare-<task>.png and prints compare-<task>.md: the means over seeds with their standard deviations.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import plot  # noqa: E402
+
+ALGORITHMS = {  # name -> script, flags, models in memory (those that are trained first)
+    "reinforce, no baseline": ("reinforce", ["--baseline", "none"], "1 + 2"),
+    "reinforce": ("reinforce", [], "1 + 2"),
+    "rloo": ("rloo", [], "1 + 2"),
+    "remax": ("remax", [], "1 + 2"),
+    "grpo": ("grpo", [], "1 + 2"),
+    "reinforce_pp": ("reinforce_pp", [], "1 + 2"),
+    "reinforce_pp, group": ("reinforce_pp", ["--baseline", "group"], "1 + 2"),
+    "vanilla_pg": ("vanilla_pg", [], "2 + 2"),
+    "ppo": ("ppo", [], "2 + 2"),
+    "raft": ("raft", [], "1 + 2"),
+    "dpo": ("dpo", [], "1 + 1"),
+}
+TASKS = {"mini_tldr": []}  # flags; none are the scripts' defaults
+
+
+@dataclass
+class Args:
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """which tasks"""
+    algorithms: tuple[str, ...] = tuple(ALGORITHMS)
+    """which algorithms, by the names of the table ("reinforce_pp, group" is one)"""
+    seeds: int = 3
+    """seeds 1 to this"""
+    output: str = "runs/compare"
+    """folder of the runs, pictures and tables"""
+    jobs: int = 2
+    """runs at a time, each on one core"""
+
+
+def run(script, flags, folder):
+    """Run one script unless it has finished before; returns the peak resident memory in MB (None if unknown)."""
+    memory = folder / "peak_memory.json"
+    if not (folder / "evaluation.json").exists():
+        command = [sys.executable, f"{script}.py", *flags, "--output", str(folder)]
+        with open(f"{folder}.log", "w") as log:
+            one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=one_core)
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"error: {' '.join(command)} failed; its output is in {folder}.log")
+        memory.write_text(json.dumps(usage.ru_maxrss / 1024))
+    return json.loads(memory.read_text()) if memory.exists() else None
+
+
+def measure(folder, memory):
+    """The columns of the table for one run: dict name -> number."""
+    _, scalars = plot.read_run(folder)
+    values = {name: list(points.values()) for name, points in scalars.items()}
+    after = json.loads((folder / "evaluation.json").read_text())["after"]
+    return {
+        "score": after["score"],
+        "gold": after.get("gold"),
+        "win rate": after.get("win_rate"),
+        "early gold": np.mean(values["eval/gold"][1:6]),
+        "KL": after["kl"],
+        "length": after["length"],
+        "s / update": values["time/seconds"][-1] / len(values["policy/loss"]),
+        "tokens / s": np.median(values["time/tokens_per_second"]) if "time/tokens_per_second" in values else None,
+        "samples": values["time/samples"][-1],
+        "peak MB": memory,
+    }
+
+
+def main(args):
+    for task in args.tasks:
+        rows, folders = defaultdict(list), []
+        base = Path(args.output).resolve() / task
+        base.mkdir(parents=True, exist_ok=True)
+
+        def job(name, seed):
+            script, flags, _ = ALGORITHMS[name]
+            folder = base / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            memory = run(script, [*TASKS[task], *flags, "--seed", str(seed)], folder)
+            return name, folder, measure(folder, memory)
+
+        jobs = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.algorithms]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            done = pool.map(job, *zip(*jobs))
+            for name, folder, numbers in tqdm(done, total=len(jobs), desc=task, unit="run"):
+                rows[name].append(numbers)
+                folders.append(str(folder))
+        table(base.parent / f"compare-{task}.md", rows)
+        plot.main(plot.Args(runs=tuple(folders), output=str(base.parent / f"compare-{task}.png")))
+
+
+def table(path, rows):
+    """Write and print a Markdown table: mean +- standard deviation over the runs of each algorithm."""
+    columns = list(next(iter(rows.values()))[0])
+    lines = [["algorithm", *columns, "models"], ["---"] * (len(columns) + 2)]
+    for name, runs in rows.items():
+        cells = []
+        for column in columns:
+            values = [run[column] for run in runs if run[column] is not None]
+            digits = 0 if not values or abs(np.mean(values)) >= 100 else 2
+            cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}" if values else "–")
+        lines.append([name, *cells, ALGORITHMS[name][2]])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    path.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
