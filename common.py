@@ -701,10 +701,14 @@ def check_args(args):
             require(ok(values[name]), f"--{name.replace('_', '-')} {values[name]}: {remedy}")
 
     for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length", "max_length",
-                 "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "k"):
+                 "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "k", "epochs", "minibatches"):
         check(name, lambda value: value >= 1, "must be 1 or more")
     check("temperature", lambda value: 0 < value < float("inf"), "must be above 0, and finite")
-    for name in ("lr", "max_grad_norm"):
+    for name in ("clip", "value_clip", "clip_scores"):
+        check(name, lambda value: value > 0, 'must be above 0 ("inf" switches it off)')
+    for name in ("lam", "gamma"):
+        check(name, lambda value: 0 <= value <= 1, "must be from 0 to 1")
+    for name in ("lr", "critic_lr", "max_grad_norm"):
         check(name, lambda value: 0 < value < float("inf"), "must be above 0, and finite")
-    for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates", "weight_decay", "center"):
+    for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates", "weight_decay", "center", "window"):
         check(name, lambda value: 0 <= value < float("inf"), "must be 0 or more, and finite")

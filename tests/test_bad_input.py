@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 from tiny import make_tokenizer, save_classifier, save_policy
 
+import dpo
 import evaluate
+import grpo
 import plot
+import ppo
+import raft
+import reinforce
+import reinforce_pp
 import reward_model
 import rloo
 import sft
@@ -129,6 +135,25 @@ def test_rloo(flags, expected, world, bad, tmp_path, capsys):
 
 
 OTHERS = [
+    (ppo, dict(epochs=0), ["--epochs 0", "1 or more"]),
+    (ppo, dict(minibatches=0), ["--minibatches 0", "1 or more"]),
+    (ppo, dict(clip=0.0), ["--clip 0.0", "above 0"]),
+    (ppo, dict(value_clip=-1.0), ["--value-clip -1.0", "above 0"]),
+    (ppo, dict(lam=1.5), ["--lam 1.5", "from 0 to 1"]),
+    (ppo, dict(gamma=-0.1), ["--gamma -0.1", "from 0 to 1"]),
+    (ppo, dict(critic_lr=0.0), ["--critic-lr 0.0", "above 0"]),
+    (ppo, dict(critic="{bad}/other"), ["critic {bad}/other", "another vocabulary"]),
+    (ppo, dict(critic="{bad}/no_critic"), ["{bad}/no_critic", "no such file or folder"]),
+    (ppo, dict(critic="{bad}/two_labels"), ["{bad}/two_labels"]),
+    (reinforce, dict(decay=1.0), ["--decay 1.0", "below 1"]),
+    (reinforce, dict(window=-1), ["--window -1", "0 or more"]),
+    (grpo, dict(k=1), ["--k 1", "use 2 or more"]),
+    (raft, dict(k=1), ["--k 1", "use 2 or more"]),
+    (reinforce_pp, dict(k=1, baseline="group"), ["--k 1", "--baseline group needs 2 or more"]),
+    (reinforce_pp, dict(clip_scores=0.0), ["--clip-scores 0.0", "above 0"]),
+    (dpo, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "question, answer"]),
+    (dpo, dict(eval_dataset="{bad}/no_data.jsonl"), ["{bad}/no_data.jsonl", "no such file"]),
+    (dpo, dict(max_length=1), ["more than 1 tokens"]),
     (sft, dict(model="{bad}/no_model"), ["{bad}/no_model", "no such file or folder"]),
     (sft, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "question, answer"]),
     (sft, dict(batch_size=0), ["--batch-size 0", "1 or more"]),
@@ -176,7 +201,15 @@ def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
             output=str(tmp_path / "run"),
         ),
         plot: dict(runs=(), output=str(tmp_path / "run.png")),
-    }[script]
+        dpo: dict(
+            model=world.policy,
+            reward=world.reward,
+            dataset=world.data,
+            eval_dataset=world.data,
+            device="cpu",
+            output=str(tmp_path / "run"),
+        ),
+    }.get(script, world.flags | dict(output=str(tmp_path / "run")))
     check(capsys, lambda: script.main(script.Args(**base | flags)), expected, bad)
     assert not (tmp_path / "run").exists()
 
