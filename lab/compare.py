@@ -1,9 +1,9 @@
-"""Every algorithm on both embedded tasks, several seeds, equal numbers of generated samples: one picture, one table.
+"""Every algorithm on an embedded task, several seeds, equal numbers of generated samples: one picture, one table.
 
     python lab/compare.py
 
-runs the scripts on as many cores as --jobs says (finished runs in --output are kept, so it can be stopped and started again), then
-draws compare-<task>.png and prints compare-<task>.md: the means over seeds with their standard deviations.
+Finished runs in --output are kept, so it can be stopped and started again. It draws compare-<task>.png and prints
+compare-<task>.md: means over seeds with their standard deviations. Timings mean something only where nothing else runs.
 """
 
 import json

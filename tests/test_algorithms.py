@@ -97,8 +97,8 @@ DIFFS = {
     "reinforce": 36,
     "remax": 28,
     "raft": 28,
-    "grpo": 66,
-    "reinforce_pp": 97,
+    "grpo": 67,
+    "reinforce_pp": 98,
     "vanilla_pg": 57,
     "ppo": 114,
     "dpo": 85,
@@ -120,7 +120,8 @@ def test_every_flag_is_read_and_explained(name):
     for field in dataclasses.fields(script.Args):
         read = text.split("def main(args)")[1]
         assert f"args.{field.name}" in read or f"args.{field.name}" in shared, field.name
-        assert f"    {field.name}: " in text and text.split(f"    {field.name}: ")[1].splitlines()[1].startswith('    """')
+        definition = text.split(f"    {field.name}: ")[1]
+        assert definition.splitlines()[1].startswith('    """'), field.name
 
 
 def test_the_six_steps_stand_in_the_same_order():

@@ -76,7 +76,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(world, tmp_path):
 
 
 def test_the_run_is_wired_as_the_formula_says(world, tmp_path):
-    """Scores = reward - missing-EOS penalty, rewards = scores - beta * KL, KL to the reference and not to the policy."""
+    """Scores = reward - missing-EOS penalty; rewards = scores - beta * KL; the KL is that to the reference."""
     (tmp_path / "reward.py").write_text("def two(completions, **_):\n    return [2.0] * len(completions)\n")
     reference = save_policy(tmp_path / "reference", world.tokenizer, seed=5)
     flags = world.flags | {"reference": reference, "reward": f"{tmp_path}/reward.py:two", "num_updates": 1}
