@@ -5,7 +5,7 @@
 
 with r normalised over the batch and clipped, several mini-batches per rollout, and
 
-    python reinforce_pp.py --baseline group
+    python reinforce_pp.py --baseline group --beta 0.3
 
 the later variant: r less its prompt's mean, the same for all tokens, whitened over the batch; the KL is then a
 separate term of the loss, beta k2_t = beta/2 ( log pi - log pi_ref )^2, and not in the reward.

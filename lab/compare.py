@@ -31,7 +31,7 @@ ALGORITHMS = {  # name -> script, flags, models in memory (those that are traine
     "remax": ("remax", [], "1 + 2"),
     "grpo": ("grpo", [], "1 + 2"),
     "reinforce_pp": ("reinforce_pp", [], "1 + 2"),
-    "reinforce_pp, group": ("reinforce_pp", ["--baseline", "group"], "1 + 2"),
+    "reinforce_pp, group": ("reinforce_pp", ["--baseline", "group", "--beta", "0.3"], "1 + 2"),
     "vanilla_pg": ("vanilla_pg", [], "2 + 2"),
     "ppo": ("ppo", [], "2 + 2"),
     "raft": ("raft", [], "1 + 2"),
