@@ -269,6 +269,15 @@ def test_reinforce_baselines_by_hand():
     assert reinforce.compute_baseline(history, "ema", 0, 0.5) == pytest.approx(0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 6)
 
 
+def test_a_baseline_is_subtracted():
+    """Added instead, it would be just as unbiased, and the variance would grow: only the value itself can tell."""
+    assert reinforce.compute_advantages(torch.tensor([1.0, 4.0]), 3.0).tolist() == [-2, 1]
+    rewards, mask = torch.tensor([[-0.5, 2.0, 0.0]]), torch.tensor([[True, True, False]])
+    assert remax.compute_advantages(rewards, torch.tensor([1.0]), mask).tolist() == [[0.5, 1.0, 0.0]]
+    advantages, returns = vanilla_pg.compute_advantages(rewards, torch.tensor([[1.0, 3.0, 0.0]]), mask)
+    assert advantages.tolist() == [[0.5, -1.0, 0.0]] and returns.tolist() == [[1.5, 2.0, 0.0]]
+
+
 def test_grpo_by_hand():
     advantages = grpo.compute_advantages(torch.tensor([0.0, 2.0, 5.0, 5.0]), 2)
     assert advantages.tolist() == pytest.approx([-1 / (math.sqrt(2) + 1e-4), 1 / (math.sqrt(2) + 1e-4), 0, 0])
