@@ -37,7 +37,12 @@ ALGORITHMS = {  # name -> script, flags, models in memory (those that are traine
     "raft": ("raft", [], "1 + 2"),
     "dpo": ("dpo", [], "1 + 1"),
 }
-TASKS = {"mini_tldr": []}  # flags; none are the scripts' defaults
+TASKS = {  # flags; none are the scripts' defaults
+    "mini_tldr": [],
+    "mini_math": "--model tasks/mini_math-sft --dataset tasks/mini_math.py:prompts --reward tasks/mini_math.py:accuracy "
+    "--beta 0.001 --temperature 1 --max-new-tokens 5".split(),
+}
+MISSING = {("mini_math", "dpo")}  # it has no preference pairs
 
 
 @dataclass
@@ -97,10 +102,11 @@ def main(args):
         def job(name, seed):
             script, flags, _ = ALGORITHMS[name]
             folder = base / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            memory = run(script, [*TASKS[task], *flags, "--seed", str(seed)], folder)
+            memory = run(script, [*flags, *TASKS[task], "--seed", str(seed)], folder)
             return name, folder, measure(folder, memory)
 
-        jobs = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.algorithms]
+        names = [name for name in args.algorithms if (task, name) not in MISSING]
+        jobs = [(name, seed) for seed in range(1, args.seeds + 1) for name in names]
         with ThreadPoolExecutor(args.jobs) as pool:
             done = pool.map(job, *zip(*jobs))
             for name, folder, numbers in tqdm(done, total=len(jobs), desc=task, unit="run"):

@@ -1,0 +1,123 @@
+"""mini math: addition on paper, rewarded by a rule: the answer is right (1) or it is not (0).
+
+A problem adds two numbers of two digits. Every digit is a token, and the answer is written as on paper, units first:
+
+    4 7 + 3 8 =        5 8         47 + 38 is 85
+    9 6 + 1 5 =        1 1 1       96 + 15 is 111
+
+Units first because a carry is then known before the digit that needs it: every answer digit is one small sum. Tens
+first also works, but a model this small learns it less surely: with the commands below and the SFT seeds 1, 2 and 3
+(RL seed 1) RLOO ends with 0.82, 0.97 and 0.96 of the answers right; with units first, with 0.98, 0.97 and 0.99.
+
+The demonstrations forget to carry two times in three, which writes 5 7 and 1 0 above. So the SFT policy knows how to
+carry, but seldom does: about half of its samples are right, and when it always takes the most probable token only the
+problems without a carry are (a quarter). RL with nothing but the rule makes it carry. These names go on the command
+line:
+
+    prompts(split)          prompt, completion (the right answer), answer (the sum, an int)     for RL and evaluation
+    demonstrations(split)   prompt, completion (what a forgetful person writes)                 for sft.py
+    accuracy(...)           the reward; `gold_reward` is the same
+    new_model()             an untrained model and its tokenizer                                for sft.py
+
+The policy in tasks/mini_math-sft was made by the first command; the second takes it from there (k is 4; beta 0.001 is
+what the REINFORCE++ post uses with rule-based rewards):
+
+    python sft.py --model tasks/mini_math.py:new_model --dataset tasks/mini_math.py:demonstrations \\
+        --num-updates 800 --batch-size 128 --lr 4e-3 --output runs/math-sft
+    python rloo.py --model tasks/mini_math-sft --dataset tasks/mini_math.py:prompts \\
+        --reward tasks/mini_math.py:accuracy --beta 0.001 --temperature 1 --max-new-tokens 5 \\
+        --num-updates 150 --prompts-per-step 16 --lr 1e-3
+
+Splits are "train" and "test", always the same, and a + b is in the same split as b + a. `python tasks/mini_math.py`
+prints a few problems with the right answer, a demonstration and its reward.
+"""
+
+import random
+
+from datasets import Dataset
+
+FORGET = 2 / 3  # how often a demonstration forgets to carry
+PEOPLE = 10  # demonstrations of each problem
+SPLITS = {"train": slice(500, None), "test": slice(500)}  # of the 4,095 pairs of numbers from 10 to 99
+
+
+def problems(split):
+    """The split's (a, b), both orders of every pair: 7,109 for training and 991 to test."""
+    rng = random.Random("mini_math")
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    rng.shuffle(pairs)
+    rows = [row for a, b in pairs[SPLITS[split]] for row in sorted({(a, b), (b, a)})]
+    rng.shuffle(rows)
+    return rows
+
+
+def ask(a, b):
+    """47, 38 -> "4 7 + 3 8 ="."""
+    return " ".join(f"{a}+{b}=")
+
+
+def write(answer):
+    """85 -> "5 8": digits from the units up."""
+    return " ".join(reversed(str(answer)))
+
+
+def forget_to_carry(a, b):
+    """47, 38 -> "5 7": each column is added by itself, and only its last digit is kept."""
+    return f"{(a % 10 + b % 10) % 10} {(a // 10 + b // 10) % 10}"
+
+
+def prompts(split):
+    """Problems with the right answer. Columns: prompt, completion, answer."""
+    return Dataset.from_list([{"prompt": ask(a, b), "completion": write(a + b), "answer": a + b}
+                              for a, b in problems(split)])
+
+
+def demonstrations(split):
+    """Every problem of the split, in the order of `prompts`, and that PEOPLE times. Columns: prompt, completion."""
+    rng = random.Random(f"mini_math {split}")
+    return Dataset.from_list([
+        {"prompt": ask(a, b), "completion": forget_to_carry(a, b) if rng.random() < FORGET else write(a + b)}
+        for _ in range(PEOPLE) for a, b in problems(split)
+    ])
+
+
+def accuracy(prompts, completions, answer, **_):
+    """1.0 where the completion is the sum, digit by digit and nothing else; 0.0 where it is not.
+
+    Args: prompts (not needed) and completions (lists of str); answer (list of int, the sums).
+    Returns: list of float, one per completion.
+    """
+    return [float(completion.split() == write(right).split()) for completion, right in zip(completions, answer)]
+
+
+gold_reward = accuracy
+
+
+def new_model():
+    """An untrained Llama of 107,776 parameters and its tokenizer, which has one token for each digit and sign."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789+="])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,  # the usual 0.02 is too small for this width (see mini_tldr.py)
+    )
+    return LlamaForCausalLM(config), tokenizer
+
+
+def main():
+    for row, shown in zip(prompts("test").select(range(8)), demonstrations("test")):
+        reward = accuracy(None, [shown["completion"]], answer=[row["answer"]])[0]
+        print(f"{row['prompt']}   right {row['completion']:<8} demonstration {shown['completion']:<8} reward {reward}")
+
+
+if __name__ == "__main__":
+    main()
