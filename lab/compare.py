@@ -24,18 +24,18 @@ sys.path.insert(0, str(ROOT))
 
 import plot  # noqa: E402
 
-ALGORITHMS = {  # name -> script, flags, models in memory (those that are trained first)
-    "reinforce, no baseline": ("reinforce", ["--baseline", "none"], "1 + 2"),
-    "reinforce": ("reinforce", [], "1 + 2"),
-    "rloo": ("rloo", [], "1 + 2"),
-    "remax": ("remax", [], "1 + 2"),
-    "grpo": ("grpo", [], "1 + 2"),
-    "reinforce_pp": ("reinforce_pp", [], "1 + 2"),
-    "reinforce_pp, group": ("reinforce_pp", ["--baseline", "group", "--beta", "0.3"], "1 + 2"),
-    "vanilla_pg": ("vanilla_pg", [], "2 + 2"),
-    "ppo": ("ppo", [], "2 + 2"),
-    "raft": ("raft", [], "1 + 2"),
-    "dpo": ("dpo", [], "1 + 1"),
+ALGORITHMS = {  # name -> script, flags
+    "reinforce, no baseline": ("reinforce", ["--baseline", "none"]),
+    "reinforce": ("reinforce", []),
+    "rloo": ("rloo", []),
+    "remax": ("remax", []),
+    "grpo": ("grpo", []),
+    "reinforce_pp": ("reinforce_pp", []),
+    "reinforce_pp, group": ("reinforce_pp", ["--baseline", "group", "--beta", "0.3"]),
+    "vanilla_pg": ("vanilla_pg", []),
+    "ppo": ("ppo", []),
+    "raft": ("raft", []),
+    "dpo": ("dpo", []),
 }
 TASKS = {  # flags; none are the scripts' defaults
     "mini_tldr": [],
@@ -100,7 +100,7 @@ def main(args):
         base.mkdir(parents=True, exist_ok=True)
 
         def job(name, seed):
-            script, flags, _ = ALGORITHMS[name]
+            script, flags = ALGORITHMS[name]
             folder = base / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             memory = run(script, [*flags, *TASKS[task], "--seed", str(seed)], folder)
             return name, folder, measure(folder, memory)
@@ -119,14 +119,14 @@ def main(args):
 def table(path, rows):
     """Write and print a Markdown table: mean +- standard deviation over the runs of each algorithm."""
     columns = list(next(iter(rows.values()))[0])
-    lines = [["algorithm", *columns, "models"], ["---"] * (len(columns) + 2)]
+    lines = [["algorithm", *columns], ["---"] * (len(columns) + 1)]
     for name, runs in rows.items():
         cells = []
         for column in columns:
             values = [run[column] for run in runs if run[column] is not None]
             digits = 0 if not values or abs(np.mean(values)) >= 100 else 2
             cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}" if values else "–")
-        lines.append([name, *cells, ALGORITHMS[name][2]])
+        lines.append([name, *cells])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     path.write_text(text + "\n")
     print(text)
