@@ -39,8 +39,8 @@ ALGORITHMS = {  # name -> script, flags
 }
 TASKS = {  # flags; none are the scripts' defaults
     "mini_tldr": [],
-    "mini_math": "--model tasks/mini_math-sft --dataset tasks/mini_math.py:prompts --reward tasks/mini_math.py:accuracy "
-    "--beta 0.001 --temperature 1 --max-new-tokens 5".split(),
+    "mini_math": "--model tasks/mini_math-sft --dataset tasks/mini_math.py:prompts "
+    "--reward tasks/mini_math.py:accuracy --beta 0.001 --temperature 1 --max-new-tokens 5".split(),
 }
 MISSING = {("mini_math", "dpo")}  # it has no preference pairs
 
