@@ -188,7 +188,7 @@ def main(args):
         # 2. score: one number per response
         scores = measures["score"](batch, columns) - args.missing_eos_penalty * ~batch.ended  # (N,)
 
-        # 3. shape: the KL to the reference becomes part of the reward
+        # 3. shape: the KL to the reference becomes part of the reward, or with --baseline group of the loss
         ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
         if args.baseline == "group":  # the KL is part of the loss

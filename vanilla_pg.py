@@ -10,7 +10,7 @@ which does without the critic, beats it.
 
 What differs from rloo.py: the baseline V depends on the state, is learned by regression on G, and costs a second model
 with its optimizer. It is read before the token is chosen, so it cannot bias the gradient, however wrong it is; a bad
-critic only makes it noisier. The critic starts from the reward model, as in the paper's code base.
+critic only makes it noisier. The critic starts from the reward model unless --critic names another.
 
 Where published code deviates: reading V at the token itself, which has seen the action, is a common slip, and biased.
 

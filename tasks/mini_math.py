@@ -6,7 +6,7 @@ A problem adds two numbers of two digits. Every digit is a token, and the answer
     9 6 + 1 5 =        1 1 1       96 + 15 is 111
 
 Units first because a carry is then known before the digit that needs it: every answer digit is one small sum. Tens
-first also works, but a model this small learns it less surely: with the commands below and the SFT seeds 1, 2 and 3
+first also works, but a model this small learns it less surely: in a trial with the SFT seeds 1, 2 and 3
 (RL seed 1) RLOO ends with 0.82, 0.97 and 0.96 of the answers right; with units first, with 0.98, 0.97 and 0.99.
 
 The demonstrations forget to carry two times in three, which writes 5 7 and 1 0 above. So the SFT policy knows how to

@@ -98,7 +98,7 @@ DIFFS = {
     "remax": 28,
     "raft": 28,
     "grpo": 67,
-    "reinforce_pp": 98,
+    "reinforce_pp": 99,
     "vanilla_pg": 57,
     "ppo": 114,
     "dpo": 85,
