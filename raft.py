@@ -7,9 +7,8 @@
     python raft.py --rank-by score
 
 What differs from rloo.py: of the k responses only the best one is used, as if it were a demonstration; there is no
-negative signal and no size of an advantage, only a rank. It is no estimator of the policy gradient of E[R].
---rank-by reward ranks by the KL-shaped R, score by r alone (the KL is
-then only measured).
+negative signal and no size of an advantage, only a rank. It is no estimator of the policy gradient of E[R]. --rank-by
+reward ranks by the KL-shaped R, score by r alone (the KL is then only measured).
 
 Ahmadian et al. find it more sensitive than RLOO to noise in the reward and to a strong KL penalty, since both change
 who is best.

@@ -8,6 +8,7 @@ compare-<task>.md: means over seeds with their standard deviations. Timings mean
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -63,6 +64,7 @@ def run(script, flags, folder):
     """Run one script unless it has finished before; returns the peak resident memory in MB (None if unknown)."""
     memory = folder / "peak_memory.json"
     if not (folder / "evaluation.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted comparison left
         command = [sys.executable, f"{script}.py", *flags, "--output", str(folder)]
         with open(f"{folder}.log", "w") as log:
             one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
