@@ -1,37 +1,23 @@
 """What every script of this project shares. No estimator and no policy loss lives here: those are the scripts' own.
 
-First what a training step is made of, in the order in which it uses it: rows of tokens, rollout, log-probs and KL,
-reward scoring, evaluation. Then the plumbing: models and data, run folder and logs, mistakes. Names and shapes are the
-same everywhere:
+What a training step is made of, in the order in which it uses it: rows of tokens, rollout, log-probs and KL, reward
+scoring, evaluation and metrics. What has nothing to do with RL (loading models and data, run folders, error messages)
+is in plumbing.py. Names and shapes are the same everywhere:
 
     B prompts, k samples for each, N = B * k rows; row = prompt * k + sample ("prompt-major")
     P prompt tokens (padded on the left), T response tokens (padded on the right), V words in the vocabulary
 """
 
-import functools
-import importlib.util
-import itertools
-import json
 import math
-import os
-import shutil
-import sys
-import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-import datasets
 import torch
 import torch.nn.functional as F
-import transformers
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-datasets.disable_progress_bars()
+from plumbing import (add_up, as_replies, as_text, load_frozen_classifier, load_function, load_module, load_tokenizer,
+                      one_line, own_generator, processes, prompt_tokens, require, share, stop, table, total)
 
 
 # ------------------------------------------------------------------------------------------------------- rows of tokens
@@ -63,13 +49,16 @@ def pad(rows, pad_id, side, device):
     return ids.to(device), mask.bool().to(device)
 
 
-def encode(tokenizer, prompts, completions, device, ended=True):
-    """Batch of given texts, as if they had been sampled: a completion gets an EOS where `ended` (bool or N bools)."""
-    ended = [ended] * len(prompts) if isinstance(ended, bool) else list(ended)
+def encode(tokenizer, prompt_ids, completions, device, ended=True):
+    """Batch of given texts, as if they had been sampled: a completion gets an EOS where `ended` (bool or N bools).
+
+    Args: tokenizer; prompt_ids (N lists of token ids); completions (N str); device; ended.
+    """
+    ended = [ended] * len(prompt_ids) if isinstance(ended, bool) else list(ended)
     responses = tokenizer(completions, add_special_tokens=False)["input_ids"]
     responses = [ids + [tokenizer.eos_token_id] * end for ids, end in zip(responses, ended)]
     responses, response_mask = pad(responses, tokenizer.pad_token_id, "right", device)
-    prompts = pad(tokenizer(prompts)["input_ids"], tokenizer.pad_token_id, "left", device)
+    prompts = pad(prompt_ids, tokenizer.pad_token_id, "left", device)
     unknown = torch.zeros(responses.shape, device=device)
     return Batch(*prompts, responses, response_mask, torch.tensor(ended, device=device), unknown)
 
@@ -81,7 +70,13 @@ def decode(tokenizer, batch):
 
 
 def join(batch):
-    """Each row's prompt and response in one: ids and mask (N, P + T), and T; without the columns that all rows pad."""
+    """Each row's prompt and response in one: ids and mask (N, P + T), and T; without the columns that all rows pad.
+
+    No rows become one placeholder, since models cannot run on nothing (see `microbatches`): use only the first N.
+    """
+    if len(batch) == 0:
+        ids = torch.zeros((1, 2), dtype=torch.long, device=batch.prompts.device)
+        return ids, ids == 0, 1
     P, T = batch.prompt_mask.sum(1).max().item(), batch.response_mask.sum(1).max().item()
     ids = torch.cat([batch.prompts[:, -P:], batch.responses[:, :T]], 1)
     return ids, torch.cat([batch.prompt_mask[:, -P:], batch.response_mask[:, :T]], 1), T
@@ -97,23 +92,41 @@ def positions(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def microbatches(max_tokens, *groups):
-    """Yield index tensors that together cover all rows once, rows of like length together.
+def minibatches(n, epochs, count):
+    """Yield index tensors: `epochs` times the numbers 0 ... n - 1, each time in a new order and in `count` parts."""
+    for _ in range(epochs):
+        yield from torch.randperm(n).chunk(count)
+
+
+def microbatches(max_tokens, *groups, rows=None):
+    """Yield index tensors that together cover `rows` (by default all) once, rows of like length together.
 
     Row i of every group goes together (one Batch; or two, of chosen and rejected responses). A micro-batch has at most
     `max_tokens` tokens, padding included; a single row that is longer comes alone. What is summed over micro-batches
     and divided by the whole batch's count does not depend on `max_tokens`: only memory and time do.
+
+    Of several processes each gets its share of the rows, and all get equally many micro-batches, the last perhaps
+    empty: the processes that hold a model's pieces (--shard) must run it together.
     """
     prompt_lengths = torch.stack([batch.prompt_mask.sum(1) for batch in groups]).amax(0).tolist()
     lengths = torch.stack([batch.response_mask.sum(1) for batch in groups]).amax(0).tolist()
-    rows, P, T = [], 0, 0
-    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], prompt_lengths[row])):
-        P, T = max(P, prompt_lengths[row]), max(T, lengths[row])
-        if rows and (len(rows) + 1) * (P + T) * len(groups) > max_tokens:
-            yield torch.tensor(rows)
-            rows, P, T = [], prompt_lengths[row], lengths[row]
-        rows.append(row)
-    yield torch.tensor(rows)
+    rows = range(len(lengths)) if rows is None else rows.tolist()
+    rows = sorted(rows, key=lambda row: (lengths[row], prompt_lengths[row]))
+
+    def divide(rows):
+        parts, P, T = [[]], 0, 0
+        for row in rows:
+            P, T = max(P, prompt_lengths[row]), max(T, lengths[row])
+            if parts[-1] and (len(parts[-1]) + 1) * (P + T) * len(groups) > max_tokens:
+                parts.append([])
+                P, T = prompt_lengths[row], lengths[row]
+            parts[-1].append(row)
+        return parts
+
+    rank, size = processes()
+    shares = [divide(rows[other::size]) for other in range(size)]
+    for i in range(max(map(len, shares))):
+        yield torch.tensor(shares[rank][i] if i < len(shares[rank]) else [], dtype=torch.long)
 
 
 # -------------------------------------------------------------------------------------------------------------- rollout
@@ -133,53 +146,64 @@ def log_softmax(logits, temperature):
 
 
 @torch.no_grad()
-def rollout(policy, tokenizer, prompts, k, temperature, max_new_tokens, greedy=False):
+def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy=False):
     """Sample k responses for each prompt from exactly softmax(logits / temperature): no top-k, no top-p.
 
-    The prompt runs through the model once for its k samples, and rows that have ended leave the batch.
+    The prompt runs through the model once for its k samples, and rows that have ended leave the batch. Of several
+    processes each samples for its share of the prompts, and all get the whole batch.
 
-    Args: policy (causal LM); tokenizer; prompts (list of B str); k; temperature; max_new_tokens; greedy (take the
-    most probable token instead of a sample).
+    Args: policy (causal LM); tokenizer; prompt_ids (B lists of token ids); k; temperature; max_new_tokens; greedy
+    (take the most probable token instead of a sample).
     Returns: Batch of N = B * k rows, prompt-major.
     """
     device = policy.device
     ends = eos_ids(policy, tokenizer).to(device)
-    prompts, prompt_mask = pad(tokenizer(prompts)["input_ids"], tokenizer.pad_token_id, "left", device)  # (B, P)
-    output = policy(input_ids=prompts, attention_mask=prompt_mask, position_ids=positions(prompt_mask),
+    generator = own_generator(device)
+    prompts, prompt_mask = pad(prompt_ids, tokenizer.pad_token_id, "left", device)  # (B, P)
+    mine = share(len(prompts))
+    fed = mine if len(mine) else range(1)  # a process without prompts runs the model on one that it throws away
+    output = policy(input_ids=prompts[fed], attention_mask=prompt_mask[fed], position_ids=positions(prompt_mask[fed]),
                     use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
     cache.batch_repeat_interleave(k)
-    logits = output.logits[:, -1].repeat_interleave(k, 0)  # (N, V)
+    logits = output.logits[:, -1].repeat_interleave(k, 0)  # (n, V)
+    mask = prompt_mask[fed].repeat_interleave(k, 0)  # (n, P), the context of the n rows still being written
     prompts, prompt_mask = prompts.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0)  # (N, P)
 
     N = len(prompts)
-    responses = torch.full((N, max_new_tokens), tokenizer.pad_token_id, device=device)  # (N, T)
+    responses = torch.zeros((N, max_new_tokens), dtype=torch.long, device=device)  # (N, T)
     response_mask = torch.zeros((N, max_new_tokens), dtype=torch.bool, device=device)  # (N, T)
     old_logprobs = torch.zeros((N, max_new_tokens), dtype=log_softmax(logits[:1], 1).dtype, device=device)  # (N, T)
     ended = torch.zeros(N, dtype=torch.bool, device=device)  # (N,)
-    alive, mask = torch.arange(N, device=device), prompt_mask  # the n rows still being written, and their context
+    alive = torch.arange(N, device=device)[k * mine.start : k * mine.stop]  # (n,), the numbers of these rows
     for t in range(max_new_tokens):
         logprobs = log_softmax(logits, temperature)  # (n, V)
         # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample from the softmax.
-        noise = 0.0 if greedy else -torch.empty_like(logprobs).exponential_().log()
+        noise = 0.0 if greedy else -torch.empty_like(logprobs).exponential_(generator=generator).log()
         tokens = (logprobs + noise).argmax(1, keepdim=True)  # (n, 1)
-        responses[alive, t] = tokens.squeeze(1)
+        n = len(alive)  # fewer than there are tokens only where a finished process keeps one row to run the model on
+        responses[alive, t] = tokens[:n, 0]
         response_mask[alive, t] = True
-        old_logprobs[alive, t] = logprobs.gather(1, tokens).squeeze(1)
-        over = torch.isin(tokens.squeeze(1), ends)  # (n,)
+        old_logprobs[alive, t] = logprobs.gather(1, tokens)[:n, 0]
+        over = torch.isin(tokens[:n, 0], ends)  # (n,)
         ended[alive[over]] = True
-        if over.all() or t + 1 == max_new_tokens:
+        if not total(n - over.sum().item()) or t + 1 == max_new_tokens:
             break
         if over.any():
             going = (~over).nonzero().squeeze(1)
-            alive, mask, tokens = alive[going], mask[going], tokens[going]
+            alive = alive[going]
+            going = going if len(going) else torch.zeros_like(tokens[:1, 0])
+            mask, tokens = mask[going], tokens[going]
             cache.batch_select_indices(going)
         mask = F.pad(mask, (0, 1), value=True)  # (n, P + t + 1)
         output = policy(input_ids=tokens, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
                         past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1]
     T = t + 1
-    return Batch(prompts, prompt_mask, responses[:, :T], response_mask[:, :T], ended, old_logprobs[:, :T])
+    responses, response_mask, old_logprobs, ended = map(
+        add_up, (responses[:, :T], response_mask[:, :T], old_logprobs[:, :T], ended))
+    return Batch(prompts, prompt_mask, responses.masked_fill(~response_mask, tokenizer.pad_token_id), response_mask,
+                 ended, old_logprobs)
 
 
 # ----------------------------------------------------------------------------------------------------- log-probs and KL
@@ -194,7 +218,7 @@ def token_logprobs(model, batch, temperature):
     # The logits at a position predict the next token: the last prompt position up to the last but one of the response.
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False,
                    logits_to_keep=T + 1)
-    logprobs = log_softmax(output.logits[:, :-1], temperature)  # (N, T, V)
+    logprobs = log_softmax(output.logits[: len(batch), :-1], temperature)  # (N, T, V)
     logprobs = logprobs.gather(2, batch.responses[:, :T, None]).squeeze(2)  # (N, T)
     logprobs = logprobs.masked_fill(~batch.response_mask[:, :T], 0.0)
     return F.pad(logprobs, (0, batch.responses.shape[1] - T))
@@ -206,7 +230,7 @@ def frozen_logprobs(model, batch, temperature, max_tokens):
     logprobs = torch.zeros_like(batch.old_logprobs)
     for rows in microbatches(max_tokens, batch):
         logprobs[rows] = token_logprobs(model, batch[rows], temperature).to(logprobs.dtype)
-    return logprobs
+    return add_up(logprobs)
 
 
 def token_kl(logprobs, ref_logprobs, response_mask):
@@ -250,7 +274,7 @@ def classifier_scores(model, batch):
     ids, mask, T = join(batch)
     output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
     last = ids.shape[1] - T + batch.response_mask.sum(1) - 1  # (N,)
-    hidden = output.last_hidden_state[torch.arange(len(ids), device=last.device), last]  # (N, hidden)
+    hidden = output.last_hidden_state[torch.arange(len(batch), device=last.device), last]  # (N, hidden)
     return model.score(hidden.to(model.score.weight.dtype)).squeeze(1)
 
 
@@ -262,7 +286,7 @@ def token_values(critic, batch):
     """
     ids, mask, T = join(batch)
     output = critic.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-    hidden = output.last_hidden_state[:, -T - 1 : -1]  # (N, T, hidden)
+    hidden = output.last_hidden_state[: len(batch), -T - 1 : -1]  # (N, T, hidden)
     values = critic.score(hidden.to(critic.score.weight.dtype)).squeeze(2)  # (N, T)
     return F.pad(values.masked_fill(~batch.response_mask[:, :T], 0.0), (0, batch.responses.shape[1] - T))
 
@@ -273,54 +297,69 @@ def frozen_values(critic, batch, max_tokens):
     values = torch.zeros_like(batch.old_logprobs)
     for rows in microbatches(max_tokens, batch):
         values[rows] = token_values(critic, batch[rows]).to(values.dtype)
-    return values
+    return add_up(values)
 
 
-def load_reward(name, tokenizer, device, dtype, max_tokens):
-    """A function score(batch, columns) -> (N,) from a classifier or from "path/to/file.py:function".
+def load_reward(name, tokenizer, device, dtype, max_tokens, shard=False):
+    """A function reward(batch, columns) -> (N,) from a classifier or from "path/to/file.py:function".
 
     A classifier is any one-label AutoModelForSequenceClassification on a causal model. It is given the very ids of the
-    rollout where its tokenizer is the policy's, and the text encoded anew, with an EOS where the response has one,
-    where it is not. A python function is called as TRL does: function(prompts=..., completions=..., **columns), where
-    columns are the dataset's other columns, each a list with one value per completion; it returns that many numbers.
+    rollout where its tokenizer is the policy's, and the text encoded anew (chat messages with its own chat template),
+    with an EOS where the response has one, where it is not.
+
+    A python function is called as TRL does: function(prompts=..., completions=..., **columns), where columns are the
+    dataset's other columns, each a list with one value per completion; it returns that many numbers. Completions are
+    texts, or for a chat prompt lists of one message.
 
     `columns` holds the dataset's rows (lists of B values) that the N = B * k rows of `batch` belong to.
     """
     if ".py:" in name:
         function = load_function(name)
 
-        def score(batch, columns):
+        def reward(batch, columns):
             k = len(batch) // len(columns["prompt"])
-            columns = {key: repeat(values, k) for key, values in columns.items()}
-            columns["prompts"] = columns.pop("prompt")
-            columns["completions"] = decode(tokenizer, batch)
-            try:
-                values = [float(value) for value in function(**columns)]
-            except Exception as error:
-                stop(f"reward {name}: raised {type(error).__name__}: {one_line(error)}")
-            require(len(values) == len(batch),
-                    f"reward {name}: returned {len(values)} values for {len(batch)} completions")
-            odd = [value for value in values if not math.isfinite(value)]
-            require(not odd, f"reward {name}: returned {odd[:1]}; every value must be a finite number")
-            return torch.tensor(values, device=device)  # (N,)
+            mine = share(len(columns["prompt"]))
+            own = {key: repeat(values[mine.start : mine.stop], k) for key, values in columns.items()}
+            own["prompts"], _ = own.pop("prompt"), own.pop("prompt_ids", None)
+            rows = slice(k * mine.start, k * mine.stop)
+            own["completions"] = as_replies(own["prompts"], decode(tokenizer, batch[rows]))
+            rewards = torch.zeros(len(batch), device=device)  # (N,)
+            rewards[rows] = torch.tensor(call(name, function, own))
+            return add_up(rewards)
 
-        return score
+        return reward
 
-    model = load_classifier(name, device, dtype).requires_grad_(False)
+    model = load_frozen_classifier(name, device, dtype, shard)
     reward_tokenizer = load_tokenizer(name)
     same_ids = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
 
     @torch.no_grad()
-    def score(batch, columns):
+    def reward(batch, columns):
         if not same_ids:
-            prompts = repeat(columns["prompt"], len(batch) // len(columns["prompt"]))
-            batch = encode(reward_tokenizer, prompts, decode(tokenizer, batch), device, batch.ended.tolist())
-        scores = torch.zeros(len(batch), device=device)
+            k = len(batch) // len(columns["prompt"])
+            prompt_ids = repeat(prompt_tokens(reward_tokenizer, columns["prompt"], f"reward {name}"), k)
+            batch = encode(reward_tokenizer, prompt_ids, decode(tokenizer, batch), device, batch.ended.tolist())
+        rewards = torch.zeros(len(batch), device=device)  # (N,)
         for rows in microbatches(max_tokens, batch):
-            scores[rows] = classifier_scores(model, batch[rows])
-        return scores
+            rewards[rows] = classifier_scores(model, batch[rows])
+        return add_up(rewards)
 
-    return score
+    return reward
+
+
+def call(name, function, columns):
+    """The values of a python reward function, one for each completion; stop in one line where it does not work."""
+    if not columns["completions"]:
+        return []
+    try:
+        values = [float(value) for value in function(**columns)]
+    except Exception as error:
+        stop(f"reward {name}: raised {type(error).__name__}: {one_line(error)}")
+    count = len(columns["completions"])
+    require(len(values) == count, f"reward {name}: returned {len(values)} values for {count} completions")
+    odd = [value for value in values if not math.isfinite(value)]
+    require(not odd, f"reward {name}: returned {odd[:1]}; every value must be a finite number")
+    return values
 
 
 def find_gold(gold, dataset):
@@ -332,26 +371,43 @@ def find_gold(gold, dataset):
 
 
 def load_measures(args, tokenizer, device):
-    """The rewards of a run by name: "score", which is trained on, and "gold", only measured, where there is one.
+    """The rewards of a run: "score", which is trained on, and "gold", only measured, where there is one.
 
-    Args: args (reward, gold, dataset, dtype, microbatch_tokens); tokenizer (the policy's); device.
+    Each is a function measure(batch, columns) -> dict name -> (N,). That of "score" also holds the single rewards by
+    their own names where --reward gives several; "score" is their sum, weighted by --reward-weights.
+
+    Args: args (reward, reward_weights, gold, dataset, dtype, shard, microbatch_tokens); tokenizer (the policy's);
+    device.
     """
-    names = {"score": args.reward, "gold": find_gold(args.gold, args.dataset)}
-    return {key: load_reward(name, tokenizer, device, args.dtype, args.microbatch_tokens)
-            for key, name in names.items() if name}
+    load = lambda name: load_reward(name, tokenizer, device, args.dtype, args.microbatch_tokens, args.shard)
+    weights = args.reward_weights or [1.0] * len(args.reward)
+    require(len(weights) == len(args.reward),
+            f"--reward-weights: has {len(weights)} numbers for {len(args.reward)} rewards; give one for each")
+    names = [Path(name).name.rpartition(":")[2] for name in args.reward]
+    names = [short if names.count(short) == 1 else full for short, full in zip(names, args.reward)]
+    functions = [load(name) for name in args.reward]
+
+    def score(batch, columns):
+        parts = {name: function(batch, columns) for name, function in zip(names, functions)}  # name -> (N,)
+        total = sum(weight * part for weight, part in zip(weights, parts.values()))  # (N,)
+        return {"score": total, **(parts if len(parts) > 1 else {})}
+
+    gold = find_gold(args.gold, args.dataset)
+    gold = gold and load(gold)
+    return {"score": score} | ({"gold": lambda batch, columns: {"gold": gold(batch, columns)}} if gold else {})
 
 
-# ----------------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------- evaluation and metrics
 
 
 @torch.no_grad()
 def evaluate(policy, reference, tokenizer, measures, dataset, args, k=1, greedy=False, judge=None, rivals=None):
     """Sample k responses to each held-out prompt and measure them. Leaves the training's random numbers alone.
 
-    Args: policy and reference (causal LMs); measures (dict name -> score function of load_reward); dataset (rows with
-    prompt); args (temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed); judge (name of the measure
-    that decides the win rate; by default the last); rivals (N texts to win against, and for each whether it ended; by
-    default the dataset's completion column, if there is one).
+    Args: policy and reference (causal LMs); measures (see load_measures); dataset (rows of load_rows); args
+    (temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed); judge (name of the measure that decides
+    the win rate; by default the last); rivals (N texts to win against, and for each whether it ended; by default the
+    dataset's completion column, if there is one).
     Returns: (values, completions): dict name -> (N,) floats on the CPU, and the N responses as text, prompt-major.
     """
     if rivals is None and "completion" in dataset.column_names:
@@ -362,13 +418,15 @@ def evaluate(policy, reference, tokenizer, measures, dataset, args, k=1, greedy=
         size = max(1, args.eval_batch_size // k)
         for start in range(0, len(dataset), size):
             columns = dataset[start : start + size]
-            batch = rollout(policy, tokenizer, columns["prompt"], k, args.temperature, args.max_new_tokens, greedy)
+            batch = rollout(policy, tokenizer, columns["prompt_ids"], k, args.temperature, args.max_new_tokens, greedy)
             ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (n, T)
-            found = {name: measure(batch, columns) for name, measure in measures.items()}  # name -> (n,)
+            found = {}  # name -> (n,)
+            for measure in measures.values():
+                found |= measure(batch, columns)
             if rivals:
                 texts, ended = (part[len(completions) :][: len(batch)] for part in rivals)
-                others = encode(tokenizer, repeat(columns["prompt"], k), texts, policy.device, ended)
-                found["win_rate"] = wins(found[judge], measures[judge](others, columns))
+                others = encode(tokenizer, repeat(columns["prompt_ids"], k), texts, policy.device, ended)
+                found["win_rate"] = wins(found[judge], measures[judge](others, columns)[judge])
             found["kl"] = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask).sum(1)
             found["length"] = batch.response_mask.sum(1)
             found["eos_rate"] = batch.ended
@@ -383,232 +441,26 @@ def wins(scores, other_scores):
     return (torch.sign(scores - other_scores) + 1) / 2
 
 
-def try_rewards(tokenizer, dataset, device, measures):
-    """Call each reward once on two rows of the dataset, so that a broken one stops the run before it starts."""
-    columns = dataset[:2]
-    texts = columns.get("completion", columns["prompt"])
+def rehearse(policy, tokenizer, datasets, measures, max_new_tokens):
+    """Stop before the run starts where it would stop later: a prompt too long for the model, a reward that fails.
+
+    Args: policy; tokenizer; datasets (list of rows of load_rows); measures (see load_measures); max_new_tokens.
+    """
+    longest = max(len(ids) for dataset in datasets for ids in dataset["prompt_ids"])
+    limit = getattr(policy.config, "max_position_embeddings", None) or math.inf
+    require(longest + max_new_tokens <= limit,
+            f"--max-new-tokens {max_new_tokens}: with a prompt of {longest} tokens that is more than the {limit} "
+            "positions of the model; lower it, or --max-prompt-length")
+    columns = datasets[0][:2]
+    texts = columns.get("completion", [as_text(prompt) for prompt in columns["prompt"]])
     for measure in measures.values():
-        measure(encode(tokenizer, columns["prompt"], texts, device), columns)
+        measure(encode(tokenizer, columns["prompt_ids"], texts, policy.device), columns)
 
 
-# ------------------------------------------------------------------------------------------------------ models and data
-
-
-def pick_device(name):
-    """torch.device for "cpu", "cuda", "mps", or the best one there is for "auto"."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except Exception:
-        stop(f"--device {name}: not available here; use auto or cpu")
-
-
-@functools.cache
-def load_module(path):
-    """The python file at `path`, imported once."""
-    require(os.path.isfile(path), f"{path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(path, path)
-    module = sys.modules[path] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        stop(f"{path}: cannot be imported: {type(error).__name__}: {one_line(error)}")
-    return module
-
-
-def load_function(spec):
-    """The function named by "path/to/file.py:function"."""
-    path, name = spec.rsplit(":", 1)
-    function = getattr(load_module(path), name, None)
-    require(callable(function), f"{spec}: {path} has no function {name}")
-    return function
-
-
-def one_line(error):
-    return " ".join(str(error).split())
-
-
-def check_path(what, name):
-    """Stop if `name` is meant as a local path, rather than as a name on the hub, and is not there."""
-    owner, _, rest = name.partition("/")
-    is_path = name.startswith((".", "/", "~")) or "/" in rest or (rest and os.path.isdir(owner))
-    is_path = is_path or name.endswith((".json", ".jsonl", ".csv", ".parquet"))
-    require(not is_path or os.path.exists(name), f"{what} {name}: no such file or folder; give a path or a hub name")
-
-
-def from_pretrained(what, auto_class, name, **kwargs):
-    """auto_class.from_pretrained(name), from a local folder or the hub; stop in one line where it cannot be loaded."""
-    check_path(what, name)
-    try:
-        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except Exception as error:
-        stop(f"{what} {name}: cannot be loaded from a folder or the hub: {one_line(error)[:300]}")
-
-
-def load_tokenizer(name):
-    """Tokenizer of a hub name, a folder, or "file.py:function" that returns (model, tokenizer)."""
-    if ".py:" in name:
-        tokenizer = load_function(name)()[1]
-    else:
-        tokenizer = from_pretrained("tokenizer", AutoTokenizer, name)
-    require(tokenizer.eos_token_id is not None, f"tokenizer {name}: has no EOS token, so a response could never end")
-    if tokenizer.pad_token_id is None:  # any id will do: masks go by position, never by id
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_model(name, device, dtype="float32", auto_class=AutoModelForCausalLM, new=(), **kwargs):
-    """Model of a hub name, a folder, or "file.py:function" that returns (model, tokenizer).
-
-    Weights are kept in float32, since Adam's small steps vanish in bfloat16; dtype "bfloat16" runs the forward passes
-    in it by autocast. Dropout is off (eval mode) for good: the sampler and the update must see the same policy.
-    Only safetensors are read, and code from the hub never runs. `new` names the weights that may be missing.
-    """
-    if ".py:" in name:
-        model = load_function(name)()[0]
-    else:
-        model, info = from_pretrained("model", auto_class, name, dtype=torch.float32, use_safetensors=True,
-                                      output_loading_info=True, **kwargs)
-        missing = sorted(set(info["missing_keys"]) - set(new))
-        require(not missing, f"model {name}: lacks the weights {', '.join(missing[:3])}, so it is no such model")
-    if dtype == "bfloat16":
-        for module in (model, model.base_model):
-            module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
-    return model.to(device).eval()
-
-
-def load_reference(name, tokenizer, device, dtype="float32"):
-    """The frozen policy that the KL is measured to; it must have the vocabulary of `tokenizer`, the policy's."""
-    require(".py:" not in name, f"reference {name}: must be a hub name or a folder; a function would make new weights")
-    same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
-    require(same, f"reference {name}: has another vocabulary than the policy, so there is no KL between them")
-    return load_model(name, device, dtype).requires_grad_(False)
-
-
-def load_classifier(name, device, dtype="float32", new_head=False):
-    """Like load_model, for a reward model: a causal model with a one-label head called `score`, trained or new."""
-    new, kwargs = (["score.weight"], {"num_labels": 1}) if new_head else ([], {})
-    model = load_model(name, device, dtype, AutoModelForSequenceClassification, new, **kwargs)
-    require(hasattr(model, "score"), f"model {name}: is no classifier on a causal model; wrap it in a python function")
-    require(model.config.num_labels == 1, f"model {name}: has {model.config.num_labels} labels; a reward model has 1")
-    return model
-
-
-def load_critic(args, tokenizer, device):
-    """The value model: args.critic, or where that is None the reward model, or where that is a function the policy.
-
-    A policy gets a new head; a reward model or a critic keeps its own.
-    """
-    name = args.critic or (args.model if ".py:" in args.reward else args.reward)
-    same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
-    require(same, f"critic {name}: has another vocabulary than the policy; name another with --critic")
-    return load_classifier(name, device, args.dtype, new_head=True)
-
-
-def load_dataset(name, split):
-    """Rows of a hub dataset, a folder written by save_to_disk, a .json/.jsonl/.csv/.parquet file, or a python function.
-
-    Args: name ("owner/name", a path, or "file.py:function" called with the split); split ("train", "test", ...; of a
-    single file, which has no splits, any).
-    """
-    function = load_function(name) if ".py:" in name else check_path("dataset", name)
-    require(not os.path.isfile(name) or os.path.getsize(name) > 0, f"dataset {name}: is empty")
-    try:
-        if function:
-            dataset = function(split)
-        elif os.path.isfile(os.path.join(name, "dataset_dict.json")):
-            dataset = datasets.load_from_disk(name)[split]
-        elif os.path.isfile(os.path.join(name, "dataset_info.json")):
-            dataset = datasets.load_from_disk(name)
-        elif os.path.isfile(name):
-            kind = Path(name).suffix[1:].replace("jsonl", "json")
-            dataset = datasets.load_dataset(kind, data_files=name, split="train")
-        else:
-            dataset = datasets.load_dataset(name, split=split)
-    except Exception as error:
-        stop(f"dataset {name}, split {split}: cannot be loaded: {type(error).__name__}: {one_line(error)[:300]}")
-    require(isinstance(dataset, datasets.Dataset), f"dataset {name}: must be a datasets.Dataset, not {type(dataset)}")
-    require(len(dataset) > 0, f"dataset {name}, split {split}: is empty")
-    return dataset
-
-
-def load_rows(name, split, tokenizer, columns, max_length, first=None):
-    """The (first) rows of a dataset whose prompt, with the longest response and its EOS, has at most max_length tokens.
-
-    Args: name and split (see load_dataset); tokenizer; columns ("prompt", and the response columns that must be
-    there); max_length; first (how many rows at most). Says how many rows were too long.
-    """
-    dataset = load_dataset(name, split)
-    for column in columns:
-        require(column in dataset.column_names,
-                f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}")
-    for column in {"prompt", "completion", "chosen", "rejected"} & set(dataset.column_names):
-        odd = [i for i, text in enumerate(dataset[column][:]) if not isinstance(text, str)]
-        require(not odd, f"dataset {name}, split {split}: column {column!r} must hold text; row {odd[:1]} does not")
-
-    prompts, *responses = ([len(ids) for ids in tokenizer(dataset[column][:], add_special_tokens=column == "prompt")
-                            ["input_ids"]] for column in columns)
-    require(min(prompts) > 0, f"dataset {name}, split {split}: row {prompts.index(min(prompts))} has an empty prompt")
-    longest = [max(lengths) + 1 for lengths in zip(*responses)] if responses else [0] * len(dataset)
-    fits = [i for i in range(len(dataset)) if prompts[i] + longest[i] <= max_length]
-    require(fits, f"dataset {name}, split {split}: every row has more than {max_length} tokens; allow more")
-    if len(fits) < len(dataset):
-        print(f"dataset {name}, split {split}: left out {len(dataset) - len(fits)} of {len(dataset)} rows, which are "
-              f"longer than {max_length} tokens")
-    return dataset.select(fits[:first])
-
-
-def batches(dataset, size, seed):
-    """Yield dicts of columns (lists of `size` values) for ever, reshuffled every time the dataset has been used up."""
-
-    def order():
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield from torch.randperm(len(dataset), generator=generator).tolist()
-
-    stream = order()
-    while True:
-        yield dataset[list(itertools.islice(stream, size))]
-
-
-# -------------------------------------------------------------------------------------------------- run folder and logs
-
-
-def open_run(args, script):
-    """Make the run folder: args.output (check_args has refused one that is in use), or a new one under runs/.
-
-    Returns: (folder, TensorBoard writer); the folder holds args.json and the log, and later model/ beside them.
-    """
-    folder = Path(args.output or f"runs/{script}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        folder.mkdir(parents=True, exist_ok=bool(args.output))
-    except OSError as error:
-        stop(f"--output {folder}: cannot be made ({one_line(error)}); name another folder")
-    settings = {"script": script, **asdict(args)}
-    (folder / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
-    writer = SummaryWriter(folder)
-    writer.add_text("hyperparameters", table(["flag", "value"], settings.items()))
-    print(f"logs and model go to {folder}")
-    return folder, writer
-
-
-def table(header, rows):
-    """A Markdown table, which TensorBoard's text tab renders."""
-    clean = lambda cell: str(cell).replace("|", "\\|").replace("\n", "<br>")
-    lines = [header, ["---"] * len(header), *([clean(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def log(writer, step, metrics):
-    for name, value in metrics.items():
-        writer.add_scalar(name, float(value), step)
-
-
-def rollout_metrics(batch, scores, kl, rewards, k):
+def rollout_metrics(batch, parts, scores, kl, rewards, k):
     """What every algorithm logs about a rollout: means over its N responses, and over its B prompts."""
     groups = scores.view(-1, k)  # (B, k)
-    return {
+    return {f"objective/{name}": part.mean() for name, part in parts.items() if name != "score"} | {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
         "objective/kl": kl.sum(1).mean(),
@@ -620,95 +472,11 @@ def rollout_metrics(batch, scores, kl, rewards, k):
     }
 
 
-def show(bar, metrics):
-    """Write reward, KL and length of the last rollout behind the progress bar."""
-    names = {"score": "objective/scores", "kl": "objective/kl", "length": "rollout/length"}
-    bar.set_postfix({short: f"{metrics[name].item():z.2f}" for short, name in names.items()}, refresh=False)
-
-
-def log_evaluation(writer, step, evaluation):
-    log(writer, step, {f"eval/{name}": value.mean() for name, value in evaluation[0].items()})
-
-
 def log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages, rows=8):
     """The first responses of a rollout, for TensorBoard's text tab."""
-    prompts = repeat(columns["prompt"], len(batch) // len(columns["prompt"]))
+    if not writer:
+        return
+    prompts = map(as_text, repeat(columns["prompt"], len(batch) // len(columns["prompt"])))
     numbers = [[f"{value:.2f}" for value in row.tolist()] for row in torch.stack([scores, kl.sum(1), advantages], 1)]
     cells = [[p, c, *n] for p, c, n in zip(prompts, decode(tokenizer, batch[:rows]), numbers)]
     writer.add_text("samples", table(["prompt", "response", "score", "KL", "advantage"], cells), step)
-
-
-def check_finite(step, folder, **values):
-    """Stop before a number that is not finite reaches the weights."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            stop(f"update {step}: {name} is {float(value)}, so the run ends here; what was saved and logged until now "
-                 f"stays in {folder}; try a smaller --lr or --max-grad-norm, and look at the rewards", code=1)
-
-
-def report(folder, dataset, before, after):
-    """Print what training changed: a table of the two evaluations, and one post with both policies' responses."""
-    (old, old_texts), (new, new_texts) = before, after
-    old, new = ({name: value.mean().item() for name, value in values.items()} for values in (old, new))
-    (folder / "evaluation.json").write_text(json.dumps({"before": old, "after": new}, indent=2) + "\n")
-    print(f"\n{'held-out prompts':<20}{'before':>10}{'after':>10}")
-    for name in old:
-        print(f"{name:<20}{old[name]:>z10.3f}{new[name]:>z10.3f}")
-    print(f"\nprompt   {dataset[0]['prompt']}\nbefore   {old_texts[0]}\nafter    {new_texts[0]}")
-    print(f"\nthe policy is in {folder / 'model'}; to see the curves: tensorboard --logdir {folder.parent}")
-
-
-def save(folder, model, tokenizer):
-    """Write a Hugging Face folder that from_pretrained loads; the old one stays until the new one is whole."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-# ------------------------------------------------------------------------------------------- mistakes, told in one line
-
-
-def stop(message, code=2):
-    """End the program with one line on standard error and the exit code (2: a mistake on the command line)."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # which clears a progress bar first
-    raise SystemExit(code)
-
-
-def require(ok, message):
-    """Stop with `message` unless `ok`: for what a user can get wrong, before any long work starts."""
-    if not ok:
-        stop(message)
-
-
-def check_args(args):
-    """Stop at the first flag, of those that several scripts share, whose value cannot work."""
-    values = vars(args)
-    if args.output:
-        output = Path(args.output)
-        parent = next(parent for parent in output.absolute().parents if parent.exists())
-        require(parent.is_dir(), f"--output {output}: cannot be made, for {parent} is a file; name another")
-        require(not output.is_file(), f"--output {output}: already exists; name another, or remove that file")
-        require(not output.exists() or not any(output.iterdir()),
-                f"--output {output}: already holds files; name a new folder, or remove that one")
-
-    def check(name, ok, remedy):
-        if name in values:
-            require(ok(values[name]), f"--{name.replace('_', '-')} {values[name]}: {remedy}")
-
-    for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length", "max_length",
-                 "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "k", "epochs", "minibatches"):
-        check(name, lambda value: value >= 1, "must be 1 or more")
-    check("temperature", lambda value: 0 < value < float("inf"), "must be above 0, and finite")
-    for name in ("clip", "value_clip", "clip_scores"):
-        check(name, lambda value: value > 0, 'must be above 0 ("inf" switches it off)')
-    for name in ("lam", "gamma"):
-        check(name, lambda value: 0 <= value <= 1, "must be from 0 to 1")
-    for name in ("lr", "critic_lr", "max_grad_norm"):
-        check(name, lambda value: 0 < value < float("inf"), "must be above 0, and finite")
-    for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates", "weight_decay", "center", "window"):
-        check(name, lambda value: 0 <= value < float("inf"), "must be 0 or more, and finite")

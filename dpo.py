@@ -28,9 +28,9 @@ import tyro
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from common import (batches, check_args, check_finite, encode, evaluate, frozen_logprobs, load_measures, load_model,
-                    load_reference, load_rows, load_tokenizer, log, log_evaluation, microbatches, open_run, pick_device,
-                    report, save, token_logprobs, try_rewards)
+from common import encode, evaluate, frozen_logprobs, load_measures, microbatches, rehearse, token_logprobs
+from plumbing import (batches, check_args, check_finite, clip_gradients, close, load_model, load_reference, load_rows,
+                      load_tokenizer, log, log_evaluation, open_run, pick_device, report, save, total)
 
 
 def compute_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs, beta):
@@ -68,6 +68,8 @@ class Args:
     """evaluation prompts with more tokens are left out"""
     max_length: int = 512
     """pairs with more tokens, prompt and longer response together, are left out"""
+    truncate_prompts: bool = False
+    """cut longer prompts off at their beginning, instead of leaving them out"""
     max_new_tokens: int = 32
     """a response is cut off after this many tokens"""
     microbatch_tokens: int = 8192
@@ -76,13 +78,30 @@ class Args:
     """the policy to start from: a hub name or a folder"""
     reference: str | None = None
     """the policy that the KL is measured to; by default a frozen copy of --model"""
-    reward: str = "tasks/mini_tldr-reward"
-    """only measured, in evaluations: a one-label classifier (hub name or folder), or path/to/file.py:function"""
+    reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
+    """only measured, in evaluations: a one-label classifier (hub name or folder), or path/to/file.py:function; several
+    are added"""
+    reward_weights: tuple[float, ...] = ()
+    """what each of several rewards is multiplied by; by default 1"""
     gold: str = "auto"
     """a second reward that is only measured, in evaluations, where it judges the win rate; "auto": the function
     gold_reward of the python file that --dataset names, if it has one; "none": none"""
     dataset: str = "tasks/mini_tldr.py:comparisons"
     """rows with the columns prompt, chosen and rejected: hub name, path, or file.py:function"""
+    dataset_config: str | None = None
+    """configuration of a hub dataset that has several"""
+    prompt_column: str | None = None
+    """the dataset's column of prompts, where it has another name"""
+    completion_column: str | None = None
+    """the dataset's column of reference texts, where it has another name"""
+    chosen_column: str | None = None
+    """the dataset's column of better responses, where it has another name"""
+    rejected_column: str | None = None
+    """the dataset's column of worse responses, where it has another name"""
+    chat: bool = False
+    """make prompts that are plain text the user's message of the tokenizer's chat template"""
+    system_prompt: str | None = None
+    """the system's message before every prompt (and --chat)"""
     train_split: str = "train"
     """split that the pairs are taken from"""
     eval_dataset: str = "tasks/mini_tldr.py:prompts"
@@ -103,20 +122,24 @@ class Args:
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32, or bfloat16 (autocast; the weights and Adam stay in float32)"""
+    shard: bool = False
+    """with torchrun: spread the weights over the processes (FSDP2), for models that do not fit one device"""
+    gradient_checkpointing: bool = False
+    """keep only the layers' inputs for the backward pass, and compute the rest again there: less memory, more time"""
 
 
 def main(args):
     check_args(args)
-    device = pick_device(args.device)
+    device = pick_device(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
-    policy = load_model(args.model, device, args.dtype)
-    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype)
+    policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
+    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype, args.shard)
     measures = load_measures(args, tokenizer, device)  # "score", and "gold" if there is one: both only measured
-    train = load_rows(args.dataset, args.train_split, tokenizer, ["prompt", "chosen", "rejected"], args.max_length)
-    test = load_rows(args.eval_dataset, args.test_split, tokenizer, ["prompt"], args.max_prompt_length,
-                     args.eval_prompts)
-    try_rewards(tokenizer, test, device, measures)
+    names, length = ["prompt", "chosen", "rejected"], args.max_prompt_length
+    train = load_rows(args, args.dataset, args.train_split, tokenizer, names, args.max_length)
+    test = load_rows(args, args.eval_dataset, args.test_split, tokenizer, ["prompt"], length, args.eval_prompts)
+    rehearse(policy, tokenizer, [test, train], measures, args.max_new_tokens)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
     folder, writer = open_run(args, "dpo")
@@ -124,13 +147,13 @@ def main(args):
     log_evaluation(writer, 0, before)
 
     samples, seconds = 0, 0.0
-    bar = tqdm(range(1, args.num_updates + 1), desc="dpo", unit="update")
+    bar = tqdm(range(1, args.num_updates + 1), desc="dpo", unit="update", disable=writer is None)
     for step, columns in zip(bar, batches(train, args.batch_size, args.seed)):
         start = time.perf_counter()
 
         # 1. pairs, instead of a rollout
-        chosen = encode(tokenizer, columns["prompt"], columns["chosen"], device)  # N rows each
-        rejected = encode(tokenizer, columns["prompt"], columns["rejected"], device)
+        chosen = encode(tokenizer, columns["prompt_ids"], columns["chosen"], device)  # N rows each
+        rejected = encode(tokenizer, columns["prompt_ids"], columns["rejected"], device)
 
         # 2. score, 3. shape: the reference's log-probs are all that is needed
         chosen_ref_logprobs = frozen_logprobs(reference, chosen, args.temperature, args.microbatch_tokens)  # (N, T)
@@ -147,7 +170,7 @@ def main(args):
                 chosen_logprobs, rejected_logprobs, chosen_ref_logprobs[rows], rejected_ref_logprobs[rows], args.beta)
             (part / len(chosen)).backward()
             loss += part.item() / len(chosen)
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        loss, grad_norm = total(loss), clip_gradients(policy, args.max_grad_norm)
         check_finite(step, folder, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         lr = scheduler.get_last_lr()[0]
@@ -175,7 +198,7 @@ def main(args):
             log_evaluation(writer, step, after)
             save(folder / "model", policy, tokenizer)
     report(folder, test, before, after)
-    writer.close()
+    close(writer)
     return policy
 
 

@@ -26,8 +26,8 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from common import (check_args, encode, evaluate, find_gold, frozen_logprobs, load_model, load_reference, load_reward,
-                    load_rows, load_tokenizer, pick_device, require, try_rewards)
+from common import encode, evaluate, find_gold, frozen_logprobs, load_measures, load_reward, rehearse
+from plumbing import check_args, load_model, load_reference, load_rows, load_tokenizer, pick_device, require
 
 
 @dataclass
@@ -36,8 +36,10 @@ class Args:
     """policies to evaluate: hub names or folders"""
     reference: str = "tasks/mini_tldr-sft"
     """the policy that the KL is measured to; its tokenizer must be that of all policies"""
-    reward: str = "tasks/mini_tldr-reward"
-    """a one-label classifier (hub name or folder), or path/to/file.py:function"""
+    reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
+    """a one-label classifier (hub name or folder), or path/to/file.py:function; several are added"""
+    reward_weights: tuple[float, ...] = ()
+    """what each of several rewards is multiplied by; by default 1"""
     gold: str = "auto"
     """a second reward; "auto": the function gold_reward of the python file that --dataset names, if it has one;
     "none": none"""
@@ -47,6 +49,16 @@ class Args:
     """a policy to win against (hub name or folder); by default the dataset's completion column"""
     dataset: str = "tasks/mini_tldr.py:prompts"
     """rows with the column prompt: hub name, path, or file.py:function"""
+    dataset_config: str | None = None
+    """configuration of a hub dataset that has several"""
+    prompt_column: str | None = None
+    """the dataset's column of prompts, where it has another name"""
+    completion_column: str | None = None
+    """the dataset's column of reference texts, where it has another name"""
+    chat: bool = False
+    """make prompts that are plain text the user's message of the tokenizer's chat template"""
+    system_prompt: str | None = None
+    """the system's message before every prompt (and --chat)"""
     test_split: str = "test"
     """split of the held-out prompts"""
     preferred_column: str | None = None
@@ -61,6 +73,8 @@ class Args:
     """of the sampling, and of the log-probs in the KL"""
     max_prompt_length: int = 512
     """prompts with more tokens are left out"""
+    truncate_prompts: bool = False
+    """cut longer prompts off at their beginning, instead of leaving them out"""
     max_new_tokens: int = 32
     """a response is cut off after this many tokens"""
     eval_batch_size: int = 512
@@ -75,6 +89,8 @@ class Args:
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32, or bfloat16 (autocast)"""
+    shard: bool = False
+    """with torchrun: spread the weights over the processes (FSDP2), for models that do not fit one device"""
 
 
 def diversity(texts, n):
@@ -92,7 +108,7 @@ def perplexity(policy, tokenizer, dataset, column, args):
     total = tokens = 0
     for start in range(0, len(dataset), args.eval_batch_size):
         columns = dataset[start : start + args.eval_batch_size]
-        batch = encode(tokenizer, columns["prompt"], columns[column], policy.device)
+        batch = encode(tokenizer, columns["prompt_ids"], columns[column], policy.device)
         total += frozen_logprobs(policy, batch, 1.0, args.microbatch_tokens).sum().item()
         tokens += batch.response_mask.sum().item()
     return math.exp(-total / tokens)
@@ -118,36 +134,38 @@ def main(args):
     # Everything that can be wrong is looked at before the first policy is evaluated.
     require(args.policies, "name at least one policy (a folder or a hub name)")
     check_args(args)
-    device = pick_device(args.device)
+    device = pick_device(args)
     output = Path(args.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}.json")
     require(not output.exists(), f"--output {output}: already exists; name a new file")
-    specs = {"score": args.reward, "gold": find_gold(args.gold, args.dataset)}
-    judge = {"reward": "score"}.get(args.judge, args.judge)
-    if judge not in specs:
-        require(".py:" in judge, f"--judge {judge}: choose gold, reward, or path/to/file.py:function")
-        specs["judge"], judge = judge, "judge"
-    require(specs[judge], "--judge gold: there is no gold reward; name one with --gold, or use --judge reward")
+    require(args.judge in ("gold", "reward") or ".py:" in args.judge,
+            f"--judge {args.judge}: choose gold, reward, or path/to/file.py:function")
+    require(args.judge != "gold" or find_gold(args.gold, args.dataset),
+            "--judge gold: there is no gold reward; name one with --gold, or use --judge reward")
+    judge = {"gold": "gold", "reward": "score"}.get(args.judge, "judge")
     tokenizer = load_tokenizer(args.reference)
     for name in (*args.policies, args.against):
         same = name is None or load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
         require(same, f"policy {name}: has another vocabulary than --reference {args.reference}; evaluate it apart")
-    reference = load_reference(args.reference, tokenizer, device, args.dtype)
-    measures = {name: load_reward(spec, tokenizer, device, args.dtype, args.microbatch_tokens)
-                for name, spec in specs.items() if spec}
-    dataset = load_rows(args.dataset, args.test_split, tokenizer, ["prompt"], args.max_prompt_length, args.eval_prompts)
+    reference = load_reference(args.reference, tokenizer, device, args.dtype, args.shard)
+    measures = load_measures(args, tokenizer, device)
+    if judge == "judge":
+        by = load_reward(args.judge, tokenizer, device, args.dtype, args.microbatch_tokens, args.shard)
+        measures["judge"] = lambda batch, columns: {"judge": by(batch, columns)}
+    length = args.max_prompt_length
+    dataset = load_rows(args, args.dataset, args.test_split, tokenizer, ["prompt"], length, args.eval_prompts)
     columns = [args.preferred_column] if args.preferred_column else ["completion", "chosen"]
     preferred = next((column for column in columns if column in dataset.column_names), None)
     require(preferred or not args.preferred_column, f"--preferred-column {args.preferred_column}: the dataset has none")
-    try_rewards(tokenizer, dataset, device, measures)
+    rehearse(reference, tokenizer, [dataset], measures, args.max_new_tokens)
 
     k, rivals, results = 1 if args.greedy else args.k, None, {}
     if args.against:  # sampled with another seed: the two policies must not share their random numbers
-        policy = load_model(args.against, device, args.dtype).requires_grad_(False)
+        policy = load_model(args.against, device, args.dtype, args.shard).requires_grad_(False)
         values, completions = evaluate(policy, reference, tokenizer, measures, dataset,
                                        replace(args, seed=args.seed + 1), k, args.greedy, judge)
         rivals = completions, values["eos_rate"].bool().tolist()
     for name in tqdm(args.policies, desc="evaluate", unit="policy"):
-        policy = load_model(name, device, args.dtype).requires_grad_(False)
+        policy = load_model(name, device, args.dtype, args.shard).requires_grad_(False)
         values, completions = evaluate(policy, reference, tokenizer, measures, dataset, args, k, args.greedy, judge,
                                        rivals)
         if args.greedy:

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common import require
+from plumbing import require
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -26,10 +26,10 @@ import tyro
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from common import (batches, check_args, check_finite, evaluate, frozen_logprobs, load_measures, load_model,
-                    load_reference, load_rows, load_tokenizer, log, log_evaluation, log_samples, microbatches, open_run,
-                    pick_device, report, require, rollout, rollout_metrics, save, sequence_rewards, show, token_kl,
-                    token_logprobs, try_rewards)
+from common import (evaluate, frozen_logprobs, load_measures, log_samples, microbatches, rehearse, rollout,
+                    rollout_metrics, sequence_rewards, token_kl, token_logprobs)
+from plumbing import (batches, check_args, check_finite, clip_gradients, close, load_model, load_reference, load_rows,
+                      load_tokenizer, log, log_evaluation, open_run, pick_device, report, require, save, show, total)
 
 
 def select_best(rewards, k):
@@ -70,6 +70,8 @@ class Args:
     """prompts of one rollout; it has k times as many responses"""
     max_prompt_length: int = 512
     """prompts with more tokens are left out"""
+    truncate_prompts: bool = False
+    """cut longer prompts off at their beginning, instead of leaving them out"""
     max_new_tokens: int = 32
     """a response is cut off after this many tokens"""
     missing_eos_penalty: float = 1.0
@@ -81,14 +83,26 @@ class Args:
     """the policy to start from: a hub name or a folder"""
     reference: str | None = None
     """the policy that the KL is measured to; by default a frozen copy of --model"""
-    reward: str = "tasks/mini_tldr-reward"
-    """what is maximized: a one-label classifier (hub name or folder), or path/to/file.py:function"""
+    reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
+    """what is maximized: a one-label classifier (hub name or folder), or path/to/file.py:function; several are added"""
+    reward_weights: tuple[float, ...] = ()
+    """what each of several rewards is multiplied by; by default 1"""
     gold: str = "auto"
     """a second reward that is only measured, in evaluations, where it judges the win rate; "auto": the function
     gold_reward of the python file that --dataset names, if it has one; "none": none"""
     dataset: str = "tasks/mini_tldr.py:prompts"
     """rows with the column prompt, and completion (a reference text) for the win rate: hub name, path, or
     file.py:function"""
+    dataset_config: str | None = None
+    """configuration of a hub dataset that has several"""
+    prompt_column: str | None = None
+    """the dataset's column of prompts, where it has another name"""
+    completion_column: str | None = None
+    """the dataset's column of reference texts, where it has another name"""
+    chat: bool = False
+    """make prompts that are plain text the user's message of the tokenizer's chat template"""
+    system_prompt: str | None = None
+    """the system's message before every prompt (and --chat)"""
     train_split: str = "train"
     """split that the rollouts take their prompts from"""
     test_split: str = "test"
@@ -107,20 +121,25 @@ class Args:
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32, or bfloat16 (autocast; the weights and Adam stay in float32)"""
+    shard: bool = False
+    """with torchrun: spread the weights over the processes (FSDP2), for models that do not fit one device"""
+    gradient_checkpointing: bool = False
+    """keep only the layers' inputs for the backward pass, and compute the rest again there: less memory, more time"""
 
 
 def main(args):
     require(args.k >= 2, f"--k {args.k}: the best of the k responses is kept; use 2 or more")
     check_args(args)
-    device = pick_device(args.device)
+    device = pick_device(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
-    policy = load_model(args.model, device, args.dtype)
-    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype)
+    policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
+    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype, args.shard)
     measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
-    train = load_rows(args.dataset, args.train_split, tokenizer, ["prompt"], args.max_prompt_length)
-    test = load_rows(args.dataset, args.test_split, tokenizer, ["prompt"], args.max_prompt_length, args.eval_prompts)
-    try_rewards(tokenizer, train, device, measures)
+    length = args.max_prompt_length
+    train = load_rows(args, args.dataset, args.train_split, tokenizer, ["prompt"], length)
+    test = load_rows(args, args.dataset, args.test_split, tokenizer, ["prompt"], length, args.eval_prompts)
+    rehearse(policy, tokenizer, [train, test], measures, args.max_new_tokens)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
     folder, writer = open_run(args, "raft")
@@ -128,15 +147,16 @@ def main(args):
     log_evaluation(writer, 0, before)
 
     samples, seconds = 0, 0.0
-    bar = tqdm(range(1, args.num_updates + 1), desc="raft", unit="update")
+    bar = tqdm(range(1, args.num_updates + 1), desc="raft", unit="update", disable=writer is None)
     for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed)):
         start = time.perf_counter()
 
         # 1. rollout: k responses for each prompt, with the sampler's own log-probs
-        batch = rollout(policy, tokenizer, columns["prompt"], args.k, args.temperature, args.max_new_tokens)  # N rows
+        batch = rollout(policy, tokenizer, columns["prompt_ids"], args.k, args.temperature, args.max_new_tokens)
 
         # 2. score: one number per response
-        scores = measures["score"](batch, columns) - args.missing_eos_penalty * ~batch.ended  # (N,)
+        parts = measures["score"](batch, columns)  # name -> (N,): the score, and its parts where there are several
+        scores = parts["score"] - args.missing_eos_penalty * ~batch.ended  # (N,)
 
         # 3. shape: the KL to the reference becomes part of the reward
         ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
@@ -155,7 +175,7 @@ def main(args):
             part = compute_loss(logprobs) / num_tokens
             part.backward()
             loss += part.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        loss, grad_norm = total(loss), clip_gradients(policy, args.max_grad_norm)
         check_finite(step, folder, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         lr = scheduler.get_last_lr()[0]
@@ -164,7 +184,7 @@ def main(args):
         # 6. log
         elapsed = time.perf_counter() - start
         samples, seconds = samples + len(batch), seconds + elapsed
-        metrics = rollout_metrics(batch, scores, kl, rewards, args.k)
+        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k)
         metrics |= {
             "objective/best_score": scores[best].mean(),
             "policy/loss": loss,
@@ -184,7 +204,7 @@ def main(args):
             log_samples(writer, step, columns, tokenizer, batch, scores, kl, chosen)
             save(folder / "model", policy, tokenizer)
     report(folder, test, before, after)
-    writer.close()
+    close(writer)
     return policy
 
 

@@ -21,8 +21,9 @@ import tyro
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from common import (batches, check_args, check_finite, classifier_scores, encode, find_gold, load_classifier,
-                    load_reward, load_rows, load_tokenizer, log, microbatches, open_run, pick_device, save)
+from common import classifier_scores, encode, find_gold, load_reward, microbatches
+from plumbing import (add_up, batches, check_args, check_finite, clip_gradients, close, load_classifier, load_rows,
+                      load_tokenizer, log, open_run, pick_device, save, total)
 
 
 def compute_loss(chosen, rejected, center):
@@ -40,6 +41,18 @@ class Args:
     """where to start, usually the SFT policy: a hub name or a folder; it gets a new head with one output"""
     dataset: str = "tasks/mini_tldr.py:preferences"
     """rows with the columns prompt, chosen and rejected: a hub name, folder, file, or file.py:function"""
+    dataset_config: str | None = None
+    """configuration of a hub dataset that has several"""
+    prompt_column: str | None = None
+    """the dataset's column of prompts, where it has another name"""
+    chosen_column: str | None = None
+    """the dataset's column of better responses, where it has another name"""
+    rejected_column: str | None = None
+    """the dataset's column of worse responses, where it has another name"""
+    chat: bool = False
+    """make prompts that are plain text the user's message of the tokenizer's chat template"""
+    system_prompt: str | None = None
+    """the system's message before every prompt (and --chat)"""
     train_split: str = "train"
     """split to train on"""
     test_split: str = "test"
@@ -67,6 +80,8 @@ class Args:
     """tokens, padding included, that go through the model at once: memory, never the result"""
     max_length: int = 512
     """pairs with a longer prompt and response, in tokens, are left out"""
+    truncate_prompts: bool = False
+    """cut longer prompts off at their beginning, instead of leaving them out"""
     eval_every: int = 250
     """updates between two evaluations on the held-out pairs; 0 evaluates at the end only"""
     seed: int = 1
@@ -77,6 +92,10 @@ class Args:
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32, or bfloat16 (autocast; the weights stay in float32)"""
+    shard: bool = False
+    """with torchrun: spread the weights over the processes (FSDP2), for models that do not fit one device"""
+    gradient_checkpointing: bool = False
+    """keep only the layers' inputs for the backward pass, and compute the rest again there: less memory, more time"""
 
 
 def spearman(x, y):
@@ -94,11 +113,11 @@ def evaluate_pairs(model, tokenizer, pairs, gold, args):
     columns = pairs[:]
     rewards, golds = [], []
     for name in ("chosen", "rejected"):
-        batch = encode(tokenizer, columns["prompt"], columns[name], model.device)
+        batch = encode(tokenizer, columns["prompt_ids"], columns[name], model.device)
         scores = torch.zeros(len(batch), device=model.device)
         for rows in microbatches(args.microbatch_tokens, batch):
             scores[rows] = classifier_scores(model, batch[rows])
-        rewards.append(scores.cpu())
+        rewards.append(add_up(scores).cpu())
         if gold:
             golds.append(gold(batch, columns).cpu())
     rewards = torch.stack(rewards, 1)  # (M, 2)
@@ -114,25 +133,25 @@ def evaluate_pairs(model, tokenizer, pairs, gold, args):
 
 def main(args):
     check_args(args)
-    device = pick_device(args.device)
+    device = pick_device(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
-    model = load_classifier(args.model, device, args.dtype, new_head=True)
+    model = load_classifier(args.model, device, args.dtype, args.shard, args.gradient_checkpointing, new_head=True)
     model.config.pad_token_id = tokenizer.pad_token_id
     gold = find_gold(args.gold, args.dataset)
     gold = gold and load_reward(gold, tokenizer, device, args.dtype, args.microbatch_tokens)
     names = ["prompt", "chosen", "rejected"]
-    train, test = (load_rows(args.dataset, split, tokenizer, names, args.max_length)
+    train, test = (load_rows(args, args.dataset, split, tokenizer, names, args.max_length)
                    for split in (args.train_split, args.test_split))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
     folder, writer = open_run(args, "reward")
 
     metrics = evaluate_pairs(model, tokenizer, test, gold, args)
-    bar = tqdm(range(1, args.num_updates + 1), desc="reward_model", unit="update")
+    bar = tqdm(range(1, args.num_updates + 1), desc="reward_model", unit="update", disable=writer is None)
     for step, columns in zip(bar, batches(train, args.batch_size, args.seed)):
-        chosen = encode(tokenizer, columns["prompt"], columns["chosen"], device)
-        rejected = encode(tokenizer, columns["prompt"], columns["rejected"], device)
+        chosen = encode(tokenizer, columns["prompt_ids"], columns["chosen"], device)
+        rejected = encode(tokenizer, columns["prompt_ids"], columns["rejected"], device)
         loss = 0.0
         optimizer.zero_grad()
         for rows in microbatches(args.microbatch_tokens, chosen, rejected):
@@ -140,7 +159,7 @@ def main(args):
             part = compute_loss(*rewards, args.center) / args.batch_size  # rewards: two of (n,)
             part.backward()
             loss += part.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        loss, grad_norm = total(loss), clip_gradients(model, args.max_grad_norm)
         check_finite(step, folder, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         log(writer, step, {"loss": loss, "grad_norm": grad_norm, "lr": scheduler.get_last_lr()[0]})
@@ -155,10 +174,11 @@ def main(args):
         model.score.weight /= metrics["std"]
     metrics = evaluate_pairs(model, tokenizer, test, gold, args)
     print("\n" + "\n".join(f"{name:<16}{value:>8.3f}" for name, value in metrics.items()))
-    (folder / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    if writer:
+        (folder / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
     save(folder / "model", model, tokenizer)
     print(f"\nreward model and logs are in {folder}")
-    writer.close()
+    close(writer)
     return model
 
 

@@ -15,8 +15,9 @@ import tyro
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from common import (batches, check_args, check_finite, encode, frozen_logprobs, load_model, load_rows,
-                    load_tokenizer, log, microbatches, open_run, pick_device, save, token_logprobs)
+from common import encode, frozen_logprobs, microbatches, token_logprobs
+from plumbing import (batches, check_args, check_finite, clip_gradients, close, load_model, load_rows, load_tokenizer,
+                      log, open_run, pick_device, save, total)
 
 
 def compute_loss(logprobs):
@@ -33,6 +34,16 @@ class Args:
     """where to start: a hub name, a folder, or path/to/file.py:function that returns a (model, tokenizer)"""
     dataset: str = "tasks/mini_tldr.py:demonstrations"
     """rows with the columns prompt and completion: a hub name, folder, file, or file.py:function"""
+    dataset_config: str | None = None
+    """configuration of a hub dataset that has several"""
+    prompt_column: str | None = None
+    """the dataset's column of prompts, where it has another name"""
+    completion_column: str | None = None
+    """the dataset's column of responses, where it has another name"""
+    chat: bool = False
+    """make prompts that are plain text the user's message of the tokenizer's chat template"""
+    system_prompt: str | None = None
+    """the system's message before every prompt (and --chat)"""
     train_split: str = "train"
     """split to train on"""
     test_split: str = "test"
@@ -55,6 +66,8 @@ class Args:
     """tokens, padding included, that go through the model at once: memory, never the result"""
     max_length: int = 512
     """rows whose prompt and completion together are longer are left out"""
+    truncate_prompts: bool = False
+    """cut longer prompts off at their beginning, instead of leaving them out"""
     eval_every: int = 100
     """updates between two evaluations; 0 evaluates at the end only"""
     eval_rows: int = 500
@@ -67,25 +80,29 @@ class Args:
     """auto, cpu, cuda or mps"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32, or bfloat16 (autocast; the weights stay in float32)"""
+    shard: bool = False
+    """with torchrun: spread the weights over the processes (FSDP2), for models that do not fit one device"""
+    gradient_checkpointing: bool = False
+    """keep only the layers' inputs for the backward pass, and compute the rest again there: less memory, more time"""
 
 
 def main(args):
     check_args(args)
-    device = pick_device(args.device)
+    device = pick_device(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
-    policy = load_model(args.model, device, args.dtype)
+    policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     names = ["prompt", "completion"]
-    train = load_rows(args.dataset, args.train_split, tokenizer, names, args.max_length)
-    columns = load_rows(args.dataset, args.test_split, tokenizer, names, args.max_length, args.eval_rows)[:]
-    test = encode(tokenizer, columns["prompt"], columns["completion"], device)
+    train = load_rows(args, args.dataset, args.train_split, tokenizer, names, args.max_length)
+    columns = load_rows(args, args.dataset, args.test_split, tokenizer, names, args.max_length, args.eval_rows)[:]
+    test = encode(tokenizer, columns["prompt_ids"], columns["completion"], device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
     folder, writer = open_run(args, "sft")
 
-    bar = tqdm(range(1, args.num_updates + 1), desc="sft", unit="update")
+    bar = tqdm(range(1, args.num_updates + 1), desc="sft", unit="update", disable=writer is None)
     for step, columns in zip(bar, batches(train, args.batch_size, args.seed)):
-        batch = encode(tokenizer, columns["prompt"], columns["completion"], device)
+        batch = encode(tokenizer, columns["prompt_ids"], columns["completion"], device)
         num_tokens = batch.response_mask.sum()
         loss = 0.0
         optimizer.zero_grad()
@@ -94,7 +111,7 @@ def main(args):
             part = compute_loss(logprobs) / num_tokens
             part.backward()
             loss += part.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        loss, grad_norm = total(loss), clip_gradients(policy, args.max_grad_norm)
         check_finite(step, folder, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         log(writer, step, {"loss": loss, "grad_norm": grad_norm, "lr": scheduler.get_last_lr()[0]})
@@ -107,7 +124,7 @@ def main(args):
             log(writer, step, {"eval/perplexity": perplexity})
             save(folder / "model", policy, tokenizer)
     print(f"\nheld-out perplexity {perplexity:.3f}; policy and logs are in {folder}")
-    writer.close()
+    close(writer)
     return policy
 
 

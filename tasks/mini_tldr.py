@@ -208,7 +208,8 @@ def preferences(split, count=None):
     import torch
     from tqdm import trange
 
-    from common import decode, load_model, load_tokenizer, rollout
+    from common import decode, rollout
+    from plumbing import load_model, load_tokenizer
 
     policy, tokenizer = load_model(SFT_POLICY, torch.device("cpu")), load_tokenizer(SFT_POLICY)
     rng, rows = random.Random(f"mini_tldr preferences {split}"), []
@@ -216,7 +217,8 @@ def preferences(split, count=None):
         torch.manual_seed(0)
         for start in trange(0, count or PAIRS[split], 500, desc=f"{split} pairs", unit=" x 500 pairs"):
             posts = [example(split, i % POSTS[split]) for i in range(start, start + 500)]
-            samples = decode(tokenizer, rollout(policy, tokenizer, [post["prompt"] for post in posts], 2, 1.0, 32))
+            prompt_ids = tokenizer([post["prompt"] for post in posts])["input_ids"]
+            samples = decode(tokenizer, rollout(policy, tokenizer, prompt_ids, 2, 1.0, 32))
             for post, a, b in zip(posts, samples[::2], samples[1::2]):
                 facts = {slot: post[slot] for slot in SLOTS}
                 b = rng.choice([b] * 3 + [post["reference"]] + [edit(a, facts, rng)] * 4)

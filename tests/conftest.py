@@ -27,7 +27,7 @@ def world(tmp_path_factory):
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = dict(
         model=policy,
-        reward=reward,
+        reward=(reward,),
         gold="none",
         dataset=data,
         device="cpu",

@@ -41,7 +41,7 @@ def bad(world, tmp_path_factory):
     (folder / "rewards.py").write_text(REWARDS)
     (folder / "syntax.py").write_text("def f(:\n")
     (folder / "empty.jsonl").write_text("")
-    (folder / "column.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}))
+    (folder / "column.jsonl").write_text(json.dumps({"query": "a", "answer": "b"}))
     (folder / "numbers.jsonl").write_text(json.dumps({"prompt": 1}) + "\n" + json.dumps({"prompt": 2}))
     (folder / "blank.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": ""}))
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "b"}]
@@ -80,26 +80,26 @@ RLOO = [  # flags, and what the line must name: the flag or file, and the remedy
     ({"model": "{bad}/no_model"}, ["model", "{bad}/no_model", "no such file or folder"]),
     ({"model": "{bad}/nothing"}, ["{bad}/nothing", "cannot be loaded"]),
     ({"reference": "{bad}/no_model"}, ["{bad}/no_model", "no such file or folder"]),
-    ({"reward": "{bad}/no_reward"}, ["{bad}/no_reward", "no such file or folder"]),
-    ({"reward": "{bad}/no_file.py:f"}, ["{bad}/no_file.py", "there is no such file"]),
-    ({"reward": "{bad}/rewards.py:absent"}, ["{bad}/rewards.py", "no function absent"]),
-    ({"reward": "{bad}/syntax.py:f"}, ["{bad}/syntax.py", "SyntaxError"]),
-    ({"reward": "{bad}/rewards.py:fails"}, ["rewards.py:fails", "KeyError", "no such answer"]),
-    ({"reward": "{bad}/rewards.py:short"}, ["rewards.py:short", "1 values for 2 completions"]),
-    ({"reward": "{bad}/rewards.py:nan"}, ["rewards.py:nan", "nan", "finite"]),
-    ({"reward": "{bad}/rewards.py:text"}, ["rewards.py:text", "could not convert string to float: 'good'"]),
-    ({"reward": "{bad}/rewards.py:none"}, ["rewards.py:none", "NoneType"]),
+    ({"reward": ("{bad}/no_reward",)}, ["{bad}/no_reward", "no such file or folder"]),
+    ({"reward": ("{bad}/no_file.py:f",)}, ["{bad}/no_file.py", "there is no such file"]),
+    ({"reward": ("{bad}/rewards.py:absent",)}, ["{bad}/rewards.py", "no function absent"]),
+    ({"reward": ("{bad}/syntax.py:f",)}, ["{bad}/syntax.py", "SyntaxError"]),
+    ({"reward": ("{bad}/rewards.py:fails",)}, ["rewards.py:fails", "KeyError", "no such answer"]),
+    ({"reward": ("{bad}/rewards.py:short",)}, ["rewards.py:short", "1 values for 2 completions"]),
+    ({"reward": ("{bad}/rewards.py:nan",)}, ["rewards.py:nan", "nan", "finite"]),
+    ({"reward": ("{bad}/rewards.py:text",)}, ["rewards.py:text", "could not convert string to float: 'good'"]),
+    ({"reward": ("{bad}/rewards.py:none",)}, ["rewards.py:none", "NoneType"]),
     ({"gold": "{bad}/rewards.py:nan"}, ["rewards.py:nan", "nan", "finite"]),
-    ({"reward": "{bad}/headless"}, ["{bad}/headless", "lacks the weights score.weight"]),
+    ({"reward": ("{bad}/headless",)}, ["{bad}/headless", "lacks the weights score.weight"]),
     ({"reference": "{bad}/other"}, ["reference {bad}/other", "another vocabulary"]),
-    ({"reward": "{bad}/two_labels"}, ["{bad}/two_labels", "2 labels", "has 1"]),
+    ({"reward": ("{bad}/two_labels",)}, ["{bad}/two_labels", "2 labels", "has 1"]),
     ({"dataset": "{bad}/no_data.jsonl"}, ["{bad}/no_data.jsonl", "no such file"]),
     ({"dataset": "{bad}/nothing"}, ["dataset {bad}/nothing", "cannot be loaded"]),
     ({"dataset": "{bad}/empty.jsonl"}, ["{bad}/empty.jsonl", "is empty"]),
-    ({"dataset": "{bad}/column.jsonl"}, ["{bad}/column.jsonl", "no column 'prompt'", "question, answer"]),
+    ({"dataset": "{bad}/column.jsonl"}, ["{bad}/column.jsonl", "no column 'prompt'", "query, answer"]),
     ({"dataset": "{bad}/list.py:rows"}, ["{bad}/list.py:rows", "must be a datasets.Dataset"]),
-    ({"dataset": "{bad}/null.jsonl"}, ["{bad}/null.jsonl", "'completion' must hold text", "row [1]"]),
-    ({"dataset": "{bad}/numbers.jsonl"}, ["{bad}/numbers.jsonl", "'prompt' must hold text", "row [0]"]),
+    ({"dataset": "{bad}/null.jsonl"}, ["{bad}/null.jsonl", "'completion' must hold text", "row 1"]),
+    ({"dataset": "{bad}/numbers.jsonl"}, ["{bad}/numbers.jsonl", "'prompt' must hold text", "row 0"]),
     ({"dataset": "{bad}/blank.jsonl"}, ["{bad}/blank.jsonl", "row 1 has an empty prompt"]),
     ({"dataset": "tasks/mini_tldr.py:prompts", "train_split": "dev"}, ["split dev", "cannot be loaded"]),
     ({"max_prompt_length": 0}, ["--max-prompt-length 0", "1 or more"]),
@@ -123,7 +123,12 @@ def check(capsys, run, expected, bad):
 
 
 def fill(flags, bad):
-    return {name: value.format(bad=bad) if isinstance(value, str) else value for name, value in flags.items()}
+    def put(value):
+        if isinstance(value, tuple):
+            return tuple(map(put, value))
+        return value.format(bad=bad) if isinstance(value, str) else value
+
+    return {name: put(value) for name, value in flags.items()}
 
 
 @pytest.mark.parametrize("flags, expected", RLOO, ids=lambda value: str(value)[:50])
@@ -151,17 +156,17 @@ OTHERS = [
     (raft, dict(k=1), ["--k 1", "use 2 or more"]),
     (reinforce_pp, dict(k=1, baseline="group"), ["--k 1", "--baseline group needs 2 or more"]),
     (reinforce_pp, dict(clip_scores=0.0), ["--clip-scores 0.0", "above 0"]),
-    (dpo, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "question, answer"]),
+    (dpo, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "query, answer"]),
     (dpo, dict(eval_dataset="{bad}/no_data.jsonl"), ["{bad}/no_data.jsonl", "no such file"]),
     (dpo, dict(max_length=1), ["more than 1 tokens"]),
     (sft, dict(model="{bad}/no_model"), ["{bad}/no_model", "no such file or folder"]),
-    (sft, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "question, answer"]),
+    (sft, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "query, answer"]),
     (sft, dict(batch_size=0), ["--batch-size 0", "1 or more"]),
     (sft, dict(dataset="{bad}/blank.jsonl"), ["no column 'completion'"]),
     (sft, dict(dataset="{bad}/blank2.jsonl"), ["row 1 has an empty prompt"]),
     (sft, dict(max_length=1), ["more than 1 tokens"]),
     (sft, dict(output="{bad}/used"), ["--output {bad}/used", "already holds files"]),
-    (reward_model, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "question, answer"]),
+    (reward_model, dict(dataset="{bad}/column.jsonl"), ["no column 'prompt'", "query, answer"]),
     (reward_model, dict(gold="{bad}/rewards.py:absent"), ["{bad}/rewards.py", "no function absent"]),
     (reward_model, dict(max_length=1), ["more than 1 tokens"]),
     (reward_model, dict(output="{bad}/used"), ["--output {bad}/used", "already holds files"]),
@@ -193,7 +198,7 @@ def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
         evaluate: dict(
             policies=(world.policy,),
             reference=world.policy,
-            reward=world.reward,
+            reward=(world.reward,),
             gold="none",
             judge="reward",
             dataset=world.data,
@@ -203,7 +208,7 @@ def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
         plot: dict(runs=(), output=str(tmp_path / "run.png")),
         dpo: dict(
             model=world.policy,
-            reward=world.reward,
+            reward=(world.reward,),
             dataset=world.data,
             eval_dataset=world.data,
             device="cpu",

@@ -6,31 +6,26 @@ import math
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from tiny import CPU, make_policy, make_tokenizer, save_classifier, save_policy
+from tiny import CPU, DATA_ARGS, make_policy, make_tokenizer, save_classifier, save_policy, token_ids
 from transformers import AutoModelForSequenceClassification
 
 from common import (
     Batch,
-    batches,
     encode,
     eos_ids,
     evaluate,
     frozen_logprobs,
-    load_dataset,
-    load_model,
-    load_rows,
     load_reward,
-    load_tokenizer,
     microbatches,
     pad,
     positions,
     rollout,
-    save,
     sequence_rewards,
     token_kl,
     token_logprobs,
     wins,
 )
+from plumbing import batches, load_dataset, load_model, load_rows, load_tokenizer, save
 
 WORDS = "a b c d e f".split()
 PROMPTS = ["a b c", "d", "e f a b c d", "f f"]
@@ -53,7 +48,7 @@ def policy(tokenizer):
 def test_sampler_logprobs_are_those_of_a_forward_pass(policy, tokenizer, temperature):
     """Prompts of different lengths, rows that end early: still what the model says of the finished rows."""
     torch.manual_seed(0)
-    batch = rollout(policy, tokenizer, PROMPTS, 8, temperature, 12)
+    batch = rollout(policy, tokenizer, token_ids(tokenizer, PROMPTS), 8, temperature, 12)
     lengths = batch.response_mask.sum(1)
     assert lengths.min() < lengths.max() and batch.ended.any()
     with torch.no_grad():
@@ -69,7 +64,7 @@ def test_sampler_logprobs_are_those_of_a_forward_pass(policy, tokenizer, tempera
 
 def test_rollout_is_prompt_major_and_stops_at_the_first_eos(policy, tokenizer):
     torch.manual_seed(0)
-    batch = rollout(policy, tokenizer, PROMPTS, 3, 1.0, 10)
+    batch = rollout(policy, tokenizer, token_ids(tokenizer, PROMPTS), 3, 1.0, 10)
     assert [tokenizer.decode(p[m]) for p, m in zip(batch.prompts, batch.prompt_mask)] == [
         p for p in PROMPTS for _ in range(3)
     ]
@@ -93,7 +88,7 @@ def test_rollout_samples_the_softmax_whatever_the_generation_config_says(policy,
     )
     torch.manual_seed(0)
     n, temperature = 4000, 0.7
-    batch = rollout(policy, tokenizer, ["a b c"], n, temperature, 1)
+    batch = rollout(policy, tokenizer, token_ids(tokenizer, ["a b c"]), n, temperature, 1)
     with torch.no_grad():
         ids = tokenizer("a b c", return_tensors="pt")["input_ids"]
         probs = (policy(ids).logits[0, -1] / temperature).softmax(-1)
@@ -106,7 +101,7 @@ def test_rollout_samples_the_softmax_whatever_the_generation_config_says(policy,
 
 
 def test_greedy_rollout_takes_the_most_probable_token(policy, tokenizer):
-    batch = rollout(policy, tokenizer, PROMPTS, 1, 0.5, 5, greedy=True)
+    batch = rollout(policy, tokenizer, token_ids(tokenizer, PROMPTS), 1, 0.5, 5, greedy=True)
     with torch.no_grad():
         for row, prompt in enumerate(PROMPTS):
             ids = tokenizer(prompt)["input_ids"]
@@ -121,14 +116,14 @@ def test_eos_is_part_of_the_response_whatever_the_pad_token_is(pad_token, tmp_pa
     folder = save_policy(tmp_path / "policy", tokenizer)
     tokenizer, policy = load_tokenizer(folder), load_model(folder, CPU)
     torch.manual_seed(0)
-    batch = rollout(policy, tokenizer, PROMPTS, 8, 1.0, 12)
+    batch = rollout(policy, tokenizer, token_ids(tokenizer, PROMPTS), 8, 1.0, 12)
     assert batch.ended.any() and not batch.ended.all()
     last = batch.response_mask.sum(1) - 1
     last_tokens = batch.responses[torch.arange(len(batch)), last]
     assert ((last_tokens == tokenizer.eos_token_id) == batch.ended).all()
     logprobs = token_logprobs(policy, batch, 1.0)
     assert (logprobs[torch.arange(len(batch)), last] != 0).all()  # the EOS token itself is trained
-    given = encode(tokenizer, ["a b"], ["c d"], CPU)
+    given = encode(tokenizer, token_ids(tokenizer, ["a b"]), ["c d"], CPU)
     assert given.responses[0].tolist() == tokenizer("c d")["input_ids"] + [tokenizer.eos_token_id]
     assert given.response_mask.all()
 
@@ -138,7 +133,7 @@ def test_every_eos_id_of_the_generation_config_ends_a_response(policy, tokenizer
     policy.generation_config.eos_token_id = [tokenizer.eos_token_id, other]
     assert eos_ids(policy, tokenizer).tolist() == sorted([tokenizer.eos_token_id, other])
     torch.manual_seed(0)
-    batch = rollout(policy, tokenizer, PROMPTS, 16, 1.0, 12)
+    batch = rollout(policy, tokenizer, token_ids(tokenizer, PROMPTS), 16, 1.0, 12)
     last = batch.responses[torch.arange(len(batch)), batch.response_mask.sum(1) - 1]
     assert {tokenizer.eos_token_id, other} <= set(last[batch.ended].tolist())
     before_last = batch.response_mask.clone()
@@ -151,7 +146,7 @@ def test_every_eos_id_of_the_generation_config_ends_a_response(policy, tokenizer
 
 def test_logprobs_do_not_depend_on_padding_or_on_the_other_rows(policy, tokenizer):
     torch.manual_seed(0)
-    batch = rollout(policy, tokenizer, PROMPTS, 4, 1.0, 12)
+    batch = rollout(policy, tokenizer, token_ids(tokenizer, PROMPTS), 4, 1.0, 12)
     together = frozen_logprobs(policy, batch, 1.0, 100_000)
     torch.testing.assert_close(frozen_logprobs(policy, batch, 1.0, 1), together, rtol=1e-4, atol=1e-5)
     wider = Batch(
@@ -172,7 +167,7 @@ def test_kl_is_policy_minus_reference_and_its_mean_is_the_kl(policy, tokenizer):
     assert sequence_rewards(torch.tensor([2.0]), torch.tensor([[0.5, 1.0]]), 0.1).item() == pytest.approx(1.85)
     reference = make_policy(len(tokenizer), tokenizer.eos_token_id, seed=7)
     torch.manual_seed(0)
-    batch = rollout(policy, tokenizer, ["a b c"], 4000, 1.0, 1)
+    batch = rollout(policy, tokenizer, token_ids(tokenizer, ["a b c"]), 4000, 1.0, 1)
     kl = token_kl(batch.old_logprobs, frozen_logprobs(reference, batch, 1.0, 10**6), batch.response_mask).sum(1)
     ids = torch.tensor([tokenizer("a b c")["input_ids"]])
     with torch.no_grad():
@@ -183,7 +178,7 @@ def test_kl_is_policy_minus_reference_and_its_mean_is_the_kl(policy, tokenizer):
 
 def test_microbatches_cover_every_row_once_within_the_budget(policy, tokenizer):
     torch.manual_seed(0)
-    batch = rollout(policy, tokenizer, PROMPTS, 8, 1.0, 12)
+    batch = rollout(policy, tokenizer, token_ids(tokenizer, PROMPTS), 8, 1.0, 12)
     for budget in (1, 25, 60, 10_000):
         parts = list(microbatches(budget, batch))
         assert sorted(torch.cat(parts).tolist()) == list(range(len(batch)))
@@ -206,7 +201,7 @@ def test_reward_is_read_at_the_last_real_token(pad_token, tmp_path):
     score = load_reward(save_classifier(tmp_path / "reward", folder, tokenizer), tokenizer, CPU, "float32", 60)
     model = load_model(str(tmp_path / "reward"), CPU, auto_class=AutoModelForSequenceClassification)
     torch.manual_seed(0)
-    batch = rollout(load_model(folder, CPU), tokenizer, PROMPTS, 4, 1.0, 8)
+    batch = rollout(load_model(folder, CPU), tokenizer, token_ids(tokenizer, PROMPTS), 4, 1.0, 8)
     assert batch.ended.any() and not batch.ended.all()
     scores = score(batch, {"prompt": PROMPTS})
     for row in range(len(batch)):
@@ -220,12 +215,12 @@ def test_reward_model_with_another_tokenizer_gets_the_text_and_the_eos(tmp_path)
     mine, theirs = make_tokenizer(WORDS), make_tokenizer(WORDS[::-1])
     folder = save_policy(tmp_path / "theirs", theirs)
     reward = save_classifier(tmp_path / "reward", folder, theirs)
-    batch = encode(mine, PROMPTS, ["a b", "c", "d e", "f"], CPU, ended=[True, False, True, False])
-    other = encode(theirs, PROMPTS, ["a b", "c", "d e", "f"], CPU, ended=[True, False, True, False])
+    batch = encode(mine, token_ids(mine, PROMPTS), ["a b", "c", "d e", "f"], CPU, ended=[True, False, True, False])
+    other = encode(theirs, token_ids(theirs, PROMPTS), ["a b", "c", "d e", "f"], CPU, ended=[True, False, True, False])
     columns = {"prompt": PROMPTS}
     expected = load_reward(reward, theirs, CPU, "float32", 1000)(other, columns)
     torch.testing.assert_close(load_reward(reward, mine, CPU, "float32", 1000)(batch, columns), expected)
-    all_ended = encode(theirs, PROMPTS, ["a b", "c", "d e", "f"], CPU)
+    all_ended = encode(theirs, token_ids(theirs, PROMPTS), ["a b", "c", "d e", "f"], CPU)
     assert not torch.allclose(
         load_reward(reward, theirs, CPU, "float32", 1000)(all_ended, columns)[[1, 3]], expected[[1, 3]]
     )
@@ -239,7 +234,7 @@ def test_python_reward_gets_texts_and_the_columns_of_its_own_row(tmp_path):
         "    return [10 * (p == 'a') + a + (c == 'c d') for p, c, a in zip(prompts, completions, answer)]\n"
     )
     tokenizer = make_tokenizer(WORDS)
-    batch = encode(tokenizer, ["a", "a", "b", "b"], ["c d", "c", "c d", "d"], CPU)
+    batch = encode(tokenizer, token_ids(tokenizer, ["a", "a", "b", "b"]), ["c d", "c", "c d", "d"], CPU)
     score = load_reward(f"{path}:check", tokenizer, CPU, "float32", 100)
     columns = {"prompt": ["a", "b"], "answer": [0.25, 0.5], "completion": ["x", "y"]}
     assert score(batch, columns).tolist() == [11.25, 10.25, 1.5, 0.5]
@@ -254,8 +249,10 @@ class EvaluateArgs:
 
 
 def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer):
-    length = lambda batch, columns: batch.response_mask.sum(1).float()
-    dataset = Dataset.from_dict({"prompt": PROMPTS, "completion": ["a b c d"] * 4})  # 5 tokens with EOS
+    length = lambda batch, columns: {"score": batch.response_mask.sum(1).float()}
+    dataset = Dataset.from_dict(
+        {"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS), "completion": ["a b c d"] * 4}
+    )  # 5 tokens with EOS
     values, completions = evaluate(policy, policy, tokenizer, {"score": length}, dataset, EvaluateArgs, k=2)
     assert len(completions) == 8 and values["kl"].abs().max() < 1e-4
     assert {2, 5, 6} <= set(values["length"].tolist())
@@ -267,8 +264,9 @@ def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer):
 def test_a_policy_ties_with_its_own_responses_even_where_they_were_cut_off(world):
     """The rivals are texts; whether each had ended must come along, or a reward model would see two different rows."""
     tokenizer, policy = load_tokenizer(world.policy), load_model(world.policy, CPU)
-    score = load_reward(world.reward, tokenizer, CPU, "float32", 1000)
-    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    reward = load_reward(world.reward, tokenizer, CPU, "float32", 1000)
+    score = lambda batch, columns: {"score": reward(batch, columns)}
+    dataset = Dataset.from_dict({"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS)})
     values, completions = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4)
     ended = values["eos_rate"].bool().tolist()
     assert any(ended) and not all(ended) and "win_rate" not in values
@@ -324,7 +322,7 @@ def test_batches_use_every_row_once_an_epoch_and_go_on_for_ever():
 
 def test_long_prompts_are_left_out_and_counted(tokenizer, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
-    kept = load_rows(str(tmp_path / "data.jsonl"), "train", tokenizer, ["prompt"], 3)
+    kept = load_rows(DATA_ARGS, str(tmp_path / "data.jsonl"), "train", tokenizer, ["prompt"], 3)
     assert kept["prompt"][:] == ["a b c", "d", "f f"]
     assert "left out 1 of 4" in capsys.readouterr().out
 

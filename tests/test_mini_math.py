@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CPU
+from tiny import CPU, token_ids
 
-from common import decode, encode, find_gold, load_model, load_reward, load_tokenizer, rollout
+from common import decode, encode, find_gold, load_reward, rollout
+from plumbing import load_model, load_tokenizer
 from tasks import mini_math
 
 ROOT = Path(__file__).parent.parent
@@ -41,8 +42,10 @@ def test_reward_and_gold_reward_are_found_and_judge_tokens():
     gold = find_gold("auto", "tasks/mini_math.py:prompts")
     assert gold == "tasks/mini_math.py:gold_reward"
     columns = mini_math.prompts("test")[:20]
-    right = encode(tokenizer, columns["prompt"], columns["completion"], CPU)
-    wrong = encode(tokenizer, columns["prompt"], [text + " 0" for text in columns["completion"]], CPU)
+    right = encode(tokenizer, token_ids(tokenizer, columns["prompt"]), columns["completion"], CPU)
+    wrong = encode(
+        tokenizer, token_ids(tokenizer, columns["prompt"]), [text + " 0" for text in columns["completion"]], CPU
+    )
     for name in (gold, "tasks/mini_math.py:accuracy"):
         reward = load_reward(name, tokenizer, CPU, "float32", 8192)
         assert reward(right, columns).tolist() == [1.0] * 20  # (20,)
@@ -112,10 +115,10 @@ def test_shipped_policy_can_carry_but_seldom_does():
     columns = mini_math.prompts("test").select(range(500))[:]
     free = torch.tensor([a % 10 + b % 10 < 10 and a // 10 + b // 10 < 10 for a, b in mini_math.problems("test")[:500]])
     torch.manual_seed(0)
-    batch = rollout(policy, tokenizer, columns["prompt"], 1, 1.0, 5)
+    batch = rollout(policy, tokenizer, token_ids(tokenizer, columns["prompt"]), 1, 1.0, 5)
     rewards = torch.tensor(mini_math.accuracy(None, decode(tokenizer, batch), columns["answer"]))  # (500,)
     assert 0.42 < rewards.mean() < 0.54 and batch.ended.float().mean() > 0.99
     assert rewards[free].mean() > 0.95 and 0.2 < rewards[~free].mean() < 0.4
-    greedy = rollout(policy, tokenizer, columns["prompt"], 1, 1.0, 5, greedy=True)
+    greedy = rollout(policy, tokenizer, token_ids(tokenizer, columns["prompt"]), 1, 1.0, 5, greedy=True)
     rewards = torch.tensor(mini_math.accuracy(None, decode(tokenizer, greedy), columns["answer"]))  # (500,)
     assert rewards[free].mean() > 0.97 and rewards[~free].mean() < 0.03  # the most probable answer forgets the carry

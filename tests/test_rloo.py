@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
-from tiny import save_policy
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import save_policy, token_ids
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rloo
-from common import encode, load_model, token_logprobs
+from common import encode, token_logprobs
+from plumbing import load_model
 
 
 def test_worked_example_of_the_notes():
@@ -79,7 +80,7 @@ def test_the_run_is_wired_as_the_formula_says(world, tmp_path):
     """Scores = reward - missing-EOS penalty; rewards = scores - beta * KL; the KL is that to the reference."""
     (tmp_path / "reward.py").write_text("def two(completions, **_):\n    return [2.0] * len(completions)\n")
     reference = save_policy(tmp_path / "reference", world.tokenizer, seed=5)
-    flags = world.flags | {"reference": reference, "reward": f"{tmp_path}/reward.py:two", "num_updates": 1}
+    flags = world.flags | {"reference": reference, "reward": (f"{tmp_path}/reward.py:two",), "num_updates": 1}
     rloo.main(rloo.Args(**flags, beta=0.3, missing_eos_penalty=0.7, output=str(tmp_path / "run")))
     step = {name: points[0][1] for name, points in scalars(tmp_path / "run").items()}
     assert abs(step["objective/kl"]) > 0.1 and 0 < step["rollout/eos_rate"] < 1
@@ -123,7 +124,7 @@ def test_a_run_raises_its_reward(world, tmp_path):
         "def share(prompts, completions, **_):\n"
         "    return [sum(word in 'abc' for word in c.split()) / max(1, len(c.split())) for c in completions]\n"
     )
-    flags = world.flags | {"reward": f"{path}:share", "num_updates": 30, "prompts_per_step": 8, "eval_prompts": 12}
+    flags = world.flags | {"reward": (f"{path}:share",), "num_updates": 30, "prompts_per_step": 8, "eval_prompts": 12}
     flags |= {"beta": 0.0, "missing_eos_penalty": 0.0}
     rloo.main(rloo.Args(**flags, output=str(tmp_path / "run")))
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -143,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(world,
 def test_bfloat16_keeps_float32_weights_and_close_logprobs(world, tmp_path):
     policy = rloo.main(rloo.Args(**world.flags, dtype="bfloat16", output=str(tmp_path / "run")))
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
-    batch = encode(world.tokenizer, ["a b c", "d"], ["e f", "a"], policy.device)
+    batch = encode(world.tokenizer, token_ids(world.tokenizer, ["a b c", "d"]), ["e f", "a"], policy.device)
     low = token_logprobs(policy, batch, 1.0)
     policy = load_model(str(tmp_path / "run" / "model"), policy.device)
     full = token_logprobs(policy, batch, 1.0)

@@ -7,7 +7,7 @@ import matplotlib.image
 import pytest
 import torch
 from datasets import Dataset
-from tiny import CPU, make_tokenizer, save_policy
+from tiny import CPU, make_tokenizer, save_policy, token_ids
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import evaluate
@@ -15,13 +15,14 @@ import plot
 import reward_model
 import rloo
 import sft
-from common import encode, load_model, load_tokenizer, token_logprobs
+from common import encode, token_logprobs
+from plumbing import load_model, load_tokenizer
 
 
 def test_sft_loss_is_the_models_own_on_responses_with_eos(world):
     """Against the loss that transformers computes from labels with -100 on the prompt."""
     policy, tokenizer = load_model(world.policy, CPU), load_tokenizer(world.policy)
-    batch = encode(tokenizer, ["a b c"], ["d e"], CPU)
+    batch = encode(tokenizer, token_ids(tokenizer, ["a b c"]), ["d e"], CPU)
     ids = torch.cat([batch.prompts, batch.responses], 1)
     labels = ids.clone()
     labels[:, : batch.prompts.shape[1]] = -100
@@ -96,7 +97,7 @@ def test_reward_model_learns_the_pairs(world, tmp_path, tokens):
 def test_evaluate_table_and_json(world, tmp_path, capsys):
     flags = dict(
         reference=world.policy,
-        reward=world.reward,
+        reward=(world.reward,),
         gold="none",
         judge="reward",
         dataset=world.data,
@@ -138,7 +139,7 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
 
 def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys):
     other = save_policy(tmp_path / "other", make_tokenizer("x y z".split()))
-    flags = dict(reference=world.policy, reward=world.reward, judge="reward", dataset=world.data, device="cpu")
+    flags = dict(reference=world.policy, reward=(world.reward,), judge="reward", dataset=world.data, device="cpu")
     for name, expected in ((str(tmp_path / "typo"), "no such file or folder"), (other, "another vocabulary")):
         with pytest.raises(SystemExit) as stopped:
             evaluate.main(evaluate.Args(policies=(world.policy, name), output=str(tmp_path / "c.json"), **flags))

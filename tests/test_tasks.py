@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CPU
+from tiny import CPU, token_ids
 
-from common import decode, encode, load_model, load_reward, load_tokenizer, rollout
+from common import decode, encode, load_reward, rollout
+from plumbing import load_model, load_tokenizer
 from tasks import mini_tldr
 
 ROOT = Path(__file__).parent.parent
@@ -108,9 +109,9 @@ def test_shipped_policy_and_reward_model_are_what_the_readme_says():
     posts = mini_tldr.prompts("test").select(range(500))
     columns = posts[:]
     torch.manual_seed(0)
-    batch = rollout(policy, tokenizer, columns["prompt"], 2, 0.7, 32)
+    batch = rollout(policy, tokenizer, token_ids(tokenizer, columns["prompt"]), 2, 0.7, 32)
     scores, golds = reward(batch, columns).view(-1, 2), gold(batch, columns).view(-1, 2)
-    references = gold(encode(tokenizer, columns["prompt"], columns["completion"], CPU), columns)
+    references = gold(encode(tokenizer, token_ids(tokenizer, columns["prompt"]), columns["completion"], CPU), columns)
     wins = (golds > references[:, None]).float() + 0.5 * (golds == references[:, None])
     assert 0.18 < wins.mean() < 0.28 and batch.ended.float().mean() > 0.99
     differ = golds[:, 0] != golds[:, 1]

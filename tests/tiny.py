@@ -1,5 +1,7 @@
 """Small models and data for the tests: everything is made on the spot, nothing is downloaded."""
 
+from types import SimpleNamespace
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -13,6 +15,7 @@ from transformers import (
 )
 
 CPU = torch.device("cpu")
+DATA_ARGS = SimpleNamespace(dataset_config=None, chat=False, system_prompt=None, truncate_prompts=False)
 
 
 def make_tokenizer(words, pad="<pad>", eos="<eos>"):
@@ -22,6 +25,10 @@ def make_tokenizer(words, pad="<pad>", eos="<eos>"):
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos)
+
+
+def token_ids(tokenizer, prompts):
+    return tokenizer(prompts)["input_ids"]
 
 
 def make_policy(vocab_size, eos_token_id, seed=0, dtype=torch.float32, hidden=16, layers=2):

@@ -1,0 +1,584 @@
+"""The plumbing: processes, models, data, run folders and logs, mistakes told in one line. No RL is in here."""
+
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+datasets.disable_progress_bars()
+
+
+# ------------------------------------------------------------------------------------------------ devices and processes
+#
+# `torchrun --nproc-per-node 4 rloo.py` starts four processes. Each samples, scores and back-propagates its share of
+# the rows, and all get all the numbers: what is computed from a batch (advantages, statistics, metrics) is the same in
+# each, and the same as in one process. Without torchrun all of these functions do nothing.
+
+
+def pick_device(args):
+    """Join the other processes, if torchrun has started several; returns this process's torch.device.
+
+    Args: args (device: "cpu", "cuda", "mps", or "auto" for the best one there is; shard).
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    require(several or not args.shard, "--shard: there is one process; start several with torchrun --nproc-per-node 2")
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if several and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.empty(0, device=name).device
+    except Exception:
+        stop(f"--device {args.device}: not available here; use auto or cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if several and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def processes():
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(n):
+    """The numbers, of 0 ... n - 1, that this process works on: a range."""
+    rank, size = processes()
+    return range(rank * n // size, (rank + 1) * n // size)
+
+
+def add_up(tensor):
+    """The sum of all processes' tensors, each of which is 0 where another process did the work."""
+    if not dist.is_initialized():
+        return tensor
+    numbers = tensor.int() if tensor.dtype == torch.bool else tensor.contiguous()
+    dist.all_reduce(numbers)
+    return numbers.to(tensor.dtype)
+
+
+def total(value):
+    """The sum of all processes' numbers."""
+    return add_up(torch.tensor(float(value), device=own_device())).item() if dist.is_initialized() else value
+
+
+def own_device():
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def own_generator(device):
+    """Random numbers for sampling that differ between the processes; in a single one, torch's own."""
+    rank, size = processes()
+    if size > 1:  # all draw the same number here, and stay in step
+        return torch.Generator(device).manual_seed(torch.randint(2**62, ()).item() + rank)
+
+
+def clip_gradients(model, max_norm):
+    """Add up the gradients of all processes, and clip the norm of the sum; returns the norm before."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for gradient in gradients if dist.is_initialized() else []:
+        if isinstance(gradient, DTensor):
+            gradient.mul_(dist.get_world_size())  # fully_shard has taken the mean
+        else:
+            dist.all_reduce(gradient)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def shard_model(model, device):
+    """Spread the weights over the processes (FSDP2): a layer is put together only while it runs."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    for layer in max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()), default=[]):
+        fully_shard(layer, mesh=mesh)
+    if hasattr(model, "score"):  # of a classifier, the body and the head are run one by one
+        fully_shard(model.base_model, mesh=mesh)
+        fully_shard(model.score, mesh=mesh)
+    else:
+        fully_shard(model, mesh=mesh)
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+@functools.cache
+def load_module(path):
+    """The python file at `path`, imported once."""
+    require(os.path.isfile(path), f"{path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(path, path)
+    module = sys.modules[path] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        stop(f"{path}: cannot be imported: {type(error).__name__}: {one_line(error)}")
+    return module
+
+
+def load_function(spec):
+    """The function named by "path/to/file.py:function"."""
+    path, name = spec.rsplit(":", 1)
+    function = getattr(load_module(path), name, None)
+    require(callable(function), f"{spec}: {path} has no function {name}")
+    return function
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:300]
+
+
+def check_path(what, name):
+    """Stop if `name` is meant as a local path, rather than as a name on the hub, and is not there."""
+    owner, _, rest = name.partition("/")
+    is_path = name.startswith((".", "/", "~")) or "/" in rest or (rest and os.path.isdir(owner))
+    is_path = is_path or name.endswith((".json", ".jsonl", ".csv", ".parquet"))
+    require(not is_path or os.path.exists(name), f"{what} {name}: no such file or folder; give a path or a hub name")
+
+
+def explain(what, name, error):
+    """The rest of the line that says why `name` could not be loaded, and what to do."""
+    text, folder = one_line(error), Path(name)
+    config = folder / "config.json"
+    if "trust_remote_code" in text or (config.is_file() and "auto_map" in config.read_text(errors="replace")):
+        return "needs program code from its repository, which is never run; use a model that transformers has built in"
+    files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    pickles = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    if (pickles and not any(name.endswith(".safetensors") for name in files)) or "use_safetensors" in text:
+        pickles = pickles[0] if pickles else "its weights"
+        return (f"{pickles} is a pickle, which can run any code when it is read, so it is refused; where you trust it, "
+                "load it in transformers and save it again with save_pretrained, as safetensors")
+    if not folder.exists() and any(word in text.lower() for word in ("connect", "offline", "resolve", "network")):
+        return (f"the hub cannot be reached (offline?), and there is no such folder here; where there is a network, "
+                f"fetch it with `hf download {'--repo-type dataset ' * (what == 'dataset')}{name} --local-dir FOLDER`, "
+                "and name that folder")
+    return f"cannot be loaded from a folder or the hub: {text}"
+
+
+def from_pretrained(what, auto_class, name, **kwargs):
+    """auto_class.from_pretrained(name), from a local folder or the hub; stop in one line where it cannot be loaded."""
+    check_path(what, name)
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except Exception as error:
+        stop(f"{what} {name}: {explain(what, name, error)}")
+
+
+def load_tokenizer(name):
+    """Tokenizer of a hub name, a folder, or "file.py:function" that returns (model, tokenizer)."""
+    if ".py:" in name:
+        tokenizer = load_function(name)()[1]
+    else:
+        tokenizer = from_pretrained("tokenizer", AutoTokenizer, name)
+    require(tokenizer.eos_token_id is not None, f"tokenizer {name}: has no EOS token, so a response could never end")
+    if tokenizer.pad_token_id is None:  # any id will do: masks go by position, never by id
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name, device, dtype="float32", shard=False, gradient_checkpointing=False,
+               auto_class=AutoModelForCausalLM, new=(), **kwargs):
+    """Model of a hub name, a folder, or "file.py:function" that returns (model, tokenizer).
+
+    Weights are kept in float32, since Adam's small steps vanish in bfloat16; dtype "bfloat16" runs the forward passes
+    in it by autocast. Dropout is off (eval mode) for good: the sampler and the update must see the same policy.
+    Only safetensors are read, and code from the hub never runs. `shard` spreads the weights over the processes;
+    `gradient_checkpointing` keeps only each layer's input for the backward pass, and runs the layer again there.
+    `new` names the weights that may be missing.
+    """
+    if ".py:" in name:
+        model, tokenizer = load_function(name)()
+    else:
+        tokenizer = load_tokenizer(name)
+        model, info = from_pretrained("model", auto_class, name, dtype=torch.float32, use_safetensors=True,
+                                      output_loading_info=True, **kwargs)
+        missing = sorted(set(info["missing_keys"]) - set(new))
+        require(not missing, f"model {name}: lacks the weights {', '.join(missing[:3])}, so it is no such model")
+    words, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    require(words <= rows, f"model {name}: has embeddings for {rows} tokens, and its tokenizer has {words}; they do "
+                           "not belong together")
+    if dtype == "bfloat16":
+        for module in (model, model.base_model):
+            module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
+    if gradient_checkpointing:
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    if shard:
+        shard_model(model, device)
+    return model.to(device).eval()
+
+
+@functools.cache
+def load_frozen_classifier(name, device, dtype, shard):
+    """A reward model that is not trained: loaded once, however often it is used."""
+    return load_classifier(name, device, dtype, shard).requires_grad_(False)
+
+
+def load_reference(name, tokenizer, device, dtype="float32", shard=False):
+    """The frozen policy that the KL is measured to; it must have the vocabulary of `tokenizer`, the policy's."""
+    require(".py:" not in name, f"reference {name}: must be a hub name or a folder; a function would make new weights")
+    same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
+    require(same, f"reference {name}: has another vocabulary than the policy, so there is no KL between them")
+    return load_model(name, device, dtype, shard).requires_grad_(False)
+
+
+def load_classifier(name, device, dtype="float32", shard=False, gradient_checkpointing=False, new_head=False):
+    """Like load_model, for a reward model: a causal model with a one-label head called `score`, trained or new."""
+    new, kwargs = (["score.weight"], {"num_labels": 1}) if new_head else ([], {})
+    model = load_model(name, device, dtype, shard, gradient_checkpointing, AutoModelForSequenceClassification, new,
+                       **kwargs)
+    require(hasattr(model, "score"), f"model {name}: is no classifier on a causal model; wrap it in a python function")
+    require(model.config.num_labels == 1, f"model {name}: has {model.config.num_labels} labels; a reward model has 1")
+    return model
+
+
+def load_critic(args, tokenizer, device):
+    """The value model: args.critic, or where that is None the reward model, or where that is a function the policy.
+
+    A policy gets a new head; a reward model or a critic keeps its own.
+    """
+    name = args.critic or (args.model if ".py:" in args.reward[0] else args.reward[0])
+    same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
+    require(same, f"critic {name}: has another vocabulary than the policy; name another with --critic")
+    return load_classifier(name, device, args.dtype, args.shard, args.gradient_checkpointing, new_head=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def load_dataset(name, split, config=None):
+    """Rows of a hub dataset, a folder written by save_to_disk, a .json/.jsonl/.csv/.parquet file, or a python function.
+
+    Args: name ("owner/name", a path, or "file.py:function" called with the split); split ("train", "test", ...; of a
+    single file, which has no splits, any); config (of a hub dataset that has several).
+    """
+    function = load_function(name) if ".py:" in name else check_path("dataset", name)
+    require(not os.path.isfile(name) or os.path.getsize(name) > 0, f"dataset {name}: is empty")
+    try:
+        if function:
+            dataset = function(split)
+        elif os.path.isfile(os.path.join(name, "dataset_dict.json")):
+            dataset = datasets.load_from_disk(name)[split]
+        elif os.path.isfile(os.path.join(name, "dataset_info.json")):
+            dataset = datasets.load_from_disk(name)
+        elif os.path.isfile(name):
+            kind = Path(name).suffix[1:].replace("jsonl", "json")
+            dataset = datasets.load_dataset(kind, data_files=name, split="train")
+        else:
+            dataset = datasets.load_dataset(name, config, split=split)
+    except Exception as error:
+        bad_line = find_bad_line(name, split)
+        require(not bad_line, f"dataset {bad_line}")
+        if "Config name is missing" in str(error):
+            stop(f"dataset {name}: has several configurations; choose one with --dataset-config: {one_line(error)}")
+        stop(f"dataset {name}, split {split}: {type(error).__name__}: {explain('dataset', name, error)}")
+    require(isinstance(dataset, datasets.Dataset), f"dataset {name}: must be a datasets.Dataset, not {type(dataset)}")
+    require(len(dataset) > 0, f"dataset {name}, split {split}: is empty")
+    return dataset
+
+
+def find_bad_line(name, split):
+    """Where the first line is that is not JSON, in a .jsonl file or in a folder's files of that split, if there is."""
+    paths = [Path(name)] if os.path.isfile(name) else Path(name).glob(f"*{split}*.jsonl")
+    for path in paths:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
+                try:
+                    json.loads(line or "0")
+                except ValueError as error:
+                    return f"{path}, line {number}: is not JSON ({one_line(error)[:80]}); repair or remove that line"
+
+
+def as_text(prompt):
+    """A prompt as text to show or to compare: itself, or its chat messages."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def as_replies(prompts, texts):
+    """Responses as reward functions get them: the texts, or where the prompt is a chat, lists of one message."""
+    return [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts)]
+
+
+def prompt_tokens(tokenizer, prompts, what):
+    """Token ids of prompts: text with the tokenizer's own special tokens, messages by its chat template."""
+    if isinstance(prompts[0], str):
+        ids, end = tokenizer(prompts)["input_ids"], tokenizer.eos_token_id
+        return [row[:-1] if row and row[-1] == end and not text.endswith(tokenizer.eos_token) else row
+                for row, text in zip(ids, prompts)]  # some tokenizers end every text, but the response is to follow
+    require(tokenizer.chat_template, f"{what}: has chat messages for prompts, but the tokenizer has no chat template; "
+                                     "use an instruction-tuned model, or prompts that are plain text")
+    try:
+        texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+                 for prompt in prompts]
+    except Exception as error:
+        stop(f"{what}: the tokenizer's chat template refuses its messages: {one_line(error)}")
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them already
+
+
+def split_row(row):
+    """TRL's conventions -> a prompt, and completion, chosen and rejected as far as the row has them.
+
+    A conversation ("messages") is prompt and last reply. Chosen and rejected texts without a prompt, as in
+    Anthropic's HH, have one in common: what they share, up to the last "Assistant:" where there is one.
+    """
+    row = dict(row)
+    if "prompt" not in row and "messages" in row:
+        row["prompt"], row["completion"] = row["messages"][:-1], row.pop("messages")[-1:]
+    if "prompt" not in row and "chosen" in row and "rejected" in row:
+        shared = os.path.commonprefix([row["chosen"], row["rejected"]])
+        if isinstance(row["chosen"], str):
+            turn = shared.rfind("Assistant:")
+            shared = shared[: turn + len("Assistant:")] if turn >= 0 else shared[: shared.rfind(" ") + 1]
+        row["prompt"] = shared
+        row["chosen"], row["rejected"] = row["chosen"][len(shared) :], row["rejected"][len(shared) :]
+    if "prompt" not in row and "question" in row:
+        row["prompt"] = row["question"]
+    for name in {"completion", "chosen", "rejected"} & row.keys():
+        if isinstance(row[name], list) and row[name]:
+            row[name] = row[name][-1]["content"]
+    return row
+
+
+def shorten(ids, length, tokenizer):
+    """The last `length` token ids, at least one; a BOS stays in front."""
+    head = ids[:1] if ids[0] == tokenizer.bos_token_id and length > 1 else []
+    return ids if len(ids) <= length else head + ids[-max(1, length - len(head)) :]
+
+
+def load_rows(args, name, split, tokenizer, columns, max_length, first=None):
+    """The (first) rows of a dataset whose prompt, with the longest response and its EOS, has at most max_length tokens.
+
+    Args: args (dataset_config; prompt_column, completion_column, chosen_column, rejected_column where the script has
+    them; chat; system_prompt; truncate_prompts); name and split (see load_dataset); tokenizer; columns ("prompt", and
+    the response columns that must be there); max_length; first (how many rows at most). Says how many were too long.
+    Returns: datasets.Dataset with prompt (text, or chat messages), prompt_ids, completion, chosen and rejected (texts)
+    as far as there are, and the other columns of the dataset as they are.
+    """
+    what = f"dataset {name}, split {split}"
+    dataset = load_dataset(name, split, args.dataset_config)
+    for target in ("prompt", "completion", "chosen", "rejected"):
+        source = getattr(args, f"{target}_column", None)
+        if source and source != target and (source in dataset.column_names or target in columns):
+            require(source in dataset.column_names, f"--{target}-column {source}: dataset {name} has no such column; "
+                                                    f"it has {', '.join(dataset.column_names)}")
+            if target in dataset.column_names:
+                dataset = dataset.remove_columns(target)
+            dataset = dataset.rename_column(source, target)
+    try:
+        names = split_row(dataset[0])
+    except Exception:
+        names = dataset[0]
+    for column in columns:
+        require(column in names, f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}; "
+                                 f"name one with --{column}-column")
+
+    def prepare(row, index):
+        try:
+            row = split_row(row)
+        except Exception as error:
+            stop(f"{what}: row {index} does not follow TRL's conventions: {type(error).__name__}: {one_line(error)}")
+        prompt = row["prompt"]
+        if isinstance(prompt, str) and (args.chat or args.system_prompt) and prompt:
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, list) and args.system_prompt and prompt and prompt[0].get("role") != "system":
+            prompt = [{"role": "system", "content": args.system_prompt}, *prompt]
+        chat = isinstance(prompt, list) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys()
+                                                for turn in prompt)
+        require(isinstance(prompt, str) or chat, f"{what}: column 'prompt' must hold text, or lists of messages with "
+                                                 f"role and content; row {index} does not")
+        require(prompt, f"{what}: row {index} has an empty prompt")
+        for column in {"completion", "chosen", "rejected"} & row.keys():
+            require(isinstance(row[column], str), f"{what}: column {column!r} must hold text; row {index} does not")
+        return row | {"prompt": prompt}
+
+    rows = [prepare(row, index) for index, row in enumerate(dataset)]
+    prompt_ids = prompt_tokens(tokenizer, [row["prompt"] for row in rows], what)
+    responses = [tokenizer([row[column] for row in rows], add_special_tokens=False)["input_ids"]
+                 for column in columns[1:]]
+    longest = [max(map(len, lists)) + 1 for lists in zip(*responses)] if responses else [0] * len(rows)
+    if args.truncate_prompts:
+        prompt_ids = [shorten(ids, max_length - more, tokenizer) for ids, more in zip(prompt_ids, longest)]
+    fits = [i for i in range(len(rows)) if len(prompt_ids[i]) + longest[i] <= max_length]
+    require(fits, f"{what}: every row has more than {max_length} tokens; allow more")
+    left_out = len(rows) - len(fits)
+    if left_out and processes()[0] == 0:
+        print(f"{what}: left out {left_out} of {len(rows)} rows, which are longer than {max_length} tokens")
+    return datasets.Dataset.from_list([rows[i] | {"prompt_ids": prompt_ids[i]} for i in fits[:first]])
+
+
+def batches(dataset, size, seed):
+    """Yield dicts of columns (lists of `size` values) for ever, reshuffled every time the dataset has been used up."""
+
+    def order():
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from torch.randperm(len(dataset), generator=generator).tolist()
+
+    stream = order()
+    while True:
+        yield dataset[list(itertools.islice(stream, size))]
+
+
+# -------------------------------------------------------------------------------------------------- run folder and logs
+
+
+def open_run(args, script):
+    """Make the run folder: args.output (check_args has refused one that is in use), or a new one under runs/.
+
+    Returns: (folder, TensorBoard writer); the folder holds args.json and the log, and later model/ beside them. Of
+    several processes only the first has a writer (the others: None) and writes files.
+    """
+    if processes()[0] > 0:
+        return Path(args.output or "runs"), None
+    folder = Path(args.output or f"runs/{script}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(args.output))
+    except OSError as error:
+        stop(f"--output {folder}: cannot be made ({one_line(error)}); name another folder")
+    settings = {"script": script, **asdict(args)}
+    (folder / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
+    writer = SummaryWriter(folder)
+    writer.add_text("hyperparameters", table(["flag", "value"], settings.items()))
+    print(f"logs and model go to {folder}")
+    return folder, writer
+
+
+def table(header, rows):
+    """A Markdown table, which TensorBoard's text tab renders."""
+    clean = lambda cell: str(cell).replace("|", "\\|").replace("\n", "<br>")
+    lines = [header, ["---"] * len(header), *([clean(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def log(writer, step, metrics):
+    for name, value in metrics.items() if writer else []:
+        writer.add_scalar(name, float(value), step)
+
+
+def show(bar, metrics):
+    """Write reward, KL and length of the last rollout behind the progress bar."""
+    names = {"score": "objective/scores", "kl": "objective/kl", "length": "rollout/length"}
+    bar.set_postfix({short: f"{metrics[name].item():z.2f}" for short, name in names.items()}, refresh=False)
+
+
+def log_evaluation(writer, step, evaluation):
+    log(writer, step, {f"eval/{name}": value.mean() for name, value in evaluation[0].items()})
+
+
+def close(writer):
+    """End the log, and the work with other processes."""
+    if writer:
+        writer.close()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def check_finite(step, folder, **values):
+    """Stop before a number that is not finite reaches the weights."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            stop(f"update {step}: {name} is {float(value)}, so the run ends here; what was saved and logged until now "
+                 f"stays in {folder}; try a smaller --lr or --max-grad-norm, and look at the rewards", code=1)
+
+
+def report(folder, dataset, before, after):
+    """Print what training changed: a table of the two evaluations, and one prompt with both policies' responses."""
+    if processes()[0] > 0:
+        return
+    (old, old_texts), (new, new_texts) = before, after
+    old, new = ({name: value.mean().item() for name, value in values.items()} for values in (old, new))
+    (folder / "evaluation.json").write_text(json.dumps({"before": old, "after": new}, indent=2) + "\n")
+    print(f"\n{'held-out prompts':<20}{'before':>10}{'after':>10}")
+    for name in old:
+        print(f"{name:<20}{old[name]:>z10.3f}{new[name]:>z10.3f}")
+    print(f"\nprompt   {as_text(dataset[0]['prompt'])}\nbefore   {old_texts[0]}\nafter    {new_texts[0]}")
+    print(f"\nthe policy is in {folder / 'model'}; to see the curves: tensorboard --logdir {folder.parent}")
+
+
+def save(folder, model, tokenizer):
+    """Write a Hugging Face folder that from_pretrained loads; the old one stays until the new one is whole."""
+    weights = {}
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):  # all processes have a part
+        weights = {"state_dict": get_model_state_dict(model, options=StateDictOptions(full_state_dict=True,
+                                                                                      cpu_offload=True))}
+    if processes()[0] > 0:
+        return
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    model.save_pretrained(new, **weights)
+    tokenizer.save_pretrained(new)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------- mistakes, told in one line
+
+
+def stop(message, code=2):
+    """End the program with one line on standard error and the exit code (2: a mistake on the command line)."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(2)  # the first process tells what all have noticed, and torchrun then ends the others
+    tqdm.write(f"error: {message}", file=sys.stderr)  # which clears a progress bar first
+    raise SystemExit(code)
+
+
+def require(ok, message):
+    """Stop with `message` unless `ok`: for what a user can get wrong, before any long work starts."""
+    if not ok:
+        stop(message)
+
+
+def check_args(args):
+    """Stop at the first flag, of those that several scripts share, whose value cannot work."""
+    values = vars(args)
+    if args.output:
+        output = Path(args.output)
+        parent = next(parent for parent in output.absolute().parents if parent.exists())
+        require(parent.is_dir(), f"--output {output}: cannot be made, for {parent} is a file; name another")
+        require(not output.is_file(), f"--output {output}: already exists; name another, or remove that file")
+        require(not output.exists() or not any(output.iterdir()),
+                f"--output {output}: already holds files; name a new folder, or remove that one")
+
+    def check(name, ok, remedy):
+        if name in values:
+            require(ok(values[name]), f"--{name.replace('_', '-')} {values[name]}: {remedy}")
+
+    for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length", "max_length",
+                 "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "k", "epochs", "minibatches"):
+        check(name, lambda value: value >= 1, "must be 1 or more")
+    check("temperature", lambda value: 0 < value < float("inf"), "must be above 0, and finite")
+    for name in ("clip", "value_clip", "clip_scores"):
+        check(name, lambda value: value > 0, 'must be above 0 ("inf" switches it off)')
+    for name in ("lam", "gamma"):
+        check(name, lambda value: 0 <= value <= 1, "must be from 0 to 1")
+    for name in ("lr", "critic_lr", "max_grad_norm"):
+        check(name, lambda value: 0 < value < float("inf"), "must be above 0, and finite")
+    for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates", "weight_decay", "center", "window"):
+        check(name, lambda value: 0 <= value < float("inf"), "must be 0 or more, and finite")
