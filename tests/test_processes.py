@@ -1,0 +1,89 @@
+"""torchrun: several processes do what one does, sharded and not; a process that fails ends the run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from first_update import RUNS
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(command, **kwargs):
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def updates(world, tmp_path_factory):
+    """Folder with the first update of each script by one process, by two, and by two with sharded weights."""
+    folder = tmp_path_factory.mktemp("updates")
+    flags = {key: world.flags[key] for key in ("model", "reward", "gold", "dataset", "device", "max_new_tokens", "lr")}
+    for launcher in ([sys.executable], TORCHRUN):
+        done = run([*launcher, "tests/first_update.py", str(folder), json.dumps(flags)])
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("how", ["2", "2-shard"])
+def test_two_processes_have_the_gradient_of_one(name, how, updates):
+    one, two = (torch.load(updates / f"{name}-{how}.gradients") for how in ("1", how))
+    assert len(one) == len(two) == (2 if name == "ppo" else 1)  # policy, and critic
+    for a, b in zip(one, two):
+        a, b = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (a, b))
+        assert a.norm() > 1e-3
+        assert (a - b).norm() < 1e-5 * a.norm()
+
+
+@pytest.mark.parametrize("how", ["2", "2-shard"])
+def test_the_first_process_saves_one_ordinary_folder(how, updates):
+    one, two = (AutoModelForCausalLM.from_pretrained(updates / f"rloo-{how}" / "model") for how in ("1", how))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # Adam's first step divides by the gradient's size
+    assert sorted(path.name for path in (updates / f"rloo-{how}").iterdir() if "tfevents" not in path.name) == [
+        "args.json",
+        "evaluation.json",
+        "model",
+    ]
+
+
+def flags(world, tmp_path, **more):
+    values = world.flags | {"reward": world.reward, "output": tmp_path / "run"} | more
+    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_ranks_that_finish_their_rollouts_at_different_times(world, tmp_path):
+    """More processes than prompts, and responses of every length: a process without work must not be waited for."""
+    done = run([*TORCHRUN, "rloo.py", *flags(world, tmp_path, prompts_per_step=1, num_updates=4), "--shard"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_a_process_that_fails_ends_the_run_with_its_error(world, tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import os\n\ncalls = []\n\n\ndef reward(prompts, completions, **_):\n    calls.append(1)\n"
+        "    assert len(calls) < 6 or os.environ['RANK'] == '0', 'the second process has had enough'\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    done = run([*TORCHRUN, "rloo.py", *flags(world, tmp_path, reward=f"{tmp_path}/reward.py:reward", num_updates=50)])
+    assert done.returncode != 0
+    assert "the second process has had enough" in done.stderr
+
+
+def test_a_mistake_is_told_once(world, tmp_path):
+    done = run([*TORCHRUN, "rloo.py", *flags(world, tmp_path, k=1)])
+    assert done.returncode != 0
+    assert done.stderr.count("error: --k 1") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_shard_needs_several_processes(world, tmp_path):
+    done = run([sys.executable, "rloo.py", *flags(world, tmp_path), "--shard"])
+    assert done.returncode == 2 and done.stderr.startswith("error: --shard: there is one process")
