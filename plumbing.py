@@ -7,12 +7,16 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import datasets
+import huggingface_hub
 import torch
 import torch.distributed as dist
 import transformers
@@ -150,12 +154,26 @@ def one_line(error):
     return " ".join(str(error).split())[:300]
 
 
+@functools.cache
+def look_for_the_hub():
+    """Without a network, use what earlier runs have fetched at once, rather than after minutes of vain attempts."""
+    if getproxies():
+        return  # then a direct connection says nothing
+    address = urlparse(huggingface_hub.constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=10).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
 def check_path(what, name):
     """Stop if `name` is meant as a local path, rather than as a name on the hub, and is not there."""
     owner, _, rest = name.partition("/")
     is_path = name.startswith((".", "/", "~")) or "/" in rest or (rest and os.path.isdir(owner))
     is_path = is_path or name.endswith((".json", ".jsonl", ".csv", ".parquet"))
     require(not is_path or os.path.exists(name), f"{what} {name}: no such file or folder; give a path or a hub name")
+    if not os.path.exists(name):
+        look_for_the_hub()
 
 
 def explain(what, name, error):
@@ -170,11 +188,11 @@ def explain(what, name, error):
         pickles = pickles[0] if pickles else "its weights"
         return (f"{pickles} is a pickle, which can run any code when it is read, so it is refused; where you trust it, "
                 "load it in transformers and save it again with save_pretrained, as safetensors")
-    if not folder.exists() and any(word in text.lower() for word in ("connect", "offline", "resolve", "network")):
+    if not folder.exists() and any(word in text.lower() for word in ("connect", "offline", "reach", "network")):
         return (f"the hub cannot be reached (offline?), and there is no such folder here; where there is a network, "
                 f"fetch it with `hf download {'--repo-type dataset ' * (what == 'dataset')}{name} --local-dir FOLDER`, "
                 "and name that folder")
-    return f"cannot be loaded from a folder or the hub: {text}"
+    return f"cannot be loaded from a folder or the hub: {type(error).__name__}: {text}"
 
 
 def from_pretrained(what, auto_class, name, **kwargs):
@@ -288,16 +306,20 @@ def load_dataset(name, split, config=None):
             kind = Path(name).suffix[1:].replace("jsonl", "json")
             dataset = datasets.load_dataset(kind, data_files=name, split="train")
         else:
-            dataset = datasets.load_dataset(name, config, split=split)
+            dataset = datasets.load_dataset(name, config or main_config(name), split=split)
     except Exception as error:
         bad_line = find_bad_line(name, split)
         require(not bad_line, f"dataset {bad_line}")
-        if "Config name is missing" in str(error):
-            stop(f"dataset {name}: has several configurations; choose one with --dataset-config: {one_line(error)}")
-        stop(f"dataset {name}, split {split}: {type(error).__name__}: {explain('dataset', name, error)}")
+        stop(f"dataset {name}, split {split}: {explain('dataset', name, error)}")
     require(isinstance(dataset, datasets.Dataset), f"dataset {name}: must be a datasets.Dataset, not {type(dataset)}")
     require(len(dataset) > 0, f"dataset {name}, split {split}: is empty")
     return dataset
+
+
+def main_config(name):
+    """Of a dataset's configurations, if there are several, the one called main; else None, datasets' own choice."""
+    names = datasets.get_dataset_config_names(name)
+    return "main" if len(names) > 1 and "main" in names else None
 
 
 def find_bad_line(name, split):
@@ -349,7 +371,8 @@ def split_row(row):
     if "prompt" not in row and "messages" in row:
         row["prompt"], row["completion"] = row["messages"][:-1], row.pop("messages")[-1:]
     if "prompt" not in row and "chosen" in row and "rejected" in row:
-        shared = os.path.commonprefix([row["chosen"], row["rejected"]])
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(row["chosen"], row["rejected"])))
+        shared = row["chosen"][:same]
         if isinstance(row["chosen"], str):
             turn = shared.rfind("Assistant:")
             shared = shared[: turn + len("Assistant:")] if turn >= 0 else shared[: shared.rfind(" ") + 1]

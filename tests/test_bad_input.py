@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import make_tokenizer, save_classifier, save_policy
 
 import dpo
@@ -54,6 +56,27 @@ def bad(world, tmp_path_factory):
     (folder / "list.py").write_text("def rows(split):\n    return [{'prompt': 'a'}]\n")
     (folder / "null.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n')
     save_classifier(folder / "two_labels", world.policy, world.tokenizer, labels=2)
+    (folder / "half.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c", "compl')
+    (folder / "halves").mkdir()
+    (folder / "halves" / "train.jsonl").write_text('{"prompt": "a"}\nprompt: b\n')
+    (folder / "halves" / "test.jsonl").write_text('{"prompt": "a"}\n')
+    chat = [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": [{"role": "user", "content": "b"}]}]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chat)))
+    (folder / "no_roles.jsonl").write_text(json.dumps({"prompt": [{"text": "a"}]}))
+    (folder / "pairs.jsonl").write_text(json.dumps({"chosen": "a b", "rejected": "c d"}))
+    save_policy(folder / "pickle", world.tokenizer)
+    torch.save(load_file(folder / "pickle" / "model.safetensors"), folder / "pickle" / "pytorch_model.bin")
+    (folder / "pickle" / "model.safetensors").unlink()
+    save_policy(folder / "cut", world.tokenizer)
+    cut = (folder / "cut" / "model.safetensors").read_bytes()[:-100]
+    (folder / "cut" / "model.safetensors").write_bytes(cut)
+    for name in ("remote", "small"):
+        save_policy(folder / name, world.tokenizer)
+    config = json.loads((folder / "remote" / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Model", "AutoConfig": "mine.Config"}}
+    (folder / "remote" / "config.json").write_text(json.dumps(config))
+    (folder / "remote" / "mine.py").write_text("raise SystemExit('this code must not run')")
+    make_tokenizer("a b c d e f g h".split(), pad="<eos>").save_pretrained(folder / "small")
     return folder
 
 
@@ -103,6 +126,25 @@ RLOO = [  # flags, and what the line must name: the flag or file, and the remedy
     ({"dataset": "{bad}/blank.jsonl"}, ["{bad}/blank.jsonl", "row 1 has an empty prompt"]),
     ({"dataset": "tasks/mini_tldr.py:prompts", "train_split": "dev"}, ["split dev", "cannot be loaded"]),
     ({"max_prompt_length": 0}, ["--max-prompt-length 0", "1 or more"]),
+    ({"dataset": "{bad}/half.jsonl"}, ["{bad}/half.jsonl, line 3", "is not JSON"]),
+    ({"dataset": "{bad}/halves"}, ["{bad}/halves/train.jsonl, line 2", "is not JSON"]),
+    ({"dataset": "{bad}/chat.jsonl"}, ["{bad}/chat.jsonl", "has no chat template", "plain text"]),
+    ({"dataset": "{bad}/no_roles.jsonl"}, ["{bad}/no_roles.jsonl", "messages with role and content", "row 0"]),
+    ({"dataset": "{bad}/pairs.jsonl"}, ["{bad}/pairs.jsonl", "row 0 has an empty prompt"]),
+    ({"chat": True}, ["has no chat template", "plain text"]),
+    ({"system_prompt": "Be brief."}, ["has no chat template", "plain text"]),
+    ({"prompt_column": "text"}, ["--prompt-column text", "it has prompt, completion, chosen, rejected"]),
+    ({"max_prompt_length": 0}, ["--max-prompt-length 0", "1 or more"]),
+    ({"max_new_tokens": 500}, ["--max-new-tokens 500", "more than the 128 positions"]),
+    ({"reward_weights": (1.0, 2.0)}, ["--reward-weights", "2 numbers for 1 rewards"]),
+    ({"model": "{bad}/pickle"}, ["model {bad}/pickle", "pytorch_model.bin is a pickle", "refused", "save_pretrained"]),
+    ({"model": "{bad}/cut"}, ["model {bad}/cut", "cannot be loaded"]),
+    ({"model": "{bad}/remote"}, ["{bad}/remote", "needs program code", "never run"]),
+    ({"model": "{bad}/small"}, ["model {bad}/small", "embeddings for 7 tokens", "tokenizer has 9"]),
+    ({"reward": ("{bad}/small",)}, ["model {bad}/small"]),
+    ({"model": "some-owner/some-model"}, ["some-owner/some-model", "offline", "hf download", "--local-dir"]),
+    ({"dataset": "some-owner/some-data"}, ["some-owner/some-data", "offline", "--repo-type dataset", "--local-dir"]),
+    ({"shard": True}, ["--shard", "torchrun --nproc-per-node 2"]),
     ({"output": "{bad}/used"}, ["--output {bad}/used", "already holds files"]),
     ({"output": "{bad}/rewards.py/run"}, ["--output {bad}/rewards.py/run", "is a file"]),
     ({"output": "{bad}/rewards.py"}, ["--output {bad}/rewards.py", "already exists"]),
