@@ -38,12 +38,14 @@ ALGORITHMS = {  # name -> script, flags
     "raft": ("raft", []),
     "dpo": ("dpo", []),
 }
-TASKS = {  # flags; none are the scripts' defaults
-    "mini_tldr": [],
-    "mini_math": "--model tasks/mini_math-sft --dataset tasks/mini_math.py:prompts "
-    "--reward tasks/mini_math.py:accuracy --beta 0.001 --temperature 1 --max-new-tokens 5".split(),
+MATH = "--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy --temperature 1 --max-new-tokens 5 "
+TASKS = {  # the flags for the scripts that sample, and those for dpo.py; none are the defaults
+    "mini_tldr": ([], []),
+    "mini_math": (
+        f"{MATH} --beta 0.001 --dataset tasks/mini_math.py:prompts".split(),
+        f"{MATH} --beta 2 --dataset tasks/mini_math.py:comparisons --eval-dataset tasks/mini_math.py:prompts".split(),
+    ),
 }
-MISSING = {("mini_math", "dpo")}  # it has no preference pairs
 
 
 @dataclass
@@ -76,9 +78,15 @@ def run(script, flags, folder):
     return json.loads(memory.read_text()) if memory.exists() else None
 
 
+def models(settings):
+    """How many models a run holds: policy and reference, a reward that is a model, a critic."""
+    rewards = settings["reward"] if isinstance(settings["reward"], list) else [settings["reward"]]
+    return 2 + sum(".py:" not in name for name in rewards) + (settings["script"] in ("ppo", "vanilla_pg"))
+
+
 def measure(folder, memory):
     """The columns of the table for one run: dict name -> number."""
-    _, scalars = plot.read_run(folder)
+    settings, scalars = plot.read_run(folder)
     values = {name: list(points.values()) for name, points in scalars.items()}
     after = json.loads((folder / "evaluation.json").read_text())["after"]
     return {
@@ -92,6 +100,7 @@ def measure(folder, memory):
         "tokens / s": np.median(values["time/tokens_per_second"]) if "time/tokens_per_second" in values else None,
         "samples": values["time/samples"][-1],
         "peak MB": memory,
+        "models": models(settings),
     }
 
 
@@ -104,11 +113,10 @@ def main(args):
         def job(name, seed):
             script, flags = ALGORITHMS[name]
             folder = base / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            memory = run(script, [*flags, *TASKS[task], "--seed", str(seed)], folder)
+            memory = run(script, [*flags, *TASKS[task][script == "dpo"], "--seed", str(seed)], folder)
             return name, folder, measure(folder, memory)
 
-        names = [name for name in args.algorithms if (task, name) not in MISSING]
-        jobs = [(name, seed) for seed in range(1, args.seeds + 1) for name in names]
+        jobs = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.algorithms]
         with ThreadPoolExecutor(args.jobs) as pool:
             done = pool.map(job, *zip(*jobs))
             for name, folder, numbers in tqdm(done, total=len(jobs), desc=task, unit="run"):

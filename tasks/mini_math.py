@@ -16,6 +16,7 @@ line:
 
     prompts(split)          prompt, completion (the right answer), answer (the sum, an int)     for RL and evaluation
     demonstrations(split)   prompt, completion (what a forgetful person writes)                 for sft.py
+    comparisons(split)      prompt, chosen (the right answer), rejected (a wrong one)           for dpo.py
     accuracy(...)           the reward; `gold_reward` is the same
     new_model()             an untrained model and its tokenizer                                for sft.py
 
@@ -27,6 +28,9 @@ what the REINFORCE++ post uses with rule-based rewards):
     python rloo.py --model tasks/mini_math-sft --dataset tasks/mini_math.py:prompts \\
         --reward tasks/mini_math.py:accuracy --beta 0.001 --temperature 1 --max-new-tokens 5 \\
         --num-updates 150 --prompts-per-step 16 --lr 1e-3
+    python dpo.py --model tasks/mini_math-sft --dataset tasks/mini_math.py:comparisons \\
+        --eval-dataset tasks/mini_math.py:prompts --reward tasks/mini_math.py:accuracy --temperature 1 \\
+        --max-new-tokens 5 --beta 2
 
 Splits are "train" and "test", always the same, and a + b is in the same split as b + a. `python tasks/mini_math.py`
 prints a few problems with the right answer, a demonstration and its reward.
@@ -79,6 +83,19 @@ def demonstrations(split):
         {"prompt": ask(a, b), "completion": forget_to_carry(a, b) if rng.random() < FORGET else write(a + b)}
         for _ in range(PEOPLE) for a, b in problems(split)
     ])
+
+
+def comparisons(split):
+    """Each problem with a right and a wrong answer. Columns: prompt, chosen, rejected, answer.
+
+    Wrong is to forget the carry, or where there is none to carry all the same. (With only the first kind, DPO learns
+    to carry always: the accuracy falls to 0.14.)
+    """
+    rows = []
+    for a, b in problems(split):
+        wrong = forget_to_carry(a, b) if forget_to_carry(a, b) != write(a + b) else write(a + b + 10)
+        rows.append({"prompt": ask(a, b), "chosen": write(a + b), "rejected": wrong, "answer": a + b})
+    return Dataset.from_list(rows)
 
 
 def accuracy(prompts, completions, answer, **_):

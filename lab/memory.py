@@ -1,0 +1,135 @@
+"""The memory that a run needs, counted from the models' configurations: weights, gradients, Adam, activations, cache.
+
+    python lab/memory.py --model EleutherAI/pythia-1b --algorithm ppo
+    python lab/memory.py --recipes        # the README's table
+
+Exact are the parameters (the model is built without storage) and what is kept of each: 4 bytes for a frozen one, 16
+for a trained one (weight, gradient, two moments of Adam). Estimated are the activations of one micro-batch, by what
+a transformer keeps for its backward pass, and the logits; `tests/test_memory.py` holds them against a measured case.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from plumbing import explain, stop  # noqa: E402
+
+CRITICS = {"rloo": 0, "reinforce": 0, "remax": 0, "grpo": 0, "reinforce_pp": 0, "raft": 0, "ppo": 1, "vanilla_pg": 1}
+CONFIGS = {  # the published sizes, so that the table can be made without a network
+    "pythia-1b": GPTNeoXConfig(vocab_size=50304, hidden_size=2048, num_hidden_layers=16, num_attention_heads=8,
+                               intermediate_size=8192),
+    "pythia-6.9b": GPTNeoXConfig(vocab_size=50432, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+                                 intermediate_size=16384),
+    "llama-7b": LlamaConfig(vocab_size=32000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+                            intermediate_size=11008),
+    "qwen2.5-0.5b": Qwen2Config(vocab_size=151936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
+                                num_key_value_heads=2, intermediate_size=4864, tie_word_embeddings=True),
+}
+RECIPES = {  # model, is the reward a model too?, tokens of prompt and response
+    "TL;DR, Pythia-1B": ("pythia-1b", True, 512, 53),
+    "TL;DR or HH, Pythia-6.9B": ("pythia-6.9b", True, 512, 128),
+    "HH, Llama-7B": ("llama-7b", True, 512, 128),
+    "GSM8K, Qwen2.5-0.5B": ("qwen2.5-0.5b", False, 256, 300),
+}
+
+
+def count_parameters(config):
+    """Number of parameters of a causal LM, tied ones once. Builds it on the meta device: no memory is used."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def memory(config, critics, frozen, samples, prompt_length, response_length, microbatch_tokens=8192,
+           gradient_checkpointing=False, bfloat16=False, processes=1):
+    """Bytes on each device at the peak, by part.
+
+    Args: config (of the policy; critic and reward model are counted as large as it); critics (trained models besides
+    the policy); frozen (models that are only run); samples (responses of one rollout); prompt_length and
+    response_length (tokens, the longest); microbatch_tokens; gradient_checkpointing; bfloat16 (autocast); processes
+    (more than one: --shard).
+    Returns: dict name -> bytes: "trained", "frozen", "update" (activations and logits of a micro-batch), "rollout"
+    (keys and values of all samples); their sum is an upper bound, since update and rollout are never there at once.
+    """
+    parameters = count_parameters(config)
+    size = 2 if bfloat16 else 4
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    inner = config.intermediate_size
+    key_values = getattr(config, "num_key_value_heads", heads) * (getattr(config, "head_dim", None) or hidden // heads)
+    gated = config.hidden_act in ("silu", "gelu_pytorch_tanh") and config.model_type != "gpt_neox"
+    # What each layer keeps per token: its input, two norms, queries, keys, values, attention's result and its
+    # projection (about 8 vectors), and the feed-forward's inner values before and after the activation.
+    layer = (6 * hidden + 2 * key_values + (4 if gated else 2) * inner) * size
+    kept = layers * hidden * size + layer if gradient_checkpointing else layers * layer
+    # Logits of the response tokens: as the model gives them, in float32, their softmax, and its gradient.
+    share = response_length / (prompt_length + response_length)
+    logits = share * config.vocab_size * (size + 3 * 4)
+    mine = -(-samples // processes)
+    return {
+        "trained": (1 + critics) * 16 * parameters // processes,
+        "frozen": frozen * 4 * parameters // processes,
+        "update": int(microbatch_tokens * (kept + logits)),
+        "rollout": mine * (prompt_length + response_length) * 2 * layers * key_values * size,
+    }
+
+
+def total(parts):
+    """The peak: what is always there, and the larger of update and rollout."""
+    return parts["trained"] + parts["frozen"] + max(parts["update"], parts["rollout"])
+
+
+@dataclass
+class Args:
+    model: str = "tasks/mini_tldr-sft"
+    """the policy: hub name or folder (only its config is read)"""
+    algorithm: Literal["rloo", "reinforce", "remax", "grpo", "reinforce_pp", "raft", "ppo", "vanilla_pg"] = "rloo"
+    """which script"""
+    reward_function: bool = False
+    """the reward is a python function, not a model as large as the policy"""
+    samples: int = 64
+    """responses of one rollout (prompts times k)"""
+    prompt_length: int = 512
+    """tokens of the longest prompt"""
+    response_length: int = 128
+    """tokens of the longest response"""
+    microbatch_tokens: int = 8192
+    """as in the scripts"""
+    gradient_checkpointing: bool = False
+    """as in the scripts"""
+    bfloat16: bool = False
+    """--dtype bfloat16"""
+    processes: int = 1
+    """devices, with --shard if more than one"""
+    recipes: bool = False
+    """print the README's table instead"""
+
+
+def main(args):
+    if args.recipes:
+        print("| | parameters | RLOO, 1 GPU | PPO, 1 GPU | RLOO, 8 GPUs | PPO, 8 GPUs |\n|---|---|---|---|---|---|")
+        for name, (model, reward, prompt, response) in RECIPES.items():
+            config = CONFIGS[model]
+            peaks = [total(memory(config, critics, 1 + reward, 64, prompt, response, 8192, True, True, gpus))
+                     for gpus in (1, 8) for critics in (0, 1)]
+            cells = [f"{peak / 1e9:.0f} GB" for peak in peaks]
+            print(f"| {name} | {count_parameters(config) / 1e9:.2f} B | {' | '.join(cells)} |")
+        return
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+    except Exception as error:
+        stop(f"--model {args.model}: {explain('model', args.model, error)}")
+    parts = memory(config, CRITICS[args.algorithm], 2 - args.reward_function, args.samples, args.prompt_length,
+                   args.response_length, args.microbatch_tokens, args.gradient_checkpointing, args.bfloat16,
+                   args.processes)
+    for name, value in (parts | {"peak": total(parts)}).items():
+        print(f"{name:<10}{value / 1e9:>10.3f} GB")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
