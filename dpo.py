@@ -24,13 +24,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
-from transformers import get_scheduler
+from transformers import get_scheduler, set_seed
 
 from common import encode, evaluate, frozen_logprobs, load_measures, microbatches, rehearse, token_logprobs
-from plumbing import (batches, check_args, check_finite, clip_gradients, close, load_model, load_reference, load_rows,
-                      load_tokenizer, log, log_evaluation, open_run, pick_device, report, save, total)
+from plumbing import (batches, check_args, check_finite, checkpoint, clip_gradients, close, load_model, load_reference,
+                      load_rows, load_tokenizer, log, log_evaluation, open_run, parse, pick_device, report, save, total)
 
 
 def compute_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs, beta):
@@ -118,6 +117,12 @@ class Args:
     """of the order of the pairs and of the sampling"""
     output: str | None = None
     """run folder: args.json, TensorBoard logs, model/; by default runs/<script>-seed<seed>-<time>"""
+    save_every: int = 10
+    """updates between two checkpoints; 0 writes one only at the end, or where SIGTERM or Ctrl-C ends the run"""
+    keep: int = 2
+    """checkpoints that are kept, the last ones"""
+    resume: str | None = None
+    """folder of a run that was ended: go on after its last checkpoint, with its flags, as if nothing had happened"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -131,7 +136,7 @@ class Args:
 def main(args):
     check_args(args)
     device = pick_device(args)
-    torch.manual_seed(args.seed)
+    set_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype, args.shard)
@@ -142,13 +147,16 @@ def main(args):
     rehearse(policy, tokenizer, [test, train], measures, args.max_new_tokens)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
-    folder, writer = open_run(args, "dpo")
-    before = after = evaluate(policy, reference, tokenizer, measures, test, args)
-    log_evaluation(writer, 0, before)
+    saved = {"policy": (policy, optimizer, scheduler)}  # what checkpoints hold, besides the state
+    folder, writer, state = open_run(args, "dpo", saved)
+    if not state:  # a new run
+        before = evaluate(policy, reference, tokenizer, measures, test, args)
+        log_evaluation(writer, 0, before)
+        state = {"step": 0, "samples": 0, "seconds": 0.0, "before": before, "after": before}
 
-    samples, seconds = 0, 0.0
-    bar = tqdm(range(1, args.num_updates + 1), desc="dpo", unit="update", disable=writer is None)
-    for step, columns in zip(bar, batches(train, args.batch_size, args.seed)):
+    updates = range(state["step"] + 1, args.num_updates + 1)
+    bar = tqdm(updates, desc="dpo", unit="update", disable=writer is None)
+    for step, columns in zip(bar, batches(train, args.batch_size, args.seed, state["step"])):
         start = time.perf_counter()
 
         # 1. pairs, instead of a rollout
@@ -171,14 +179,16 @@ def main(args):
             (part / len(chosen)).backward()
             loss += part.item() / len(chosen)
         loss, grad_norm = total(loss), clip_gradients(policy, args.max_grad_norm)
-        check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+        check_finite(step, folder, columns, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
 
         # 6. log
         elapsed = time.perf_counter() - start
-        samples, seconds = samples + 2 * len(chosen), seconds + elapsed
+        state["step"] = step
+        state["samples"] += 2 * len(chosen)
+        state["seconds"] += elapsed
         metrics = {
             "rewards/chosen": chosen_rewards.mean(),
             "rewards/rejected": rejected_rewards.mean(),
@@ -187,20 +197,21 @@ def main(args):
             "policy/loss": loss,
             "policy/grad_norm": grad_norm,
             "policy/lr": lr,
-            "time/samples": samples,
-            "time/seconds": seconds,
+            "time/samples": state["samples"],
+            "time/seconds": state["seconds"],
         }
         log(writer, step, metrics)
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{metrics['rewards/accuracies']:.2f}", refresh=False)
         if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
-            after = evaluate(policy, reference, tokenizer, measures, test, args)
-            check_finite(step, folder, kl=after[0]["kl"].mean())
+            state["after"] = after = evaluate(policy, reference, tokenizer, measures, test, args)
+            check_finite(step, folder, columns, kl=after[0]["kl"].mean())
             log_evaluation(writer, step, after)
             save(folder / "model", policy, tokenizer)
-    report(folder, test, before, after)
+        checkpoint(args, folder, writer, tokenizer, saved, state)
+    report(folder, test, state["before"], state["after"])
     close(writer)
     return policy
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse(Args))

@@ -29,14 +29,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
-from transformers import get_scheduler
+from transformers import get_scheduler, set_seed
 
 from common import (evaluate, frozen_logprobs, load_measures, log_samples, microbatches, minibatches, rehearse, rollout,
                     rollout_metrics, token_kl, token_logprobs)
-from plumbing import (batches, check_args, check_finite, clip_gradients, close, load_model, load_reference, load_rows,
-                      load_tokenizer, log, log_evaluation, open_run, pick_device, report, require, save, show, total)
+from plumbing import (batches, check_args, check_finite, checkpoint, clip_gradients, close, load_model, load_reference,
+                      load_rows, load_tokenizer, log, log_evaluation, open_run, parse, pick_device, report, require,
+                      save, show, total, watch)
 
 
 def compute_advantages(rewards, k, scale_std=True):
@@ -150,6 +150,12 @@ class Args:
     """of the order of the prompts and of the sampling"""
     output: str | None = None
     """run folder: args.json, TensorBoard logs, model/; by default runs/<script>-seed<seed>-<time>"""
+    save_every: int = 10
+    """updates between two checkpoints; 0 writes one only at the end, or where SIGTERM or Ctrl-C ends the run"""
+    keep: int = 2
+    """checkpoints that are kept, the last ones"""
+    resume: str | None = None
+    """folder of a run that was ended: go on after its last checkpoint, with its flags, as if nothing had happened"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -164,7 +170,7 @@ def main(args):
     require(args.k >= 2, f"--k {args.k}: the baseline is the mean of the k responses; use 2 or more")
     check_args(args)
     device = pick_device(args)
-    torch.manual_seed(args.seed)
+    set_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype, args.shard)
@@ -175,13 +181,16 @@ def main(args):
     rehearse(policy, tokenizer, [train, test], measures, args.max_new_tokens)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
-    folder, writer = open_run(args, "grpo")
-    before = after = evaluate(policy, reference, tokenizer, measures, test, args)
-    log_evaluation(writer, 0, before)
+    saved = {"policy": (policy, optimizer, scheduler)}  # what checkpoints hold, besides the state
+    folder, writer, state = open_run(args, "grpo", saved)
+    if not state:  # a new run
+        before = evaluate(policy, reference, tokenizer, measures, test, args)
+        log_evaluation(writer, 0, before)
+        state = {"step": 0, "samples": 0, "seconds": 0.0, "before": before, "after": before}
 
-    samples, seconds = 0, 0.0
-    bar = tqdm(range(1, args.num_updates + 1), desc="grpo", unit="update", disable=writer is None)
-    for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed)):
+    updates = range(state["step"] + 1, args.num_updates + 1)
+    bar = tqdm(updates, desc="grpo", unit="update", disable=writer is None)
+    for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed, state["step"])):
         start = time.perf_counter()
 
         # 1. rollout: k responses for each prompt, with the sampler's own log-probs
@@ -194,6 +203,7 @@ def main(args):
         # 3. shape: the KL to the reference is part of the loss, not of the reward
         ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
+        check_finite(step, folder, columns, scores=scores, kl=kl)
         rewards = scores  # (N,)
 
         # 4. advantages: how much better each response is than the others of its prompt
@@ -213,36 +223,40 @@ def main(args):
                 loss += policy_loss.item() / len(minibatch)
                 clipped += outside.item()
             loss, grad_norm = total(loss), clip_gradients(policy, args.max_grad_norm)
-            check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+            check_finite(step, folder, columns, loss=loss, grad_norm=grad_norm)
             optimizer.step()
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
 
         # 6. log
         elapsed = time.perf_counter() - start
-        samples, seconds = samples + len(batch), seconds + elapsed
+        state["step"] = step
+        state["samples"] += len(batch)
+        state["seconds"] += elapsed
         metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k)
         metrics |= {
             "policy/loss": loss,
             "policy/clipfrac": total(clipped) / (args.epochs * batch.response_mask.sum()),
             "policy/grad_norm": grad_norm,
             "policy/lr": lr,
-            "time/samples": samples,
-            "time/seconds": seconds,
+            "time/samples": state["samples"],
+            "time/seconds": state["seconds"],
             "time/tokens_per_second": batch.response_mask.sum() / elapsed,
         }
         log(writer, step, metrics)
         show(bar, metrics)
+        watch(state, metrics, args.max_new_tokens)
         if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
-            after = evaluate(policy, reference, tokenizer, measures, test, args)
-            check_finite(step, folder, kl=after[0]["kl"].mean())
+            state["after"] = after = evaluate(policy, reference, tokenizer, measures, test, args)
+            check_finite(step, folder, columns, kl=after[0]["kl"].mean())
             log_evaluation(writer, step, after)
             log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages)
             save(folder / "model", policy, tokenizer)
-    report(folder, test, before, after)
+        checkpoint(args, folder, writer, tokenizer, saved, state)
+    report(folder, test, state["before"], state["after"])
     close(writer)
     return policy
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse(Args))

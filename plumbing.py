@@ -1,30 +1,39 @@
 """The plumbing: processes, models, data, run folders and logs, mistakes told in one line. No RL is in here."""
 
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
 import math
 import os
+import random
 import shutil
+import signal
 import socket
 import sys
+import threading
 import time
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
 import datasets
 import huggingface_hub
+import numpy
 import torch
 import torch.distributed as dist
 import transformers
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+import tyro
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as run_again_backward
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -243,7 +252,7 @@ def load_model(name, device, dtype="float32", shard=False, gradient_checkpointin
     if gradient_checkpointing:
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+                layer.forward = functools.partial(run_again_backward, layer.forward, use_reentrant=False)
     if shard:
         shard_model(model, device)
     return model.to(device).eval()
@@ -453,15 +462,18 @@ def load_rows(args, name, split, tokenizer, columns, max_length, first=None):
     return datasets.Dataset.from_list([rows[i] | {"prompt_ids": prompt_ids[i]} for i in fits[:first]])
 
 
-def batches(dataset, size, seed):
-    """Yield dicts of columns (lists of `size` values) for ever, reshuffled every time the dataset has been used up."""
+def batches(dataset, size, seed, skip=0):
+    """Yield dicts of columns (lists of `size` values) for ever, reshuffled every time the dataset has been used up.
+
+    `skip` batches are left out at the beginning: those that a resumed run has used already.
+    """
 
     def order():
         generator = torch.Generator().manual_seed(seed)
         while True:
             yield from torch.randperm(len(dataset), generator=generator).tolist()
 
-    stream = order()
+    stream = itertools.islice(order(), skip * size, None)
     while True:
         yield dataset[list(itertools.islice(stream, size))]
 
@@ -469,25 +481,198 @@ def batches(dataset, size, seed):
 # -------------------------------------------------------------------------------------------------- run folder and logs
 
 
-def open_run(args, script):
-    """Make the run folder: args.output (check_args has refused one that is in use), or a new one under runs/.
+def parse(Args):
+    """Args from the command line; with --resume, every flag that is not given is that run's own."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C has nothing to finish
+    flags = [part for flag in sys.argv[1:] for part in flag.split("=", 1)]
+    if "--resume" not in flags[:-1]:
+        return tyro.cli(Args)
+    folder = flags[flags.index("--resume") + 1]
+    settings = read_settings(folder)
+    unknown = settings.keys() - {field.name for field in fields(Args)} - {"script"}
+    require(not unknown, f"--resume {folder}: is a run of {settings['script']}.py, which has other flags "
+                         f"({', '.join(sorted(unknown)[:3])})")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    del values["script"]
+    return tyro.cli(Args, default=Args(**values | {"resume": folder, "output": None}))
 
-    Returns: (folder, TensorBoard writer); the folder holds args.json and the log, and later model/ beside them. Of
-    several processes only the first has a writer (the others: None) and writes files.
-    """
-    if processes()[0] > 0:
-        return Path(args.output or "runs"), None
-    folder = Path(args.output or f"runs/{script}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+def read_settings(folder):
+    """The flags of an earlier run, and its script, from its args.json."""
+    path = Path(folder) / "args.json"
+    require(path.is_file(), f"--resume {folder}: is not a run folder (it has no args.json)")
     try:
-        folder.mkdir(parents=True, exist_ok=bool(args.output))
-    except OSError as error:
-        stop(f"--output {folder}: cannot be made ({one_line(error)}); name another folder")
-    settings = {"script": script, **asdict(args)}
-    (folder / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
-    writer = SummaryWriter(folder)
-    writer.add_text("hyperparameters", table(["flag", "value"], settings.items()))
-    print(f"logs and model go to {folder}")
-    return folder, writer
+        settings = json.loads(path.read_text())
+        assert isinstance(settings["script"], str)
+    except Exception:
+        stop(f"--resume {folder}: args.json is damaged; without it the run cannot go on")
+    return settings
+
+
+def open_run(args, script, saved):
+    """Make the run folder, or with --resume go on in one; from here on SIGTERM and Ctrl-C end the run in good order.
+
+    Args: args; script (its name); saved (what checkpoints hold, see `checkpoint`).
+    Returns: (folder, TensorBoard writer, state); the folder holds args.json and the log, and later model/ and
+    checkpoints/ beside them; state is that of the checkpoint, or {} in a new run. Of several processes only the first
+    has a writer (the others: None) and writes files.
+    """
+    first = processes()[0] == 0
+    settings = {"script": script, **asdict(args), "resume": None}
+    if args.resume:
+        folder = Path(args.resume)
+        compare_settings(folder, read_settings(folder), settings)
+        state = load_checkpoint(folder, saved)
+    else:
+        folder, state = Path(args.output or f"runs/{script}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"), {}
+    if dist.is_initialized():  # of the clocks of several processes the first one's counts
+        names = [str(folder)]
+        dist.broadcast_object_list(names)
+        folder = Path(names[0])
+    writer = None
+    if first:
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(args.output or args.resume))
+            (folder / "args.json.new").write_text(json.dumps(settings, indent=2) + "\n")
+            (folder / "args.json.new").rename(folder / "args.json")
+        except OSError as error:
+            stop(f"--output {folder}: cannot be made ({one_line(error)}); name another folder")
+        # Points that a run has logged after the checkpoint at which it goes on would be there twice: TensorBoard
+        # forgets them.
+        writer = SummaryWriter(folder, purge_step=state["step"] + 1 if state else None)
+        if not state:
+            writer.add_text("hyperparameters", table(["flag", "value"], settings.items()))
+        print(f"goes on after update {state['step']}" if state else f"logs and model go to {folder}")
+    listen()
+    return folder, writer, state
+
+
+RENAMED = {"output", "resume", "device", "shard", "save_every", "keep"}  # flags that may differ without a word
+FREE = {  # and those that may, with one; the others say what is learned from, and from where
+    "num_updates", "lr", "critic_lr", "lr_schedule", "warmup_updates", "max_grad_norm", "beta", "clip", "value_clip",
+    "microbatch_tokens", "gradient_checkpointing", "dtype", "eval_every", "eval_prompts", "eval_rows",
+    "eval_batch_size", "gold", "max_new_tokens", "missing_eos_penalty", "weight_decay",
+}
+
+
+def compare_settings(folder, old, new):
+    """Say which flags of a resumed run differ, and stop where it would be another run."""
+    require(old["script"] == new["script"],
+            f"--resume {folder}: is a run of {old['script']}.py; go on with that script, or name another run")
+    old = {name: tuple(value) if isinstance(value, list) else value for name, value in old.items()}
+    changed = [name for name in new if old.get(name) != new[name] and name not in RENAMED]
+    for name in changed:
+        flag = f"--{name.replace('_', '-')}"
+        require(name in FREE, f"{flag} {new[name]}: the run in {folder} has {old.get(name)}, and with another it would "
+                              f"not be the same run; leave the flag out, or start a new run")
+        if processes()[0] == 0:
+            print(f"note: {flag} was {old.get(name)}, and is {new[name]} from here on")
+
+
+# What has been asked of the run by SIGTERM or Ctrl-C: the signal's number, once it has come.
+asked_to_stop = []
+
+
+def listen():
+    """From now on the first SIGTERM or Ctrl-C lets the running update end (see `checkpoint`), the second ends all."""
+
+    def note(number, frame):
+        asked_to_stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nending after this update, with a checkpoint; once more to end at once\n")
+
+    asked_to_stop.clear()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
+
+
+def random_states():
+    """The states of all random number generators, as tensors and plain containers."""
+    name, keys, *rest = numpy.random.get_state()
+    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+def set_random_states(states):
+    torch.set_rng_state(states["torch"])
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = states["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+    if "cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def checkpoint(args, folder, writer, tokenizer, saved, state):
+    """Every --save-every updates, at the end, and where SIGTERM or Ctrl-C has come: write what the future depends on.
+
+    folder/checkpoints/000010 holds a Hugging Face folder for each trained model, and in state.pt its optimizer and
+    schedule, the random states and `state`. A killed or failed write leaves the checkpoints before it as they were.
+
+    Args: args (save_every, keep, num_updates); folder, writer (see open_run); tokenizer; saved (dict name -> (model,
+    optimizer, scheduler)); state (dict of numbers, tensors and plain containers; "step" is the update that has ended).
+    """
+    step, asked = state["step"], total(len(asked_to_stop))
+    if not asked and step < args.num_updates and (args.save_every == 0 or step % args.save_every):
+        return
+    optimizers = {name: optimizer_state(model, optimizer) for name, (model, optimizer, _) in saved.items()}
+    schedules = {name: scheduler.state_dict() for name, (_, _, scheduler) in saved.items()}
+    contents = {"state": state, "random": random_states(), "optimizers": optimizers, "schedules": schedules}
+    base = folder / "checkpoints"
+    new = base / "unfinished"
+    if writer:
+        writer.flush()
+        shutil.rmtree(new, ignore_errors=True)
+    with readable_failure(f"checkpoint of update {step}", new):
+        for name, (model, _, _) in saved.items():
+            write_model(new / name, model, tokenizer)
+        if writer:
+            torch.save(contents, new / "state.pt")
+            (new / "checksums.json").write_text(json.dumps(checksums(new), indent=2) + "\n")
+            shutil.rmtree(base / f"{step:06d}", ignore_errors=True)
+            new.rename(base / f"{step:06d}")
+            for old in sorted(base.glob("[0-9]*"))[: -args.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+    if asked and step < args.num_updates:
+        if writer:
+            writer.close()
+            script = read_settings(folder)["script"]
+            tqdm.write(f"ended after update {step}; to go on: python {script}.py --resume {folder}")
+        raise SystemExit(128 + (asked_to_stop or [signal.SIGTERM])[0])
+
+
+def checksums(folder):
+    """dict file -> SHA-256, of all files of a checkpoint but the list itself."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def load_checkpoint(folder, saved):
+    """Put the last checkpoint of a run into the models, optimizers, schedules and generators; returns its state."""
+    found = sorted((folder / "checkpoints").glob("[0-9]*"))
+    require(found, f"--resume {folder}: has no checkpoint; the run ended before its first one (see --save-every)")
+    last = found[-1]
+    remedy = "remove that folder to go on from the checkpoint before" if len(found) > 1 else "start the run again"
+    try:
+        expected = json.loads((last / "checksums.json").read_text())
+        present = checksums(last)
+        damaged = sorted(name for name in expected.keys() | present.keys() if expected.get(name) != present.get(name))
+    except Exception:
+        damaged = ["checksums.json"]
+    require(not damaged, f"checkpoint {last}: {damaged[0] if damaged else ''} is damaged or missing; {remedy}")
+    try:
+        contents = torch.load(last / "state.pt", map_location="cpu", weights_only=True)  # which runs no code
+        state = contents["state"]
+        for name, (model, optimizer, scheduler) in saved.items():
+            read_model(last / name, model)
+            set_optimizer_state(model, optimizer, contents["optimizers"][name])
+            scheduler.load_state_dict(contents["schedules"][name])
+    except Exception as error:
+        stop(f"checkpoint {last}: does not fit this run's models ({type(error).__name__}: {one_line(error)[:160]}); "
+             f"{remedy}")
+    set_random_states(contents["random"])
+    return state
 
 
 def table(header, rows):
@@ -513,20 +698,62 @@ def log_evaluation(writer, step, evaluation):
 
 
 def close(writer):
-    """End the log, and the work with other processes."""
+    """End the log; of several processes, end the process too."""
     if writer:
         writer.close()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # the ordinary way out, through the destructors of torch's threads, aborts in one run of ten
 
 
-def check_finite(step, folder, **values):
-    """Stop before a number that is not finite reaches the weights."""
+def check_finite(step, folder, columns, **values):
+    """Stop before a number that is not finite reaches the weights, and write down which prompts it came with.
+
+    Args: step; folder (of the run: gets not_finite.json); columns (of the batch; their B prompts have N = B * k rows);
+    values (numbers, or tensors (N,) and (N, T)).
+    """
+    prompts = columns.get("prompt", [])
     for name, value in values.items():
-        if not math.isfinite(value):
-            stop(f"update {step}: {name} is {float(value)}, so the run ends here; what was saved and logged until now "
-                 f"stays in {folder}; try a smaller --lr or --max-grad-norm, and look at the rewards", code=1)
+        value = torch.as_tensor(value)
+        if not torch.isfinite(value).all():
+            if value.ndim and prompts:
+                k = len(value) // len(prompts)
+                rows = (~torch.isfinite(value.view(len(prompts), k, -1))).flatten(1).any(1).tolist()  # B
+                prompts = [prompt for prompt, odd in zip(prompts, rows) if odd]
+            if processes()[0] == 0:
+                report = {"update": step, "not finite": name, "prompts": prompts}
+                (folder / "not_finite.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            stop(f"update {step}: {name} is not finite ({float(value.float().sum())}), so the run ends here; the "
+                 f"checkpoints in {folder} are from before, and the prompts are in not_finite.json there; try a "
+                 "smaller --lr or --max-grad-norm, and look at the rewards", code=1)
+
+
+PATIENCE = 20  # updates
+
+
+def watch(state, metrics, max_new_tokens):
+    """Warn, once, about a policy that has gone to an extreme for many updates. Counts in state["extremes"]."""
+    length, entropy = metrics["rollout/length"].item(), metrics["objective/entropy"].item()
+    extremes = {
+        "no response has ended by itself: all are cut off, so the reward sees only beginnings; raise --max-new-tokens "
+        "or --missing-eos-penalty": metrics["rollout/eos_rate"].item() == 0,
+        "every response is empty: the policy ends at once, because that is what the reward and the KL penalty favour; "
+        "look at the reward of an empty text": length <= 1 < max_new_tokens,
+        "the policy is almost certain of every token: it writes the same response again and again, and has nothing "
+        "left to compare; raise --beta or --temperature, or lower --lr": entropy < 0.01 * length and length > 1,
+    }
+    counts = state.setdefault("extremes", {})
+    for message, extreme in extremes.items():
+        counts[message] = counts.get(message, 0) + 1 if extreme else min(0, counts.get(message, 0))
+        if counts[message] == PATIENCE:
+            counts[message] = -math.inf  # once
+            if processes()[0] == 0:
+                tqdm.write(f"warning: for {PATIENCE} updates, {message}", file=sys.stderr)
 
 
 def report(folder, dataset, before, after):
@@ -543,22 +770,63 @@ def report(folder, dataset, before, after):
     print(f"\nthe policy is in {folder / 'model'}; to see the curves: tensorboard --logdir {folder.parent}")
 
 
+def is_sharded(model):
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def write_model(folder, model, tokenizer):
+    """Write a Hugging Face folder; all processes must call it, since each may hold a part of the weights."""
+    weights = {"state_dict": get_model_state_dict(model, options=WHOLE)} if is_sharded(model) else {}
+    if processes()[0] == 0:
+        model.save_pretrained(folder, **weights)
+        tokenizer.save_pretrained(folder)
+
+
+def read_model(folder, model):
+    """Put the weights of a Hugging Face folder into a model of that very shape."""
+    weights = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True).state_dict()
+    if is_sharded(model):
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(weights)
+
+
+def optimizer_state(model, optimizer):
+    return get_optimizer_state_dict(model, optimizer, options=WHOLE) if is_sharded(model) else optimizer.state_dict()
+
+
+def set_optimizer_state(model, optimizer, state):
+    if is_sharded(model):
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    else:
+        optimizer.load_state_dict(state)
+
+
+@contextmanager
+def readable_failure(what, unfinished):
+    """A full disk or the like ends the run with one line, and what was half written is removed."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        stop(f"the {what} cannot be written ({one_line(error)}); what was saved before is whole: make room, and go on "
+             "with --resume", code=1)
+
+
 def save(folder, model, tokenizer):
     """Write a Hugging Face folder that from_pretrained loads; the old one stays until the new one is whole."""
-    weights = {}
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):  # all processes have a part
-        weights = {"state_dict": get_model_state_dict(model, options=StateDictOptions(full_state_dict=True,
-                                                                                      cpu_offload=True))}
-    if processes()[0] > 0:
-        return
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    model.save_pretrained(new, **weights)
-    tokenizer.save_pretrained(new)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with readable_failure(f"model {folder}", new):
+        write_model(new, model, tokenizer)
+        if processes()[0] == 0:
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------- mistakes, told in one line
@@ -581,6 +849,8 @@ def require(ok, message):
 def check_args(args):
     """Stop at the first flag, of those that several scripts share, whose value cannot work."""
     values = vars(args)
+    require(not (args.output and getattr(args, "resume", None)),
+            f"--output {args.output}: a resumed run goes on in its own folder; leave it out")
     if args.output:
         output = Path(args.output)
         parent = next(parent for parent in output.absolute().parents if parent.exists())
@@ -594,7 +864,8 @@ def check_args(args):
             require(ok(values[name]), f"--{name.replace('_', '-')} {values[name]}: {remedy}")
 
     for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length", "max_length",
-                 "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "k", "epochs", "minibatches"):
+                 "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "k", "epochs", "minibatches",
+                 "keep"):
         check(name, lambda value: value >= 1, "must be 1 or more")
     check("temperature", lambda value: 0 < value < float("inf"), "must be above 0, and finite")
     for name in ("clip", "value_clip", "clip_scores"):
@@ -603,5 +874,6 @@ def check_args(args):
         check(name, lambda value: 0 <= value <= 1, "must be from 0 to 1")
     for name in ("lr", "critic_lr", "max_grad_norm"):
         check(name, lambda value: 0 < value < float("inf"), "must be above 0, and finite")
-    for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates", "weight_decay", "center", "window"):
+    for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates", "weight_decay", "center", "window",
+                 "save_every"):
         check(name, lambda value: 0 <= value < float("inf"), "must be 0 or more, and finite")

@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
-from transformers import get_scheduler
+from transformers import get_scheduler, set_seed
 
 from common import (evaluate, frozen_logprobs, load_measures, log_samples, microbatches, rehearse, rollout,
                     rollout_metrics, token_kl, token_logprobs, token_rewards)
-from plumbing import (batches, check_args, check_finite, clip_gradients, close, load_model, load_reference, load_rows,
-                      load_tokenizer, log, log_evaluation, open_run, pick_device, report, save, show, total)
+from plumbing import (batches, check_args, check_finite, checkpoint, clip_gradients, close, load_model, load_reference,
+                      load_rows, load_tokenizer, log, log_evaluation, open_run, parse, pick_device, report, save, show,
+                      total, watch)
 
 
 def compute_advantages(rewards, baseline, response_mask):
@@ -120,6 +120,12 @@ class Args:
     """of the order of the prompts and of the sampling"""
     output: str | None = None
     """run folder: args.json, TensorBoard logs, model/; by default runs/<script>-seed<seed>-<time>"""
+    save_every: int = 10
+    """updates between two checkpoints; 0 writes one only at the end, or where SIGTERM or Ctrl-C ends the run"""
+    keep: int = 2
+    """checkpoints that are kept, the last ones"""
+    resume: str | None = None
+    """folder of a run that was ended: go on after its last checkpoint, with its flags, as if nothing had happened"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -133,7 +139,7 @@ class Args:
 def main(args):
     check_args(args)
     device = pick_device(args)
-    torch.manual_seed(args.seed)
+    set_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype, args.shard)
@@ -144,13 +150,16 @@ def main(args):
     rehearse(policy, tokenizer, [train, test], measures, args.max_new_tokens)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
-    folder, writer = open_run(args, "remax")
-    before = after = evaluate(policy, reference, tokenizer, measures, test, args)
-    log_evaluation(writer, 0, before)
+    saved = {"policy": (policy, optimizer, scheduler)}  # what checkpoints hold, besides the state
+    folder, writer, state = open_run(args, "remax", saved)
+    if not state:  # a new run
+        before = evaluate(policy, reference, tokenizer, measures, test, args)
+        log_evaluation(writer, 0, before)
+        state = {"step": 0, "samples": 0, "seconds": 0.0, "before": before, "after": before}
 
-    samples, seconds = 0, 0.0
-    bar = tqdm(range(1, args.num_updates + 1), desc="remax", unit="update", disable=writer is None)
-    for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed)):
+    updates = range(state["step"] + 1, args.num_updates + 1)
+    bar = tqdm(updates, desc="remax", unit="update", disable=writer is None)
+    for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed, state["step"])):
         start = time.perf_counter()
 
         # 1. rollout: k responses for each prompt, with the sampler's own log-probs
@@ -163,6 +172,7 @@ def main(args):
         # 3. shape: the KL to the reference becomes part of the reward
         ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
+        check_finite(step, folder, columns, scores=scores, kl=kl)
         rewards = token_rewards(scores, kl, args.beta, batch.response_mask)  # (N, T)
 
         # 4. advantages: how much better each response is than the greedy one
@@ -180,36 +190,40 @@ def main(args):
             part.backward()
             loss += part.item()
         loss, grad_norm = total(loss), clip_gradients(policy, args.max_grad_norm)
-        check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+        check_finite(step, folder, columns, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
 
         # 6. log
         elapsed = time.perf_counter() - start
-        samples, seconds = samples + len(batch) + len(greedy), seconds + elapsed
+        state["step"] = step
+        state["samples"] += len(batch) + len(greedy)
+        state["seconds"] += elapsed
         metrics = rollout_metrics(batch, parts, scores, kl, rewards.sum(1), args.k)
         metrics |= {
             "objective/baseline": baseline.mean(),
             "policy/loss": loss,
             "policy/grad_norm": grad_norm,
             "policy/lr": lr,
-            "time/samples": samples,
-            "time/seconds": seconds,
+            "time/samples": state["samples"],
+            "time/seconds": state["seconds"],
             "time/tokens_per_second": batch.response_mask.sum() / elapsed,
         }
         log(writer, step, metrics)
         show(bar, metrics)
+        watch(state, metrics, args.max_new_tokens)
         if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
-            after = evaluate(policy, reference, tokenizer, measures, test, args)
-            check_finite(step, folder, kl=after[0]["kl"].mean())
+            state["after"] = after = evaluate(policy, reference, tokenizer, measures, test, args)
+            check_finite(step, folder, columns, kl=after[0]["kl"].mean())
             log_evaluation(writer, step, after)
             log_samples(writer, step, columns, tokenizer, batch, scores, kl, advantages[:, 0])
             save(folder / "model", policy, tokenizer)
-    report(folder, test, before, after)
+        checkpoint(args, folder, writer, tokenizer, saved, state)
+    report(folder, test, state["before"], state["after"])
     close(writer)
     return policy
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse(Args))

@@ -17,13 +17,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
-from transformers import get_scheduler
+from transformers import get_scheduler, set_seed
 
 from common import classifier_scores, encode, find_gold, load_reward, microbatches
-from plumbing import (add_up, batches, check_args, check_finite, clip_gradients, close, load_classifier, load_rows,
-                      load_tokenizer, log, open_run, pick_device, save, total)
+from plumbing import (add_up, batches, check_args, check_finite, checkpoint, clip_gradients, close, load_classifier,
+                      load_rows, load_tokenizer, log, open_run, parse, pick_device, save, total)
 
 
 def compute_loss(chosen, rejected, center):
@@ -87,7 +86,13 @@ class Args:
     seed: int = 1
     """of the new head and the order of the pairs"""
     output: str | None = None
-    """run folder; by default runs/reward-seed<seed>-<time>"""
+    """run folder; by default runs/reward_model-seed<seed>-<time>"""
+    save_every: int = 10
+    """updates between two checkpoints; 0 writes one only at the end, or where SIGTERM or Ctrl-C ends the run"""
+    keep: int = 2
+    """checkpoints that are kept, the last ones"""
+    resume: str | None = None
+    """folder of a run that was ended: go on after its last checkpoint, with its flags, as if nothing had happened"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -134,7 +139,7 @@ def evaluate_pairs(model, tokenizer, pairs, gold, args):
 def main(args):
     check_args(args)
     device = pick_device(args)
-    torch.manual_seed(args.seed)
+    set_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     model = load_classifier(args.model, device, args.dtype, args.shard, args.gradient_checkpointing, new_head=True)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -145,11 +150,12 @@ def main(args):
                    for split in (args.train_split, args.test_split))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
-    folder, writer = open_run(args, "reward")
-
-    metrics = evaluate_pairs(model, tokenizer, test, gold, args)
-    bar = tqdm(range(1, args.num_updates + 1), desc="reward_model", unit="update", disable=writer is None)
-    for step, columns in zip(bar, batches(train, args.batch_size, args.seed)):
+    saved = {"reward": (model, optimizer, scheduler)}  # what checkpoints hold, besides the state
+    folder, writer, state = open_run(args, "reward_model", saved)
+    state = state or {"step": 0, "metrics": evaluate_pairs(model, tokenizer, test, gold, args)}
+    updates = range(state["step"] + 1, args.num_updates + 1)
+    bar = tqdm(updates, desc="reward_model", unit="update", disable=writer is None)
+    for step, columns in zip(bar, batches(train, args.batch_size, args.seed, state["step"])):
         chosen = encode(tokenizer, columns["prompt_ids"], columns["chosen"], device)
         rejected = encode(tokenizer, columns["prompt_ids"], columns["rejected"], device)
         loss = 0.0
@@ -160,27 +166,29 @@ def main(args):
             part.backward()
             loss += part.item()
         loss, grad_norm = total(loss), clip_gradients(model, args.max_grad_norm)
-        check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+        check_finite(step, folder, columns, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         log(writer, step, {"loss": loss, "grad_norm": grad_norm, "lr": scheduler.get_last_lr()[0]})
         scheduler.step()
-        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{metrics['accuracy']:.3f}", refresh=False)
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{state['metrics']['accuracy']:.3f}", refresh=False)
         if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
-            metrics = evaluate_pairs(model, tokenizer, test, gold, args)
-            check_finite(step, folder, **metrics)
+            state["metrics"] = metrics = evaluate_pairs(model, tokenizer, test, gold, args)
+            check_finite(step, folder, columns, **metrics)
             log(writer, step, {f"eval/{name}": value for name, value in metrics.items()})
+        state["step"] = step
+        checkpoint(args, folder, writer, tokenizer, saved, state)
 
     with torch.no_grad():
-        model.score.weight /= metrics["std"]
+        model.score.weight /= state["metrics"]["std"]
     metrics = evaluate_pairs(model, tokenizer, test, gold, args)
-    print("\n" + "\n".join(f"{name:<16}{value:>8.3f}" for name, value in metrics.items()))
     if writer:
+        print("\n" + "\n".join(f"{name:<16}{value:>8.3f}" for name, value in metrics.items()))
         (folder / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        print(f"\nreward model and logs are in {folder}")
     save(folder / "model", model, tokenizer)
-    print(f"\nreward model and logs are in {folder}")
     close(writer)
     return model
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse(Args))

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
-from transformers import get_scheduler
+from transformers import get_scheduler, set_seed
 
 from common import encode, frozen_logprobs, microbatches, token_logprobs
-from plumbing import (batches, check_args, check_finite, clip_gradients, close, load_model, load_rows, load_tokenizer,
-                      log, open_run, pick_device, save, total)
+from plumbing import (batches, check_args, check_finite, checkpoint, clip_gradients, close, load_model, load_rows,
+                      load_tokenizer, log, open_run, parse, pick_device, save, total)
 
 
 def compute_loss(logprobs):
@@ -76,6 +75,12 @@ class Args:
     """of the initial weights and the order of the rows"""
     output: str | None = None
     """run folder; by default runs/sft-seed<seed>-<time>"""
+    save_every: int = 10
+    """updates between two checkpoints; 0 writes one only at the end, or where SIGTERM or Ctrl-C ends the run"""
+    keep: int = 2
+    """checkpoints that are kept, the last ones"""
+    resume: str | None = None
+    """folder of a run that was ended: go on after its last checkpoint, with its flags, as if nothing had happened"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -89,7 +94,7 @@ class Args:
 def main(args):
     check_args(args)
     device = pick_device(args)
-    torch.manual_seed(args.seed)
+    set_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     names = ["prompt", "completion"]
@@ -98,10 +103,13 @@ def main(args):
     test = encode(tokenizer, columns["prompt_ids"], columns["completion"], device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
-    folder, writer = open_run(args, "sft")
+    saved = {"policy": (policy, optimizer, scheduler)}  # what checkpoints hold, besides the state
+    folder, writer, state = open_run(args, "sft", saved)
+    state = state or {"step": 0}
 
-    bar = tqdm(range(1, args.num_updates + 1), desc="sft", unit="update", disable=writer is None)
-    for step, columns in zip(bar, batches(train, args.batch_size, args.seed)):
+    updates = range(state["step"] + 1, args.num_updates + 1)
+    bar = tqdm(updates, desc="sft", unit="update", disable=writer is None)
+    for step, columns in zip(bar, batches(train, args.batch_size, args.seed, state["step"])):
         batch = encode(tokenizer, columns["prompt_ids"], columns["completion"], device)
         num_tokens = batch.response_mask.sum()
         loss = 0.0
@@ -112,21 +120,24 @@ def main(args):
             part.backward()
             loss += part.item()
         loss, grad_norm = total(loss), clip_gradients(policy, args.max_grad_norm)
-        check_finite(step, folder, loss=loss, grad_norm=grad_norm)
+        check_finite(step, folder, columns, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         log(writer, step, {"loss": loss, "grad_norm": grad_norm, "lr": scheduler.get_last_lr()[0]})
         scheduler.step()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
             logprobs = frozen_logprobs(policy, test, 1.0, args.microbatch_tokens)  # (N, T)
-            perplexity = torch.exp(-logprobs.sum() / test.response_mask.sum()).item()
-            check_finite(step, folder, perplexity=perplexity)
+            state["perplexity"] = perplexity = torch.exp(-logprobs.sum() / test.response_mask.sum()).item()
+            check_finite(step, folder, columns, perplexity=perplexity)
             log(writer, step, {"eval/perplexity": perplexity})
             save(folder / "model", policy, tokenizer)
-    print(f"\nheld-out perplexity {perplexity:.3f}; policy and logs are in {folder}")
+        state["step"] = step
+        checkpoint(args, folder, writer, tokenizer, saved, state)
+    if writer:
+        print(f"\nheld-out perplexity {state['perplexity']:.3f}; policy and logs are in {folder}")
     close(writer)
     return policy
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse(Args))

@@ -95,13 +95,13 @@ def body(name):
 # reach every script shows up here.
 DIFFS = {
     "reinforce": 36,
-    "remax": 28,
+    "remax": 29,
     "raft": 28,
     "grpo": 61,
     "reinforce_pp": 93,
-    "vanilla_pg": 57,
-    "ppo": 107,
-    "dpo": 89,
+    "vanilla_pg": 59,
+    "ppo": 109,
+    "dpo": 92,
 }
 
 

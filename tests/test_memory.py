@@ -42,7 +42,7 @@ def test_weights_gradients_and_adam_are_exact(family):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_activations_are_estimated_within_a_quarter(family, checkpointing, tmp_path):
-    """Measured: the bytes of all tensors that autograd saves in one micro-batch, each storage once, weights left out."""
+    """Measured: the bytes of all tensors that autograd saves in one micro-batch, each storage once, without weights."""
     AutoModelForCausalLM.from_config(CONFIGS[family]).save_pretrained(tmp_path)
     neox()[0].save_pretrained(tmp_path)  # any tokenizer
     model = load_model(str(tmp_path), torch.device("cpu"), gradient_checkpointing=checkpointing)

@@ -27,7 +27,7 @@ def updates(world, tmp_path_factory):
     flags = {key: world.flags[key] for key in ("model", "reward", "gold", "dataset", "device", "max_new_tokens", "lr")}
     for launcher in ([sys.executable], TORCHRUN):
         done = run([*launcher, "tests/first_update.py", str(folder), json.dumps(flags)])
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -49,6 +49,7 @@ def test_the_first_process_saves_one_ordinary_folder(how, updates):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # Adam's first step divides by the gradient's size
     assert sorted(path.name for path in (updates / f"rloo-{how}").iterdir() if "tfevents" not in path.name) == [
         "args.json",
+        "checkpoints",
         "evaluation.json",
         "model",
     ]
@@ -62,7 +63,7 @@ def flags(world, tmp_path, **more):
 def test_ranks_that_finish_their_rollouts_at_different_times(world, tmp_path):
     """More processes than prompts, and responses of every length: a process without work must not be waited for."""
     done = run([*TORCHRUN, "rloo.py", *flags(world, tmp_path, prompts_per_step=1, num_updates=4), "--shard"])
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 

@@ -1,0 +1,131 @@
+"""Kill a training script at random moments, resume it each time, and compare the end with an uninterrupted run.
+
+    python lab/kill.py --scripts rloo ppo --kills 20
+
+Every script (by default all) runs on the embedded task, a little shortened, once undisturbed and once ended by
+SIGKILL that many times, at moments drawn uniformly over the run, saving included. Weights, optimizer state, schedule,
+random states and every logged point (but the times) must be the same bit for bit. `tests/test_resume.py` does the
+same with a tiny model and fewer kills.
+"""
+
+import importlib
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SCRIPTS = "rloo reinforce remax grpo reinforce_pp vanilla_pg ppo raft dpo sft reward_model".split()
+
+
+def train(script, flags, folder, resume):
+    """In a process of its own: one run of a script's main, new or resumed; silent."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
+    module = importlib.import_module(script)
+    where = {"resume": str(folder)} if resume else {"output": str(folder)}
+    module.main(module.Args(**flags, **where))
+
+
+def processes():
+    """A context whose processes start quickly, from one that has imported everything and computed nothing."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "lab"), os.environ.get("PYTHONPATH", "")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*SCRIPTS, "kill"])
+    return context
+
+
+def run(context, script, flags, folder, seconds=None):
+    """Start or resume a run; kill it after `seconds`. Returns whether it came to its end."""
+    if folder.exists() and not list(folder.glob("checkpoints/[0-9]*")):
+        shutil.rmtree(folder)  # killed before its first checkpoint: there is nothing to resume
+    child = context.Process(target=train, args=(script, flags, folder, folder.exists()))
+    child.start()
+    child.join(seconds)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        return False
+    assert child.exitcode == 0, f"{script} ended with exit code {child.exitcode}"
+    return True
+
+
+def outcome(folder):
+    """What a run has come to: dict name -> tensors, numbers and curves; the times left out."""
+    last = sorted(folder.glob("checkpoints/[0-9]*"))[-1]
+    contents = torch.load(last / "state.pt", weights_only=True)
+    contents["state"].pop("seconds", None)
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    curves = {name: [(event.step, event.value) for event in log.Scalars(name)]
+              for name in log.Tags()["scalars"] if name not in ("time/seconds", "time/tokens_per_second")}
+    weights = {str(path.relative_to(folder)): path.read_bytes() for path in
+               (*last.rglob("*.safetensors"), *(folder / "model").rglob("*.safetensors"))}
+    return {"checkpoint": contents, "curves": curves, "weights": weights}
+
+
+def differences(a, b, name="run"):
+    """Names of the leaves in which two outcomes differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [found for key in a.keys() | b.keys() for found in differences(a.get(key), b.get(key), f"{name}/{key}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [found for i, pair in enumerate(zip(a, b)) for found in differences(*pair, f"{name}/{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return [] if same else [name]
+
+
+def compare(context, script, flags, folder, kills, seed=0):
+    """Returns the differences between an undisturbed run and one killed `kills` times, and how often it was killed."""
+    rng = random.Random(f"{script} {seed}")
+    begin = time.monotonic()
+    run(context, script, flags, folder / "whole")
+    duration = time.monotonic() - begin
+    killed = folder / "killed"
+    for count in range(kills):
+        if run(context, script, flags, killed, rng.uniform(0, 1) * duration):
+            kills = count
+            break
+    run(context, script, flags, killed)
+    return differences(outcome(folder / "whole"), outcome(killed)), kills
+
+
+@dataclass
+class Args:
+    scripts: tuple[str, ...] = tuple(SCRIPTS)
+    """which scripts"""
+    kills: int = 20
+    """how often each is killed"""
+    updates: int = 30
+    """length of the runs"""
+    output: str = "runs/kill"
+    """folder of the runs, which must not be there yet"""
+
+
+def main(args):
+    context, bad = processes(), []
+    for script in args.scripts:
+        flags = {"num_updates": args.updates, "save_every": 1, "device": "cpu", "eval_every": 10}
+        if script == "reward_model":  # its pairs are sampled for minutes; these take seconds
+            flags["dataset"] = "tasks/mini_tldr.py:comparisons"
+        if script not in ("sft", "reward_model"):
+            flags["eval_prompts"] = 16
+        found, kills = compare(context, script, flags, Path(args.output).resolve() / script, args.kills)
+        print(f"{script:<14} killed {kills} times: {'differs in ' + ', '.join(found[:3]) if found else 'the same'}",
+              flush=True)
+        bad += found
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,307 @@
+"""Runs that are ended in the middle go on as if nothing had happened; checkpoints are whole or refused."""
+
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import plumbing
+import rloo
+from plumbing import load_module
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "lab"))
+
+import kill  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def context():
+    return kill.processes()
+
+
+def flags_of(script, world, **more):
+    fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
+    flags = world.flags | {"eval_dataset": world.data, "batch_size": 4, "num_updates": 8, "save_every": 1} | more
+    return {name: value for name, value in flags.items() if name in fields}
+
+
+@pytest.mark.parametrize("script", kill.SCRIPTS)
+def test_killed_at_random_moments_and_resumed_is_the_same_bit_for_bit(script, context, world, tmp_path):
+    found, kills = kill.compare(context, script, flags_of(script, world), tmp_path, kills=4)
+    assert found == []
+
+
+def start(world, tmp_path, **more):
+    flags = flags_of("rloo", world, num_updates=2000, eval_every=0, save_every=0) | more
+    command = [sys.executable, "rloo.py", "--output", str(tmp_path / "run")]
+    for name, value in flags.items():
+        values = value if isinstance(value, tuple) else (value,)
+        command += [f"--{name.replace('_', '-')}", *map(str, values)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not list((tmp_path / "run").glob("events*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(0.5)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_update_saves_and_says_how_to_go_on(number, world, tmp_path):
+    process = start(world, tmp_path)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    step = int(list((tmp_path / "run" / "checkpoints").iterdir())[0].name)
+    assert f"ended after update {step}; to go on: python rloo.py --resume {tmp_path / 'run'}" in output
+    assert "Traceback" not in errors
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    rloo.main(rloo.Args(**flags_of("rloo", world, num_updates=step + 2, eval_every=0), resume=str(tmp_path / "copy")))
+    assert json.loads((tmp_path / "copy" / "evaluation.json").read_text())
+
+
+def test_a_second_signal_ends_at_once(world, tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\n\ncalls = []\n\n\ndef slow(completions, **_):\n    calls.append(1)\n"
+        "    time.sleep(30 * (len(calls) > 4))\n    return [1.0] * len(completions)\n"
+    )
+    process = start(world, tmp_path, reward=f"{tmp_path}/slow.py:slow")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A run of 4 updates, with checkpoints of the last two."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    rloo.main(rloo.Args(**flags_of("rloo", world, num_updates=4), output=str(folder)))
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def refused(capsys, call, folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        call()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    return lines[0]
+
+
+def resume(world, folder, script="rloo", **more):
+    module = importlib.import_module(script)
+    module.main(module.Args(**flags_of(script, world, num_updates=6) | more, resume=str(folder)))
+
+
+def test_the_last_checkpoints_are_kept_small_and_whole(finished):
+    found = sorted((finished / "checkpoints").iterdir())
+    assert [path.name for path in found] == ["000003", "000004"]
+    for path in found:
+        assert json.loads((path / "checksums.json").read_text()) == plumbing.checksums(path)
+        assert (path / "policy" / "model.safetensors").is_file()
+
+
+DAMAGES = {
+    "truncated state": lambda last: (last / "state.pt").write_bytes((last / "state.pt").read_bytes()[:-50]),
+    "flipped bit in the weights": lambda last: flip(last / "policy" / "model.safetensors"),
+    "flipped bit in the state": lambda last: flip(last / "state.pt"),
+    "missing weights": lambda last: (last / "policy" / "model.safetensors").unlink(),
+    "missing state": lambda last: (last / "state.pt").unlink(),
+    "missing list": lambda last: (last / "checksums.json").unlink(),
+    "damaged list": lambda last: (last / "checksums.json").write_text("{"),
+    "a file too many": lambda last: (last / "policy" / "pytorch_model.bin").write_bytes(b"x"),
+}
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(damage, copy, world, capsys):
+    DAMAGES[damage](copy / "checkpoints" / "000004")
+    line = refused(capsys, lambda: resume(world, copy), copy)
+    assert "000004" in line and "damaged or missing" in line and "remove that folder" in line
+    shutil.rmtree(copy / "checkpoints" / "000004")
+    resume(world, copy)
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("code-was-run",)
+
+
+def test_a_pickle_in_place_of_tensors_runs_nothing(copy, world, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    last = copy / "checkpoints" / "000004"
+    torch.save({"state": Code()}, last / "state.pt")
+    (last / "checksums.json").write_text(json.dumps(plumbing.checksums(last)))
+    line = refused(capsys, lambda: resume(world, copy), copy)
+    assert "does not fit" in line
+    assert not (tmp_path / "code-was-run").exists()
+
+
+def test_what_cannot_go_on_is_refused(copy, world, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(copy, tmp_path / "none", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(copy, tmp_path / "flags")
+    (tmp_path / "flags" / "args.json").write_text("{")
+    for call, expected in [
+        (lambda: resume(world, tmp_path / "absent"), "is not a run folder"),
+        (lambda: resume(world, tmp_path / "empty"), "is not a run folder"),
+        (lambda: resume(world, tmp_path / "none"), "has no checkpoint"),
+        (lambda: resume(world, tmp_path / "flags"), "args.json is damaged"),
+        (lambda: resume(world, copy, "ppo"), "is a run of rloo.py"),
+        (lambda: resume(world, copy, seed=2), "--seed 2: the run in"),
+        (lambda: resume(world, copy, k=2), "--k 2: the run in"),
+        (lambda: resume(world, copy, prompts_per_step=2), "--prompts-per-step 2: the run in"),
+        (lambda: resume(world, copy, output=str(tmp_path / "new")), "--output"),
+        (lambda: resume(world, copy, save_every=-1), "--save-every -1"),
+        (lambda: resume(world, copy, keep=0), "--keep 0"),
+    ]:
+        assert expected in refused(capsys, call, tmp_path)
+
+
+def test_another_model_shape_is_refused(copy, world, capsys, tmp_path):
+    from tiny import save_policy
+
+    other = save_policy(tmp_path / "other", world.tokenizer, hidden=8)
+    settings = json.loads((copy / "args.json").read_text())
+    (copy / "args.json").write_text(json.dumps(settings | {"model": other}))
+    line = refused(capsys, lambda: resume(world, copy, model=other), copy)
+    assert "does not fit this run's models" in line
+
+
+def test_changed_flags_are_told(copy, world, capsys):
+    resume(world, copy, lr=5e-3, beta=0.1)
+    output = capsys.readouterr().out
+    assert "note: --lr was 0.01, and is 0.005 from here on" in output and "--beta was 0.05, and is 0.1" in output
+    assert "note: --num-updates was 4, and is 6" in output
+
+
+def test_flags_that_are_not_given_are_the_runs_own(copy, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rloo.py", "--resume", str(copy), "--lr", "0.5"])
+    args = plumbing.parse(rloo.Args)
+    settings = json.loads((copy / "args.json").read_text())
+    assert args.lr == 0.5 and args.resume == str(copy) and args.output is None
+    for name in ("model", "k", "num_updates", "dataset", "prompts_per_step"):
+        assert getattr(args, name) == settings[name]
+    assert args.reward == tuple(settings["reward"])
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(copy, world, capsys, monkeypatch):
+    real = torch.save
+
+    def full(contents, path):
+        if contents["state"]["step"] == 6:
+            raise OSError(28, "No space left on device")
+        return real(contents, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        resume(world, copy)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
+    assert stopped.value.code == 1
+    assert "checkpoint of update 6 cannot be written" in line and "No space left on device" in line
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["000004", "000005"]
+    monkeypatch.undo()
+    resume(world, copy)
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_name_their_prompts(world, tmp_path, capsys, monkeypatch):
+    """The third call of the reward (two are before training) gives one nan."""
+    real, calls = rloo.load_measures, []
+
+    def measures(*args):
+        score = real(*args)["score"]
+
+        def broken(batch, columns):
+            calls.append(columns["prompt"])
+            parts = score(batch, columns)
+            if len(calls) == 5:
+                parts["score"][4] = float("nan")
+            return parts
+
+        return {"score": broken}
+
+    monkeypatch.setattr(rloo, "load_measures", measures)
+    with pytest.raises(SystemExit) as stopped:
+        rloo.main(rloo.Args(**flags_of("rloo", world, num_updates=9, eval_every=0), output=str(tmp_path / "run")))
+    assert stopped.value.code == 1
+    told = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    assert told["not finite"] == "scores" and told["prompts"] == [calls[-1][4 // world.flags["k"]]]
+    assert f"update {told['update']}: scores is not finite" in capsys.readouterr().err
+    last = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert int(last.name) == told["update"] - 1
+
+
+def test_a_collapse_is_told_once(capsys):
+    metrics = lambda length, entropy, eos: {
+        "rollout/length": torch.tensor(length),
+        "objective/entropy": torch.tensor(entropy),
+        "rollout/eos_rate": torch.tensor(eos),
+    }
+    for values, words in [
+        ((8.0, 9.0, 0.0), "no response has ended by itself"),
+        ((1.0, 0.5, 1.0), "every response is empty"),
+        ((8.0, 0.001, 1.0), "almost certain of every token"),
+    ]:
+        state = {}
+        for _ in range(3 * plumbing.PATIENCE):
+            plumbing.watch(state, metrics(*values), 8)
+        error = capsys.readouterr().err
+        assert error.count("warning: ") == 1 and words in error
+    state = {}
+    for i in range(3 * plumbing.PATIENCE):  # not in a row
+        plumbing.watch(state, metrics(8.0, 9.0, 0.0 if i % 10 else 0.5), 8)
+    assert capsys.readouterr().err == ""
+
+
+def test_two_processes_are_killed_and_resume(world, tmp_path):
+    """One of two processes gets SIGKILL: the run ends; resumed by two, sharded or not, it ends like a whole one."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rloo.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (tmp_path / "reward.py").write_text(
+        "import os\nimport signal\n\ncalls = []\n\n\ndef reward(completions, **_):\n    calls.append(1)\n"
+        "    if len(calls) == 8 and os.environ['RANK'] == '1' and os.environ.get('DIE'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n    return [float(len(text)) for text in completions]\n"
+    )
+    flags = flags_of("rloo", world, reward=f"{tmp_path}/reward.py:reward", eval_every=0)
+    flags = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    run = lambda *more, **env: subprocess.run(
+        [*launcher, *more], cwd=ROOT, env=environment | env, capture_output=True, text=True, timeout=120
+    )
+    for shard in ([], ["--shard"]):
+        whole, killed = (tmp_path / f"{name}{len(shard)}" for name in ("whole", "killed"))
+        done = run(*flags, *shard, "--output", str(whole))
+        assert done.returncode == 0, done.stderr
+        done = run(*flags, *shard, "--output", str(killed), DIE="1")
+        assert done.returncode != 0
+        assert 0 < int(sorted((killed / "checkpoints").glob("[0-9]*"))[-1].name) < 8
+        done = run("--resume", str(killed), *shard)
+        assert done.returncode == 0, done.stderr
+        assert kill.differences(kill.outcome(whole), kill.outcome(killed)) == []
+
+
+def test_the_long_version_is_documented():
+    assert "python lab/kill.py" in (ROOT / "README.md").read_text()
+    assert load_module(str(ROOT / "lab" / "kill.py")).Args().kills == 20
