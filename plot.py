@@ -22,6 +22,7 @@ from plumbing import require
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+UNSEEN = {"seed", "output", "resume", "save_every", "keep", "device"}  # flags that do not make another curve
 AXES = {"updates": None, "samples": "time/samples", "seconds": "time/seconds", "kl": "eval/kl"}
 
 
@@ -48,8 +49,9 @@ def read_run(folder):
 
 
 def label(settings, all_settings):
-    """What sets a group of runs apart: the script, and the flags that not all groups share."""
-    flags = [name for name in settings if name != "script" and len({str(s.get(name)) for s in all_settings}) > 1]
+    """What sets a group of runs apart: the script, and the flags that not all groups of that script share."""
+    same = [other for other in all_settings if other["script"] == settings["script"]]
+    flags = [name for name in settings if len({str(other.get(name)) for other in same}) > 1]
     return " ".join([settings["script"], *(f"--{name.replace('_', '-')} {settings[name]}" for name in flags)])
 
 
@@ -67,11 +69,12 @@ def main(args):
     groups = defaultdict(list)
     for folder in args.runs:
         settings, scalars = read_run(folder)
-        settings = {name: value for name, value in settings.items() if name not in ("seed", "output")}
+        settings = {name: value for name, value in settings.items() if name not in UNSEEN}
         groups[json.dumps(settings)].append(scalars)
     ys = [y for y in args.y if any(y in scalars for runs in groups.values() for scalars in runs)]
     require(ys, f"--y {' '.join(args.y)}: no run has any of these metrics")
     all_settings = [json.loads(key) for key in groups]
+    colors = [*plt.colormaps["tab10"].colors, "black", "gold"]
 
     figure, axes = plt.subplots(len(ys), len(args.x), squeeze=False, figsize=(3.6 * len(args.x), 2.7 * len(ys)))
     lines = {}
@@ -85,14 +88,15 @@ def main(args):
                     continue
                 points = np.array([[points[step] for step in steps] for points in curves])  # (runs, steps, 2)
                 mean, std = points.mean(0), points[..., 1].std(0)
+                color = colors[i % len(colors)]
                 name = f"{label(settings, all_settings)} ({len(curves)} seed{'s' * (len(curves) > 1)})"
-                (lines[name],) = axis.plot(mean[:, 0], mean[:, 1], marker=".", color=f"C{i}")
+                (lines[name],) = axis.plot(mean[:, 0], mean[:, 1], marker=".", color=color)
                 if x != "kl":  # the KL may go back, where a band would cross itself
-                    axis.fill_between(mean[:, 0], mean[:, 1] - std, mean[:, 1] + std, color=f"C{i}", alpha=0.2)
+                    axis.fill_between(mean[:, 0], mean[:, 1] - std, mean[:, 1] + std, color=color, alpha=0.15)
             axis.grid(alpha=0.3)
             axis.set_xlabel({"kl": "KL to the reference", "seconds": "training seconds"}.get(x, x))
             axis.set_ylabel(y)
-    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=2, bbox_to_anchor=(0.5, 1.0), fontsize=9)
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1.0), fontsize=9)
     figure.tight_layout()
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110, bbox_inches="tight")

@@ -370,13 +370,18 @@ def prompt_tokens(tokenizer, prompts, what):
     return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them already
 
 
-def split_row(row):
+RESPONSES = {"completion", "chosen", "rejected"}  # columns that hold what a policy could have said
+
+
+def split_row(row, sources):
     """TRL's conventions -> a prompt, and completion, chosen and rejected as far as the row has them.
 
     A conversation ("messages") is prompt and last reply. Chosen and rejected texts without a prompt, as in
     Anthropic's HH, have one in common: what they share, up to the last "Assistant:" where there is one.
+    `sources` names columns that are meant instead (dict target -> column).
     """
     row = dict(row)
+    row |= {target: row[sources[target]] for target in ("prompt", "chosen", "rejected") if target in sources}
     if "prompt" not in row and "messages" in row:
         row["prompt"], row["completion"] = row["messages"][:-1], row.pop("messages")[-1:]
     if "prompt" not in row and "chosen" in row and "rejected" in row:
@@ -389,7 +394,9 @@ def split_row(row):
         row["chosen"], row["rejected"] = row["chosen"][len(shared) :], row["rejected"][len(shared) :]
     if "prompt" not in row and "question" in row:
         row["prompt"] = row["question"]
-    for name in {"completion", "chosen", "rejected"} & row.keys():
+    if "completion" in sources:  # after the split: it may be the chosen response
+        row["completion"] = row[sources["completion"]]
+    for name in row.keys() & RESPONSES:
         if isinstance(row[name], list) and row[name]:
             row[name] = row[name][-1]["content"]
     return row
@@ -412,16 +419,14 @@ def load_rows(args, name, split, tokenizer, columns, max_length, first=None):
     """
     what = f"dataset {name}, split {split}"
     dataset = load_dataset(name, split, args.dataset_config)
-    for target in ("prompt", "completion", "chosen", "rejected"):
-        source = getattr(args, f"{target}_column", None)
-        if source and source != target and (source in dataset.column_names or target in columns):
-            require(source in dataset.column_names, f"--{target}-column {source}: dataset {name} has no such column; "
-                                                    f"it has {', '.join(dataset.column_names)}")
-            if target in dataset.column_names:
-                dataset = dataset.remove_columns(target)
-            dataset = dataset.rename_column(source, target)
+    sources = {target: getattr(args, f"{target}_column", None) for target in ("prompt", *RESPONSES)}
+    for target, source in sources.items():
+        require(not source or source in dataset.column_names or target not in columns,
+                f"--{target}-column {source}: dataset {name} has no such column; "
+                f"it has {', '.join(dataset.column_names)}")
+    sources = {target: source for target, source in sources.items() if source in dataset.column_names}
     try:
-        names = split_row(dataset[0])
+        names = split_row(dataset[0], sources)
     except Exception:
         names = dataset[0]
     for column in columns:
@@ -430,7 +435,7 @@ def load_rows(args, name, split, tokenizer, columns, max_length, first=None):
 
     def prepare(row, index):
         try:
-            row = split_row(row)
+            row = split_row(row, sources)
         except Exception as error:
             stop(f"{what}: row {index} does not follow TRL's conventions: {type(error).__name__}: {one_line(error)}")
         prompt = row["prompt"]
@@ -443,7 +448,7 @@ def load_rows(args, name, split, tokenizer, columns, max_length, first=None):
         require(isinstance(prompt, str) or chat, f"{what}: column 'prompt' must hold text, or lists of messages with "
                                                  f"role and content; row {index} does not")
         require(prompt, f"{what}: row {index} has an empty prompt")
-        for column in {"completion", "chosen", "rejected"} & row.keys():
+        for column in row.keys() & RESPONSES:
             require(isinstance(row[column], str), f"{what}: column {column!r} must hold text; row {index} does not")
         return row | {"prompt": prompt}
 

@@ -123,7 +123,10 @@ def main(args):
                 rows[name].append(numbers)
                 folders.append(str(folder))
         table(base.parent / f"compare-{task}.md", rows)
-        plot.main(plot.Args(runs=tuple(folders), output=str(base.parent / f"compare-{task}.png")))
+        picture = str(base.parent / f"compare-{task}.png")
+        reward = ("eval/score", "eval/gold") if task == "mini_tldr" else ("eval/score",)  # where they differ
+        axes = ("updates", "samples", "seconds")
+        plot.main(plot.Args(runs=tuple(folders), y=(*reward, "eval/kl"), x=axes, output=picture))
 
 
 def table(path, rows):

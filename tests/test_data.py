@@ -77,6 +77,8 @@ def test_the_prompt_of_hh_transcripts_is_what_both_share(rows):
     found = rows([pair], ["prompt", "chosen", "rejected"])[0]
     assert found["prompt"] == start
     assert (found["chosen"], found["rejected"]) == (" It is 5.", " It is none of your business.")
+    found = rows([pair], ["prompt", "completion"], completion_column="chosen")[0]  # what sft.py learns from
+    assert (found["prompt"], found["completion"]) == (start, " It is 5.")
     other = {"chosen": "Say: hello there", "rejected": "Say: help me"}  # no turns: up to the last common word
     assert rows([other], ["prompt", "chosen", "rejected"])[0]["prompt"] == "Say: "
 
