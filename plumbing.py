@@ -191,6 +191,8 @@ def explain(what, name, error):
     config = folder / "config.json"
     if "trust_remote_code" in text or (config.is_file() and "auto_map" in config.read_text(errors="replace")):
         return "needs program code from its repository, which is never run; use a model that transformers has built in"
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than are wanted here (of a reward model or a critic: a head with one label)"
     files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     pickles = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if (pickles and not any(name.endswith(".safetensors") for name in files)) or "use_safetensors" in text:
@@ -207,6 +209,8 @@ def explain(what, name, error):
 def from_pretrained(what, auto_class, name, **kwargs):
     """auto_class.from_pretrained(name), from a local folder or the hub; stop in one line where it cannot be loaded."""
     check_path(what, name)
+    require(not os.path.isdir(name) or any(Path(name).glob("*config.json")),
+            f"{what} {name}: has no config.json, so it is no model's folder")
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:

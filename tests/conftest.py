@@ -1,10 +1,13 @@
 """A tiny world on disk that every script can run on."""
 
 import json
+import os
 from types import SimpleNamespace
 
-import pytest
-from tiny import make_tokenizer, save_classifier, save_policy
+os.environ["HF_HUB_OFFLINE"] = "1"  # with a network or without, the tests see the same
+
+import pytest  # noqa: E402
+from tiny import make_tokenizer, save_classifier, save_policy  # noqa: E402
 
 
 @pytest.fixture(scope="session")
