@@ -357,7 +357,7 @@ def call(name, function, columns):
         stop(f"reward {name}: raised {type(error).__name__}: {one_line(error)}")
     count = len(columns["completions"])
     require(len(values) == count, f"reward {name}: returned {len(values)} values for {count} completions")
-    odd = [value for value in values if not math.isfinite(value)]
+    odd = [value for value in values if not abs(value) < torch.finfo(torch.float32).max]
     require(not odd, f"reward {name}: returned {odd[:1]}; every value must be a finite number")
     return values
 

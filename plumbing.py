@@ -160,7 +160,8 @@ def load_function(spec):
 
 
 def one_line(error):
-    return " ".join(str(error).split())[:300]
+    """The text of an error in one line, of which nothing can fail to be printed."""
+    return " ".join(str(error).encode(errors="replace").decode().split())[:300]
 
 
 @functools.cache
@@ -192,7 +193,7 @@ def explain(what, name, error):
     if "trust_remote_code" in text or (config.is_file() and "auto_map" in config.read_text(errors="replace")):
         return "needs program code from its repository, which is never run; use a model that transformers has built in"
     if "ignore_mismatched_sizes" in text:
-        return "its weights have other shapes than are wanted here (of a reward model or a critic: a head with one label)"
+        return "its weights have other shapes than are wanted here (a reward model or critic has a head with one label)"
     files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     pickles = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if (pickles and not any(name.endswith(".safetensors") for name in files)) or "use_safetensors" in text:

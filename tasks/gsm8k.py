@@ -18,7 +18,7 @@ from decimal import Decimal
 
 NUMBER = re.compile(
     r"""(?<![\w.])                      # not inside a word or a number
-        [-−–]? (?:\\?\$\s?)? [-−–]?      # -$ or $-, or only one of them
+        (?:[-−–]|\\?\$\s?[-−–]?|[-−–]\\?\$\s?)?  # -, $, $- or -$
         (?=\.?\d)                       # here it begins, with a digit or a point
         (?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?  (?:\.\d+)?""",
     re.VERBOSE,
