@@ -2,9 +2,11 @@
 
 import json
 import os
+import tempfile
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # with a network or without, the tests see the same
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp()  # and they write nothing into the project
 
 import pytest  # noqa: E402
 from tiny import make_tokenizer, save_classifier, save_policy  # noqa: E402
