@@ -557,7 +557,7 @@ def open_run(args, script, saved):
     return folder, writer, state
 
 
-RENAMED = {"output", "resume", "device", "shard", "save_every", "keep"}  # flags that may differ without a word
+SILENT = {"output", "resume", "device", "shard", "save_every", "keep"}  # flags that may differ without a word
 FREE = {  # and those that may, with one; the others say what is learned from, and from where
     "num_updates", "lr", "critic_lr", "lr_schedule", "warmup_updates", "max_grad_norm", "beta", "clip", "value_clip",
     "microbatch_tokens", "gradient_checkpointing", "dtype", "eval_every", "eval_prompts", "eval_rows",
@@ -570,7 +570,7 @@ def compare_settings(folder, old, new):
     require(old["script"] == new["script"],
             f"--resume {folder}: is a run of {old['script']}.py; go on with that script, or name another run")
     old = {name: tuple(value) if isinstance(value, list) else value for name, value in old.items()}
-    changed = [name for name in new if old.get(name) != new[name] and name not in RENAMED]
+    changed = [name for name in new if old.get(name) != new[name] and name not in SILENT]
     for name in changed:
         flag = f"--{name.replace('_', '-')}"
         require(name in FREE, f"{flag} {new[name]}: the run in {folder} has {old.get(name)}, and with another it would "

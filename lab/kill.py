@@ -3,7 +3,7 @@
     python lab/kill.py --scripts rloo ppo --kills 20
 
 Every script (by default all) runs on the embedded task, a little shortened, once undisturbed and once ended by
-SIGKILL that many times, at moments drawn uniformly over the run, saving included. Weights, optimizer state, schedule,
+SIGKILL that many times, at moments drawn uniformly over its updates, saving included. Weights, optimizer state, schedule,
 random states and every logged point (but the times) must be the same bit for bit. `tests/test_resume.py` does the
 same with a tiny model and fewer kills.
 """
@@ -44,22 +44,31 @@ def processes():
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "lab"), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*SCRIPTS, "kill"])
+    first = context.Process(target=int)  # which waits for the imports
+    first.start()
+    first.join()
     return context
 
 
-def run(context, script, flags, folder, seconds=None):
-    """Start or resume a run; kill it after `seconds`. Returns whether it came to its end."""
-    if folder.exists() and not list(folder.glob("checkpoints/[0-9]*")):
+def reached(folder):
+    """The update of the last checkpoint."""
+    return max((int(path.name) for path in folder.glob("checkpoints/[0-9]*")), default=0)
+
+
+def run(context, script, flags, folder, moment=None, seconds=0.0):
+    """Start or resume a run; kill it at `moment`: 3.7 is 0.7 * `seconds` after the checkpoint of update 3 is there."""
+    if folder.exists() and not reached(folder):
         shutil.rmtree(folder)  # killed before its first checkpoint: there is nothing to resume
     child = context.Process(target=train, args=(script, flags, folder, folder.exists()))
     child.start()
-    child.join(seconds)
-    if child.is_alive():
-        child.kill()
-        child.join()
-        return False
-    assert child.exitcode == 0, f"{script} ended with exit code {child.exitcode}"
-    return True
+    while moment is not None and child.is_alive():
+        if folder.exists() and reached(folder) >= int(moment):
+            time.sleep(moment % 1 * seconds)
+            child.kill()
+        time.sleep(0.001)
+    child.join()
+    assert child.exitcode in (0, -9), f"{script} ended with exit code {child.exitcode}"
+    return child.exitcode == -9
 
 
 def outcome(folder):
@@ -87,17 +96,14 @@ def differences(a, b, name="run"):
 
 def compare(context, script, flags, folder, kills, seed=0):
     """Returns the differences between an undisturbed run and one killed `kills` times, and how often it was killed."""
-    rng = random.Random(f"{script} {seed}")
     begin = time.monotonic()
     run(context, script, flags, folder / "whole")
-    duration = time.monotonic() - begin
-    killed = folder / "killed"
-    for count in range(kills):
-        if run(context, script, flags, killed, rng.uniform(0, 1) * duration):
-            kills = count
-            break
-    run(context, script, flags, killed)
-    return differences(outcome(folder / "whole"), outcome(killed)), kills
+    seconds = (time.monotonic() - begin) / flags["num_updates"]  # of an update, start and end included
+    rng = random.Random(f"{script} {seed}")
+    moments = sorted(rng.uniform(0, flags["num_updates"]) for _ in range(kills))
+    killed = [run(context, script, flags, folder / "killed", moment, seconds) for moment in moments]
+    run(context, script, flags, folder / "killed")
+    return differences(outcome(folder / "whole"), outcome(folder / "killed")), sum(killed)
 
 
 @dataclass

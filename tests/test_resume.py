@@ -38,7 +38,7 @@ def flags_of(script, world, **more):
 @pytest.mark.parametrize("script", kill.SCRIPTS)
 def test_killed_at_random_moments_and_resumed_is_the_same_bit_for_bit(script, context, world, tmp_path):
     found, kills = kill.compare(context, script, flags_of(script, world), tmp_path, kills=4)
-    assert found == []
+    assert found == [] and kills >= 3
 
 
 def start(world, tmp_path, **more):
