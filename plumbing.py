@@ -789,7 +789,11 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def write_model(folder, model, tokenizer):
     """Write a Hugging Face folder; all processes must call it, since each may hold a part of the weights."""
-    weights = {"state_dict": get_model_state_dict(model, options=WHOLE)} if is_sharded(model) else {}
+    weights = {}
+    if is_sharded(model):
+        whole = get_model_state_dict(model, options=WHOLE)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}  # the head, where it is the embedding
+        weights = {"state_dict": {name: weight for name, weight in whole.items() if name not in tied}}
     if processes()[0] == 0:
         model.save_pretrained(folder, **weights)
         tokenizer.save_pretrained(folder)

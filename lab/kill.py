@@ -24,6 +24,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from plumbing import require  # noqa: E402
+
 SCRIPTS = "rloo reinforce remax grpo reinforce_pp vanilla_pg ppo raft dpo sft reward_model".split()
 
 
@@ -119,6 +122,7 @@ class Args:
 
 
 def main(args):
+    require(not Path(args.output).exists(), f"--output {args.output}: is there already; name a new folder")
     context, bad = processes(), []
     for script in args.scripts:
         flags = {"num_updates": args.updates, "save_every": 1, "device": "cpu", "eval_every": 10}
