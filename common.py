@@ -332,10 +332,12 @@ def load_reward(name, tokenizer, device, dtype, max_tokens, shard=False):
     model = load_frozen_classifier(name, device, dtype, shard)
     reward_tokenizer = load_tokenizer(name)
     same_ids = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
+    rows_of_embedding = model.get_input_embeddings().num_embeddings
 
     @torch.no_grad()
     def reward(batch, columns):
-        if not same_ids:
+        # A policy's vocabulary may be padded to more ids than the tokenizer has words, and they can be sampled.
+        if not same_ids or batch.responses.max() >= rows_of_embedding:
             k = len(batch) // len(columns["prompt"])
             prompt_ids = repeat(prompt_tokens(reward_tokenizer, columns["prompt"], f"reward {name}"), k)
             batch = encode(reward_tokenizer, prompt_ids, decode(tokenizer, batch), device, batch.ended.tolist())
@@ -441,15 +443,19 @@ def wins(scores, other_scores):
     return (torch.sign(scores - other_scores) + 1) / 2
 
 
-def rehearse(policy, tokenizer, datasets, measures, max_new_tokens):
+def rehearse(policy, tokenizer, datasets, measures, args):
     """Stop before the run starts where it would stop later: a prompt too long for the model, a reward that fails.
 
-    Args: policy; tokenizer; datasets (list of rows of load_rows); measures (see load_measures); max_new_tokens.
+    Args: policy; tokenizer; datasets (list of rows of load_rows); measures (see load_measures); args (max_new_tokens,
+    and lr, if there is one: a warning tells where it is that of the embedded tasks and the model is not).
     """
+    size = sum(parameter.numel() for parameter in policy.parameters())
+    if size > 20e6 and getattr(args, "lr", 0) > 1e-4 and processes()[0] == 0:
+        print(f"warning: --lr {args.lr} is for tiny models; with {size / 1e6:.0f} million parameters, try 1e-6 to 1e-5")
     longest = max(len(ids) for dataset in datasets for ids in dataset["prompt_ids"])
     limit = getattr(policy.config, "max_position_embeddings", None) or math.inf
-    require(longest + max_new_tokens <= limit,
-            f"--max-new-tokens {max_new_tokens}: with a prompt of {longest} tokens that is more than the {limit} "
+    require(longest + args.max_new_tokens <= limit,
+            f"--max-new-tokens {args.max_new_tokens}: with a prompt of {longest} tokens that is more than the {limit} "
             "positions of the model; lower it, or --max-prompt-length")
     columns = datasets[0][:2]
     texts = columns.get("completion", [as_text(prompt) for prompt in columns["prompt"]])

@@ -144,7 +144,7 @@ def main(args):
     names, length = ["prompt", "chosen", "rejected"], args.max_prompt_length
     train = load_rows(args, args.dataset, args.train_split, tokenizer, names, args.max_length)
     test = load_rows(args, args.eval_dataset, args.test_split, tokenizer, ["prompt"], length, args.eval_prompts)
-    rehearse(policy, tokenizer, [test, train], measures, args.max_new_tokens)
+    rehearse(policy, tokenizer, [test, train], measures, args)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
     saved = {"policy": (policy, optimizer, scheduler)}  # what checkpoints hold, besides the state

@@ -156,7 +156,7 @@ def main(args):
     columns = [args.preferred_column] if args.preferred_column else ["completion", "chosen"]
     preferred = next((column for column in columns if column in dataset.column_names), None)
     require(preferred or not args.preferred_column, f"--preferred-column {args.preferred_column}: the dataset has none")
-    rehearse(reference, tokenizer, [dataset], measures, args.max_new_tokens)
+    rehearse(reference, tokenizer, [dataset], measures, args)
 
     k, rivals, results = 1 if args.greedy else args.k, None, {}
     if args.against:  # sampled with another seed: the two policies must not share their random numbers

@@ -163,7 +163,7 @@ def main(args):
     length = args.max_prompt_length
     train = load_rows(args, args.dataset, args.train_split, tokenizer, ["prompt"], length)
     test = load_rows(args, args.dataset, args.test_split, tokenizer, ["prompt"], length, args.eval_prompts)
-    rehearse(policy, tokenizer, [train, test], measures, args.max_new_tokens)
+    rehearse(policy, tokenizer, [train, test], measures, args)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)

@@ -3,9 +3,9 @@
     python lab/kill.py --scripts rloo ppo --kills 20
 
 Every script (by default all) runs on the embedded task, a little shortened, once undisturbed and once ended by
-SIGKILL that many times, at moments drawn uniformly over its updates, saving included. Weights, optimizer state, schedule,
-random states and every logged point (but the times) must be the same bit for bit. `tests/test_resume.py` does the
-same with a tiny model and fewer kills.
+SIGKILL that many times, at moments drawn uniformly over its updates, saving included. Weights, optimizer state,
+schedule, random states and every logged point (but the times) must be the same bit for bit. `tests/test_resume.py`
+does the same with a tiny model and fewer kills.
 """
 
 import importlib

@@ -289,8 +289,8 @@ OTHERS = [
     (
         ppo,
         {"critic": "{bad}/two_labels"},
-        "model {bad}/two_labels: its weights have other shapes than are wanted here (of a reward model or a "
-        "critic: a head with one label)",
+        "model {bad}/two_labels: its weights have other shapes than are wanted here (a reward model or critic has "
+        "a head with one label)",
     ),
     (reinforce, {"decay": 1.0}, "--decay 1.0: must be 0 or more, and below 1"),
     (reinforce, {"window": -1}, "--window -1: must be 0 or more, and finite"),

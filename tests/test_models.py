@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 from families import FAMILIES, save_family
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from tiny import save_classifier
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import common
 import rloo
@@ -167,8 +168,6 @@ def test_the_tokenizers_own_bos_is_there_once_for_text_and_chat(folders):
 def test_a_reward_model_with_another_chat_template_gets_the_messages_in_its_own(folders, tmp_path):
     policy, tokenizer = load_model(folders["qwen2"], CPU), load_tokenizer(folders["qwen2"])
     other = AutoTokenizer.from_pretrained(folders["llama"])
-    from transformers import AutoModelForSequenceClassification
-
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(folders["llama"], num_labels=1)
     model.save_pretrained(tmp_path / "reward")
@@ -184,6 +183,20 @@ def test_a_reward_model_with_another_chat_template_gets_the_messages_in_its_own(
         with torch.no_grad():
             hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
         torch.testing.assert_close(scores[row], model.score(hidden)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_ids_that_only_the_policy_has_do_not_reach_the_reward_model(folders, tmp_path):
+    """Pythia pads its vocabulary; a reward model with the same tokenizer and fewer rows gets the text instead."""
+    policy, tokenizer = load_model(folders["neox"], CPU), load_tokenizer(folders["neox"])
+    small = save_classifier(tmp_path / "reward", folders["neox"], tokenizer)
+    model = AutoModelForSequenceClassification.from_pretrained(small)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(small)
+    prompt_ids = prompt_tokens(tokenizer, PROMPTS, "test")
+    batch = rollout(policy, tokenizer, prompt_ids, 4, 1.0, 8)
+    batch.responses[3, 0] = len(tokenizer) + 5  # an id without a word
+    scores = common.load_reward(small, tokenizer, CPU, "float32", 1000)(batch, {"prompt": PROMPTS})
+    assert scores.isfinite().all() and len(scores) == 16
 
 
 def test_a_row_that_is_longer_than_the_budget_and_empty_batches(folders):
