@@ -8,7 +8,6 @@ is in plumbing.py. Names and shapes are the same everywhere:
     P prompt tokens (padded on the left), T response tokens (padded on the right), V words in the vocabulary
 """
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from plumbing import (add_up, as_replies, as_text, load_frozen_classifier, load_function, load_module, load_tokenizer,
-                      one_line, own_generator, processes, prompt_tokens, require, share, stop, table, total)
+from plumbing import (add_up, as_replies, as_text, check_positions, load_frozen_classifier, load_function, load_module,
+                      load_tokenizer, one_line, own_generator, own_randomness, processes, prompt_tokens, require, share,
+                      stop, table, total)
 
 
 # ------------------------------------------------------------------------------------------------------- rows of tokens
@@ -145,8 +145,27 @@ def log_softmax(logits, temperature):
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
 
 
+def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None, greedy=False):
+    """`sample` for all prompts, with at most `at_once` responses (by default all) in each process at a time."""
+    size = max(1, (at_once or k * len(prompt_ids)) // k) * processes()[1]  # prompts
+    parts = [sample(policy, tokenizer, prompt_ids[i : i + size], k, temperature, max_new_tokens, greedy)
+             for i in range(0, len(prompt_ids), size)]
+    return concatenate(parts, tokenizer.pad_token_id)
+
+
+def concatenate(batches, pad_id):
+    """One Batch of several, padded to the longest prompt and response."""
+    P, T = max(batch.prompts.shape[1] for batch in batches), max(batch.responses.shape[1] for batch in batches)
+    left = lambda name, value: torch.cat([F.pad(x, (P - x.shape[1], 0), value=value)
+                                          for x in (getattr(batch, name) for batch in batches)])
+    right = lambda name, value: torch.cat([F.pad(x, (0, T - x.shape[1]), value=value)
+                                           for x in (getattr(batch, name) for batch in batches)])
+    return Batch(left("prompts", pad_id), left("prompt_mask", False), right("responses", pad_id),
+                 right("response_mask", False), torch.cat([batch.ended for batch in batches]), right("old_logprobs", 0))
+
+
 @torch.no_grad()
-def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy=False):
+def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy=False):
     """Sample k responses for each prompt from exactly softmax(logits / temperature): no top-k, no top-p.
 
     The prompt runs through the model once for its k samples, and rows that have ended leave the batch. Of several
@@ -320,7 +339,8 @@ def load_reward(name, tokenizer, device, dtype, max_tokens, shard=False):
             k = len(batch) // len(columns["prompt"])
             mine = share(len(columns["prompt"]))
             own = {key: repeat(values[mine.start : mine.stop], k) for key, values in columns.items()}
-            own["prompts"], _ = own.pop("prompt"), own.pop("prompt_ids", None)
+            own["prompts"] = own.pop("prompt")
+            own.pop("prompt_ids", None), own.pop("num_tokens", None)  # these are ours, not the dataset's
             rows = slice(k * mine.start, k * mine.stop)
             own["completions"] = as_replies(own["prompts"], decode(tokenizer, batch[rows]))
             rewards = torch.zeros(len(batch), device=device)  # (N,)
@@ -375,8 +395,8 @@ def find_gold(gold, dataset):
 def load_measures(args, tokenizer, device):
     """The rewards of a run: "score", which is trained on, and "gold", only measured, where there is one.
 
-    Each is a function measure(batch, columns) -> dict name -> (N,). That of "score" also holds the single rewards by
-    their own names where --reward gives several; "score" is their sum, weighted by --reward-weights.
+    Each is a function measure(batch, columns) -> dict name -> (N,). Where --reward gives several, that of "score" also
+    holds each of them, as "reward/<its name>"; "score" is their sum, weighted by --reward-weights.
 
     Args: args (reward, reward_weights, gold, dataset, dtype, shard, microbatch_tokens); tokenizer (the policy's);
     device.
@@ -387,12 +407,13 @@ def load_measures(args, tokenizer, device):
             f"--reward-weights: has {len(weights)} numbers for {len(args.reward)} rewards; give one for each")
     names = [Path(name).name.rpartition(":")[2] for name in args.reward]
     names = [short if names.count(short) == 1 else full for short, full in zip(names, args.reward)]
+    require(len(set(names)) == len(names), f"--reward: names {args.reward[0]} twice; give it a weight instead")
     functions = [load(name) for name in args.reward]
 
     def score(batch, columns):
-        parts = {name: function(batch, columns) for name, function in zip(names, functions)}  # name -> (N,)
-        total = sum(weight * part for weight, part in zip(weights, parts.values()))  # (N,)
-        return {"score": total, **(parts if len(parts) > 1 else {})}
+        parts = [function(batch, columns) for function in functions]  # of (N,) each
+        named = {f"reward/{name}": part for name, part in zip(names, parts)} if len(parts) > 1 else {}
+        return {"score": sum(weight * part for weight, part in zip(weights, parts)), **named}
 
     gold = find_gold(args.gold, args.dataset)
     gold = gold and load(gold)
@@ -415,12 +436,11 @@ def evaluate(policy, reference, tokenizer, measures, dataset, args, k=1, greedy=
     if rivals is None and "completion" in dataset.column_names:
         rivals = repeat(dataset["completion"][:], k), [True] * len(dataset) * k
     values, completions, judge = {}, [], judge or list(measures)[-1]
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
+    with own_randomness(args.seed):
         size = max(1, args.eval_batch_size // k)
         for start in range(0, len(dataset), size):
             columns = dataset[start : start + size]
-            batch = rollout(policy, tokenizer, columns["prompt_ids"], k, args.temperature, args.max_new_tokens, greedy)
+            batch = sample(policy, tokenizer, columns["prompt_ids"], k, args.temperature, args.max_new_tokens, greedy)
             ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (n, T)
             found = {}  # name -> (n,)
             for measure in measures.values():
@@ -452,11 +472,7 @@ def rehearse(policy, tokenizer, datasets, measures, args):
     size = sum(parameter.numel() for parameter in policy.parameters())
     if size > 20e6 and getattr(args, "lr", 0) > 1e-4 and processes()[0] == 0:
         print(f"warning: --lr {args.lr} is for tiny models; with {size / 1e6:.0f} million parameters, try 1e-6 to 1e-5")
-    longest = max(len(ids) for dataset in datasets for ids in dataset["prompt_ids"])
-    limit = getattr(policy.config, "max_position_embeddings", None) or math.inf
-    require(longest + args.max_new_tokens <= limit,
-            f"--max-new-tokens {args.max_new_tokens}: with a prompt of {longest} tokens that is more than the {limit} "
-            "positions of the model; lower it, or --max-prompt-length")
+    check_positions(policy, max(max(dataset["num_tokens"]) for dataset in datasets) + args.max_new_tokens)
     columns = datasets[0][:2]
     texts = columns.get("completion", [as_text(prompt) for prompt in columns["prompt"]])
     for measure in measures.values():

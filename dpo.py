@@ -88,9 +88,9 @@ class Args:
     dataset: str = "tasks/mini_tldr.py:comparisons"
     """rows with the columns prompt, chosen and rejected: hub name, path, or file.py:function"""
     dataset_config: str | None = None
-    """configuration of a hub dataset that has several"""
+    """configuration of a hub dataset that has several (of both datasets)"""
     prompt_column: str | None = None
-    """the dataset's column of prompts, where it has another name"""
+    """the datasets' column of prompts, where it has another name"""
     completion_column: str | None = None
     """the dataset's column of reference texts, where it has another name"""
     chosen_column: str | None = None

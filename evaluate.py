@@ -27,7 +27,8 @@ import tyro
 from tqdm import tqdm
 
 from common import encode, evaluate, find_gold, frozen_logprobs, load_measures, load_reward, rehearse
-from plumbing import check_args, load_model, load_reference, load_rows, load_tokenizer, pick_device, require
+from plumbing import (check_args, close, load_model, load_reference, load_rows, load_tokenizer, pick_device, processes,
+                      require)
 
 
 @dataclass
@@ -164,7 +165,7 @@ def main(args):
         values, completions = evaluate(policy, reference, tokenizer, measures, dataset,
                                        replace(args, seed=args.seed + 1), k, args.greedy, judge)
         rivals = completions, values["eos_rate"].bool().tolist()
-    for name in tqdm(args.policies, desc="evaluate", unit="policy"):
+    for name in tqdm(args.policies, desc="evaluate", unit="policy", disable=processes()[0] > 0):
         policy = load_model(name, device, args.dtype, args.shard).requires_grad_(False)
         values, completions = evaluate(policy, reference, tokenizer, measures, dataset, args, k, args.greedy, judge,
                                        rivals)
@@ -174,13 +175,15 @@ def main(args):
         if preferred:
             results[name]["perplexity"] = perplexity(policy, tokenizer, dataset, preferred, args)
 
-    print("".join([f"{'':<12}", *(f"  {name:>10}" for name in results)]))
-    for metric in next(iter(results.values())):
-        numbers = (f"  {metrics[metric]:>z{max(10, len(name))}.3f}" for name, metrics in results.items())
-        print(f"{metric:<12}" + "".join(numbers))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"settings": asdict(args), "policies": results}, indent=2) + "\n")
-    print(f"wrote {output}")
+    if processes()[0] == 0:
+        print("".join([f"{'':<12}", *(f"  {name:>10}" for name in results)]))
+        for metric in next(iter(results.values())):
+            numbers = (f"  {metrics[metric]:>z{max(10, len(name))}.3f}" for name, metrics in results.items())
+            print(f"{metric:<12}" + "".join(numbers))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"settings": asdict(args), "policies": results}, indent=2) + "\n")
+        print(f"wrote {output}")
+    close(None)
     return results
 
 

@@ -22,7 +22,7 @@ from plumbing import require
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-UNSEEN = {"seed", "output", "resume", "save_every", "keep", "device"}  # flags that do not make another curve
+UNSEEN = {"seed", "output", "resume", "save_every", "keep", "device", "processes"}  # make no other curve
 AXES = {"updates": None, "samples": "time/samples", "seconds": "time/seconds", "kl": "eval/kl"}
 
 

@@ -16,6 +16,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -31,12 +32,13 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as run_again_backward
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig,
+                          set_seed)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 transformers.logging.set_verbosity_error()
@@ -56,13 +58,16 @@ def pick_device(args):
 
     Args: args (device: "cpu", "cuda", "mps", or "auto" for the best one there is; shard).
     """
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several, local = int(os.environ.get("WORLD_SIZE", 1)) > 1, int(os.environ.get("LOCAL_RANK", 0))
     require(several or not args.shard, "--shard: there is one process; start several with torchrun --nproc-per-node 2")
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    require(not several or ":" not in name, f"--device {name}: several processes each take their own; give cuda or cpu")
     if several and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        count = torch.cuda.device_count()
+        require(local < count, f"--nproc-per-node: there are more processes than GPUs ({count}); start {count}")
+        name = f"cuda:{local}"
     try:
         device = torch.empty(0, device=name).device
     except Exception:
@@ -70,7 +75,8 @@ def pick_device(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = timedelta(hours=2)  # while the first process writes a large checkpoint, the others wait
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return device
 
 
@@ -248,7 +254,9 @@ def load_model(name, device, dtype="float32", shard=False, gradient_checkpointin
                                       output_loading_info=True, **kwargs)
         missing = sorted(set(info["missing_keys"]) - set(new))
         require(not missing, f"model {name}: lacks the weights {', '.join(missing[:3])}, so it is no such model")
-    words, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    fix_generation_config(model)
+    words = max(tokenizer.vocab_size, tokenizer.eos_token_id + 1, tokenizer.pad_token_id + 1)
+    rows = model.get_input_embeddings().num_embeddings
     require(words <= rows, f"model {name}: has embeddings for {rows} tokens, and its tokenizer has {words}; they do "
                            "not belong together")
     if dtype == "bfloat16":
@@ -261,6 +269,23 @@ def load_model(name, device, dtype="float32", shard=False, gradient_checkpointin
     if shard:
         shard_model(model, device)
     return model.to(device).eval()
+
+
+def fix_generation_config(model):
+    """Replace a generation config that transformers reads but refuses to write, as some on the hub are."""
+    config = getattr(model, "generation_config", None)
+    try:
+        _ = config and config.validate(strict=True)
+    except ValueError:
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ids)
+
+
+def check_positions(model, length):
+    """Stop if a row of that many tokens is longer than the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    require(length <= limit, f"rows of up to {length} tokens, the response included: more than the {limit} positions "
+                             "of the model; lower --max-prompt-length, --max-length or --max-new-tokens")
 
 
 @functools.cache
@@ -419,8 +444,8 @@ def load_rows(args, name, split, tokenizer, columns, max_length, first=None):
     Args: args (dataset_config; prompt_column, completion_column, chosen_column, rejected_column where the script has
     them; chat; system_prompt; truncate_prompts); name and split (see load_dataset); tokenizer; columns ("prompt", and
     the response columns that must be there); max_length; first (how many rows at most). Says how many were too long.
-    Returns: datasets.Dataset with prompt (text, or chat messages), prompt_ids, completion, chosen and rejected (texts)
-    as far as there are, and the other columns of the dataset as they are.
+    Returns: datasets.Dataset with prompt (text, or chat messages), prompt_ids, num_tokens (with the longest response),
+    completion, chosen and rejected (texts) as far as there are, and the other columns of the dataset as they are.
     """
     what = f"dataset {name}, split {split}"
     dataset = load_dataset(name, split, args.dataset_config)
@@ -446,10 +471,10 @@ def load_rows(args, name, split, tokenizer, columns, max_length, first=None):
         prompt = row["prompt"]
         if isinstance(prompt, str) and (args.chat or args.system_prompt) and prompt:
             prompt = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, list) and args.system_prompt and prompt and prompt[0].get("role") != "system":
-            prompt = [{"role": "system", "content": args.system_prompt}, *prompt]
         chat = isinstance(prompt, list) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys()
                                                 for turn in prompt)
+        if chat and args.system_prompt and prompt and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": args.system_prompt}, *prompt]
         require(isinstance(prompt, str) or chat, f"{what}: column 'prompt' must hold text, or lists of messages with "
                                                  f"role and content; row {index} does not")
         require(prompt, f"{what}: row {index} has an empty prompt")
@@ -459,6 +484,8 @@ def load_rows(args, name, split, tokenizer, columns, max_length, first=None):
 
     rows = [prepare(row, index) for index, row in enumerate(dataset)]
     prompt_ids = prompt_tokens(tokenizer, [row["prompt"] for row in rows], what)
+    empty = [index for index, ids in enumerate(prompt_ids) if not ids]
+    require(not empty, f"{what}: row {empty[:1]} has a prompt without tokens")
     responses = [tokenizer([row[column] for row in rows], add_special_tokens=False)["input_ids"]
                  for column in columns[1:]]
     longest = [max(map(len, lists)) + 1 for lists in zip(*responses)] if responses else [0] * len(rows)
@@ -469,7 +496,9 @@ def load_rows(args, name, split, tokenizer, columns, max_length, first=None):
     left_out = len(rows) - len(fits)
     if left_out and processes()[0] == 0:
         print(f"{what}: left out {left_out} of {len(rows)} rows, which are longer than {max_length} tokens")
-    return datasets.Dataset.from_list([rows[i] | {"prompt_ids": prompt_ids[i]} for i in fits[:first]])
+    lengths = [len(ids) + more for ids, more in zip(prompt_ids, longest)]
+    return datasets.Dataset.from_list([rows[i] | {"prompt_ids": prompt_ids[i], "num_tokens": lengths[i]}
+                                       for i in fits[:first]])
 
 
 def batches(dataset, size, seed, skip=0):
@@ -499,11 +528,11 @@ def parse(Args):
         return tyro.cli(Args)
     folder = flags[flags.index("--resume") + 1]
     settings = read_settings(folder)
-    unknown = settings.keys() - {field.name for field in fields(Args)} - {"script"}
+    unknown = settings.keys() - {field.name for field in fields(Args)} - {"script", "processes"}
     require(not unknown, f"--resume {folder}: is a run of {settings['script']}.py, which has other flags "
                          f"({', '.join(sorted(unknown)[:3])})")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    del values["script"]
+    del values["script"], values["processes"]
     return tyro.cli(Args, default=Args(**values | {"resume": folder, "output": None}))
 
 
@@ -513,7 +542,7 @@ def read_settings(folder):
     require(path.is_file(), f"--resume {folder}: is not a run folder (it has no args.json)")
     try:
         settings = json.loads(path.read_text())
-        assert isinstance(settings["script"], str)
+        assert isinstance(settings["script"], str) and isinstance(settings["processes"], int)
     except Exception:
         stop(f"--resume {folder}: args.json is damaged; without it the run cannot go on")
     return settings
@@ -528,11 +557,14 @@ def open_run(args, script, saved):
     has a writer (the others: None) and writes files.
     """
     first = processes()[0] == 0
-    settings = {"script": script, **asdict(args), "resume": None}
+    settings = {"script": script, **asdict(args), "resume": None, "processes": processes()[1]}
     if args.resume:
         folder = Path(args.resume)
-        compare_settings(folder, read_settings(folder), settings)
+        old = read_settings(folder)
+        compare_settings(folder, old, settings)
         state = load_checkpoint(folder, saved)
+        require(args.num_updates > state["step"] or args.num_updates == old["num_updates"],
+                f"--num-updates {args.num_updates}: the run in {folder} has made {state['step']} already; give more")
     else:
         folder, state = Path(args.output or f"runs/{script}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"), {}
     if dist.is_initialized():  # of the clocks of several processes the first one's counts
@@ -557,11 +589,12 @@ def open_run(args, script, saved):
     return folder, writer, state
 
 
-SILENT = {"output", "resume", "device", "shard", "save_every", "keep"}  # flags that may differ without a word
+SILENT = {"output", "resume", "device", "save_every", "keep"}  # flags that may differ without a word
 FREE = {  # and those that may, with one; the others say what is learned from, and from where
     "num_updates", "lr", "critic_lr", "lr_schedule", "warmup_updates", "max_grad_norm", "beta", "clip", "value_clip",
     "microbatch_tokens", "gradient_checkpointing", "dtype", "eval_every", "eval_prompts", "eval_rows",
-    "eval_batch_size", "gold", "max_new_tokens", "missing_eos_penalty", "weight_decay",
+    "eval_batch_size", "gold", "max_new_tokens", "missing_eos_penalty", "weight_decay", "rollout_batch_size",
+    "processes",
 }
 
 
@@ -588,7 +621,8 @@ def listen():
 
     def note(number, frame):
         asked_to_stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for again in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(again, signal.SIG_DFL)
         os.write(2, b"\nending after this update, with a checkpoint; once more to end at once\n")
 
     asked_to_stop.clear()
@@ -601,7 +635,10 @@ def random_states():
     """The states of all random number generators, as tensors and plain containers."""
     name, keys, *rest = numpy.random.get_state()
     states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+    for name in ("cuda", "mps"):
+        if getattr(torch, name).is_available():
+            states[name] = getattr(torch, name).get_rng_state()
+    return states
 
 
 def set_random_states(states):
@@ -610,8 +647,18 @@ def set_random_states(states):
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = states["numpy"]
     numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
-    if "cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states["cuda"])
+    for name in ("cuda", "mps"):
+        if name in states and getattr(torch, name).is_available():
+            getattr(torch, name).set_rng_state(states[name])
+
+
+@contextmanager
+def own_randomness(seed):
+    """Seed all random number generators, and afterwards leave them as they were."""
+    states = random_states()
+    set_seed(seed)
+    yield
+    set_random_states(states)
 
 
 def checkpoint(args, folder, writer, tokenizer, saved, state):
@@ -626,6 +673,8 @@ def checkpoint(args, folder, writer, tokenizer, saved, state):
     step, asked = state["step"], total(len(asked_to_stop))
     if not asked and step < args.num_updates and (args.save_every == 0 or step % args.save_every):
         return
+    if asked and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it again, to all, when the first process ends
     optimizers = {name: optimizer_state(model, optimizer) for name, (model, optimizer, _) in saved.items()}
     schedules = {name: scheduler.state_dict() for name, (_, _, scheduler) in saved.items()}
     contents = {"state": state, "random": random_states(), "optimizers": optimizers, "schedules": schedules}
@@ -642,25 +691,37 @@ def checkpoint(args, folder, writer, tokenizer, saved, state):
             (new / "checksums.json").write_text(json.dumps(checksums(new), indent=2) + "\n")
             shutil.rmtree(base / f"{step:06d}", ignore_errors=True)
             new.rename(base / f"{step:06d}")
-            for old in sorted(base.glob("[0-9]*"))[: -args.keep]:
+            for old in checkpoints(folder)[: -args.keep]:
                 shutil.rmtree(old, ignore_errors=True)
     if asked and step < args.num_updates:
         if writer:
             writer.close()
+            launch = f"torchrun --nproc-per-node {processes()[1]}" if dist.is_initialized() else "python"
             script = read_settings(folder)["script"]
-            tqdm.write(f"ended after update {step}; to go on: python {script}.py --resume {folder}")
+            tqdm.write(f"ended after update {step}; to go on: {launch} {script}.py --resume {folder}")
+        if dist.is_initialized():
+            dist.barrier()  # or torchrun would end the first process, while it is writing, with the others
         raise SystemExit(128 + (asked_to_stop or [signal.SIGTERM])[0])
+
+
+def checkpoints(folder):
+    """The checkpoints of a run, the last one last."""
+    return sorted((folder / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
 
 
 def checksums(folder):
     """dict file -> SHA-256, of all files of a checkpoint but the list itself."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json")
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def load_checkpoint(folder, saved):
     """Put the last checkpoint of a run into the models, optimizers, schedules and generators; returns its state."""
-    found = sorted((folder / "checkpoints").glob("[0-9]*"))
+    found = checkpoints(folder)
     require(found, f"--resume {folder}: has no checkpoint; the run ended before its first one (see --save-every)")
     last = found[-1]
     remedy = "remove that folder to go on from the checkpoint before" if len(found) > 1 else "start the run again"
@@ -676,13 +737,23 @@ def load_checkpoint(folder, saved):
         state = contents["state"]
         for name, (model, optimizer, scheduler) in saved.items():
             read_model(last / name, model)
+            rates, decays = scheduler.base_lrs, [group["weight_decay"] for group in optimizer.param_groups]
             set_optimizer_state(model, optimizer, contents["optimizers"][name])
             scheduler.load_state_dict(contents["schedules"][name])
+            set_rates(optimizer, scheduler, rates, decays)
     except Exception as error:
         stop(f"checkpoint {last}: does not fit this run's models ({type(error).__name__}: {one_line(error)[:160]}); "
              f"{remedy}")
     set_random_states(contents["random"])
     return state
+
+
+def set_rates(optimizer, scheduler, rates, decays):
+    """Make a loaded optimizer and schedule go by the flags of now (--lr, --num-updates, --lr-schedule, ...)."""
+    scheduler.base_lrs = rates
+    scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas)]
+    for group, rate, now, decay in zip(optimizer.param_groups, rates, scheduler._last_lr, decays):
+        group |= {"initial_lr": rate, "lr": now, "weight_decay": decay}
 
 
 def table(header, rows):
@@ -787,9 +858,17 @@ def is_sharded(model):
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+def reshard(model):
+    """Take a sharded model apart again: a forward pass without gradients leaves its root whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def write_model(folder, model, tokenizer):
     """Write a Hugging Face folder; all processes must call it, since each may hold a part of the weights."""
     weights = {}
+    reshard(model)
     if is_sharded(model):
         whole = get_model_state_dict(model, options=WHOLE)
         tied = getattr(model, "all_tied_weights_keys", None) or {}  # the head, where it is the embedding
@@ -809,6 +888,7 @@ def read_model(folder, model):
 
 
 def optimizer_state(model, optimizer):
+    reshard(model)
     return get_optimizer_state_dict(model, optimizer, options=WHOLE) if is_sharded(model) else optimizer.state_dict()
 
 
@@ -824,8 +904,9 @@ def readable_failure(what, unfinished):
     """A full disk or the like ends the run with one line, and what was half written is removed."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if processes()[0] == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
         stop(f"the {what} cannot be written ({one_line(error)}); what was saved before is whole: make room, and go on "
              "with --resume", code=1)
 
@@ -879,11 +960,12 @@ def check_args(args):
 
     for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length", "max_length",
                  "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "k", "epochs", "minibatches",
-                 "keep"):
+                 "keep", "rollout_batch_size"):
         check(name, lambda value: value >= 1, "must be 1 or more")
     check("temperature", lambda value: 0 < value < float("inf"), "must be above 0, and finite")
     for name in ("clip", "value_clip", "clip_scores"):
         check(name, lambda value: value > 0, 'must be above 0 ("inf" switches it off)')
+    check("seed", lambda value: 0 <= value < 2**32 - 1, "must be from 0 to 4294967294")
     for name in ("lam", "gamma"):
         check(name, lambda value: 0 <= value <= 1, "must be from 0 to 1")
     for name in ("lr", "critic_lr", "max_grad_norm"):

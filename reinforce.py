@@ -99,8 +99,10 @@ class Args:
     missing_eos_penalty: float = 1.0
     """subtracted from the score of a response that was cut off before it ended"""
     microbatch_tokens: int = 8192
-    """tokens, padding included, that go through a model at once in scoring and update (the rollout's memory follows
-    from its prompts and k): changes memory and time, never the gradient"""
+    """tokens, padding included, that go through a model at once in scoring and update: changes memory and time, never
+    the gradient"""
+    rollout_batch_size: int = 256
+    """responses that one process samples at once: their keys and values are what a rollout keeps in memory"""
     model: str = "tasks/mini_tldr-sft"
     """the policy to start from: a hub name or a folder"""
     reference: str | None = None
@@ -183,7 +185,8 @@ def main(args):
         start = time.perf_counter()
 
         # 1. rollout: k responses for each prompt, with the sampler's own log-probs
-        batch = rollout(policy, tokenizer, columns["prompt_ids"], args.k, args.temperature, args.max_new_tokens)
+        batch = rollout(policy, tokenizer, columns["prompt_ids"], args.k, args.temperature, args.max_new_tokens,
+                        args.rollout_batch_size)  # N rows
 
         # 2. score: one number per response
         parts = measures["score"](batch, columns)  # name -> (N,): the score, and its parts where there are several

@@ -80,8 +80,10 @@ class Args:
     missing_eos_penalty: float = 1.0
     """subtracted from the score of a response that was cut off before it ended"""
     microbatch_tokens: int = 8192
-    """tokens, padding included, that go through a model at once in scoring and update (the rollout's memory follows
-    from its prompts and k): changes memory and time, never the gradient"""
+    """tokens, padding included, that go through a model at once in scoring and update: changes memory and time, never
+    the gradient"""
+    rollout_batch_size: int = 256
+    """responses that one process samples at once: their keys and values are what a rollout keeps in memory"""
     model: str = "tasks/mini_tldr-sft"
     """the policy to start from: a hub name or a folder"""
     reference: str | None = None
@@ -163,7 +165,8 @@ def main(args):
         start = time.perf_counter()
 
         # 1. rollout: k responses for each prompt, with the sampler's own log-probs
-        batch = rollout(policy, tokenizer, columns["prompt_ids"], args.k, args.temperature, args.max_new_tokens)
+        batch = rollout(policy, tokenizer, columns["prompt_ids"], args.k, args.temperature, args.max_new_tokens,
+                        args.rollout_batch_size)  # N rows
 
         # 2. score: one number per response
         parts = measures["score"](batch, columns)  # name -> (N,): the score, and its parts where there are several
@@ -176,7 +179,8 @@ def main(args):
         rewards = token_rewards(scores, kl, args.beta, batch.response_mask)  # (N, T)
 
         # 4. advantages: how much better each response is than the greedy one
-        greedy = rollout(policy, tokenizer, columns["prompt_ids"], 1, args.temperature, args.max_new_tokens, True)
+        greedy = rollout(policy, tokenizer, columns["prompt_ids"], 1, args.temperature, args.max_new_tokens,
+                         args.rollout_batch_size, greedy=True)  # B rows
         greedy_scores = measures["score"](greedy, columns)["score"] - args.missing_eos_penalty * ~greedy.ended  # (B,)
         baseline = greedy_scores.repeat_interleave(args.k)  # (N,)
         advantages = compute_advantages(rewards, baseline, batch.response_mask)  # (N, T)

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from transformers import get_scheduler, set_seed
 
 from common import classifier_scores, encode, find_gold, load_reward, microbatches
-from plumbing import (add_up, batches, check_args, check_finite, checkpoint, clip_gradients, close, load_classifier,
-                      load_rows, load_tokenizer, log, open_run, parse, pick_device, save, total)
+from plumbing import (add_up, batches, check_args, check_finite, check_positions, checkpoint, clip_gradients, close,
+                      load_classifier, load_rows, load_tokenizer, log, open_run, parse, pick_device, save, total)
 
 
 def compute_loss(chosen, rejected, center):
@@ -148,6 +148,7 @@ def main(args):
     names = ["prompt", "chosen", "rejected"]
     train, test = (load_rows(args, args.dataset, split, tokenizer, names, args.max_length)
                    for split in (args.train_split, args.test_split))
+    check_positions(model, max(train["num_tokens"][:] + test["num_tokens"][:]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
     saved = {"reward": (model, optimizer, scheduler)}  # what checkpoints hold, besides the state
@@ -173,7 +174,7 @@ def main(args):
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{state['metrics']['accuracy']:.3f}", refresh=False)
         if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
             state["metrics"] = metrics = evaluate_pairs(model, tokenizer, test, gold, args)
-            check_finite(step, folder, columns, **metrics)
+            check_finite(step, folder, columns, mean=metrics["mean"], std=metrics["std"])
             log(writer, step, {f"eval/{name}": value for name, value in metrics.items()})
         state["step"] = step
         checkpoint(args, folder, writer, tokenizer, saved, state)

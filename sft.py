@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers import get_scheduler, set_seed
 
 from common import encode, frozen_logprobs, microbatches, token_logprobs
-from plumbing import (batches, check_args, check_finite, checkpoint, clip_gradients, close, load_model, load_rows,
-                      load_tokenizer, log, open_run, parse, pick_device, save, total)
+from plumbing import (batches, check_args, check_finite, check_positions, checkpoint, clip_gradients, close, load_model,
+                      load_rows, load_tokenizer, log, open_run, parse, pick_device, save, total)
 
 
 def compute_loss(logprobs):
@@ -100,6 +100,7 @@ def main(args):
     names = ["prompt", "completion"]
     train = load_rows(args, args.dataset, args.train_split, tokenizer, names, args.max_length)
     columns = load_rows(args, args.dataset, args.test_split, tokenizer, names, args.max_length, args.eval_rows)[:]
+    check_positions(policy, max(train["num_tokens"][:] + columns["num_tokens"]))
     test = encode(tokenizer, columns["prompt_ids"], columns["completion"], device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)

@@ -95,13 +95,13 @@ def body(name):
 # reach every script shows up here.
 DIFFS = {
     "reinforce": 36,
-    "remax": 29,
+    "remax": 30,
     "raft": 28,
     "grpo": 61,
     "reinforce_pp": 93,
     "vanilla_pg": 59,
     "ppo": 109,
-    "dpo": 92,
+    "dpo": 96,
 }
 
 

@@ -33,6 +33,8 @@ def text(prompts, completions, **_):
     return ["good"] * len(completions)
 def none(prompts, completions, **_):
     pass
+def one(prompts, completions, **_):
+    return [1.0] * len(completions)
 """
 
 
@@ -53,6 +55,9 @@ def bad(world, tmp_path_factory):
     (folder / "nothing").mkdir()
     save_policy(folder / "headless", world.tokenizer)
     save_policy(folder / "other", make_tokenizer("x y z".split()))
+    (folder / "spaces.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "   "}))
+    (folder / "strings.jsonl").write_text(json.dumps({"prompt": ["a", "b"]}))
+    (folder / "long.jsonl").write_text(json.dumps({"prompt": "a " * 200, "completion": "b c"}))
     (folder / "list.py").write_text("def rows(split):\n    return [{'prompt': 'a'}]\n")
     (folder / "null.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n')
     save_classifier(folder / "two_labels", world.policy, world.tokenizer, labels=2)
@@ -195,8 +200,23 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
     ),
     (
         {"max_new_tokens": 500},
-        "--max-new-tokens 500: with a prompt of 5 tokens that is more than the 128 positions of the model; "
-        "lower it, or --max-prompt-length",
+        "rows of up to 505 tokens, the response included: more than the 128 positions of the model; lower "
+        "--max-prompt-length, --max-length or --max-new-tokens",
+    ),
+    ({"seed": -1}, "--seed -1: must be from 0 to 4294967294"),
+    ({"rollout_batch_size": 0}, "--rollout-batch-size 0: must be 1 or more"),
+    (
+        {"reward": ("{bad}/rewards.py:one", "{bad}/rewards.py:one")},
+        "--reward: names {bad}/rewards.py:one twice; give it a weight instead",
+    ),
+    (
+        {"dataset": "{bad}/spaces.jsonl"},
+        "dataset {bad}/spaces.jsonl, split train: row [1] has a prompt without tokens",
+    ),
+    (
+        {"dataset": "{bad}/strings.jsonl", "system_prompt": "Be brief."},
+        "dataset {bad}/strings.jsonl, split train: column 'prompt' must hold text, or lists of messages "
+        "with role and content; row 0 does not",
     ),
     ({"reward_weights": (1.0, 2.0)}, "--reward-weights: has 2 numbers for 1 rewards; give one for each"),
     (
@@ -322,6 +342,12 @@ OTHERS = [
         "dataset {bad}/blank.jsonl: has no column 'completion'; it has prompt; name one with --completion-column",
     ),
     (sft, {"dataset": "{bad}/blank2.jsonl"}, "dataset {bad}/blank2.jsonl, split train: row 1 has an empty prompt"),
+    (
+        sft,
+        {"dataset": "{bad}/long.jsonl"},
+        "rows of up to 203 tokens, the response included: more than the 128 positions of the model; lower "
+        "--max-prompt-length, --max-length or --max-new-tokens",
+    ),
     (sft, {"max_length": 1}, "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; allow more"),
     (sft, {"output": "{bad}/used"}, "--output {bad}/used: already holds files; name a new folder, or remove that one"),
     (

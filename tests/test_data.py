@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 from families import save_family
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import DATA_ARGS
+from tiny import CPU, DATA_ARGS
 
 import rloo
 import sft
+from common import encode, load_measures
 from plumbing import load_dataset, load_rows, load_tokenizer, shorten
 
 
@@ -130,10 +131,29 @@ def test_several_rewards_are_weighted_and_logged_by_name(world, tmp_path):
     log = EventAccumulator(str(tmp_path / "run")).Reload()
     for at in ("objective", "eval"):
         value = lambda name: [event.value for event in log.Scalars(f"{at}/{name}")]
-        size, one, classifier = (value(name) for name in ("size", "one", "reward"))
+        size, one, classifier = (value(f"reward/{name}") for name in ("size", "one", "reward"))
         total = value("scores" if at == "objective" else "score")
         assert one == [1.0] * len(total) and len(set(size)) > 1
         assert [0.5 * a - 2 * b + 3 * c for a, b, c in zip(size, one, classifier)] == pytest.approx(total, abs=1e-5)
+
+
+def test_a_reward_may_have_any_name(world, tmp_path):
+    (tmp_path / "a.py").write_text(
+        "def score(completions, **_):\n    return [1.0] * len(completions)\n\n\n"
+        "def kl(completions, **_):\n    return [100.0] * len(completions)\n"
+    )
+    names = (f"{tmp_path}/a.py:score", f"{tmp_path}/a.py:kl")
+    load = SimpleNamespace(
+        reward=names, reward_weights=(1.0, 0.5), gold="none", dataset="", dtype="float32", shard=False,
+        microbatch_tokens=100,
+    )  # fmt: skip
+    measure = load_measures(load, world.tokenizer, CPU)["score"]
+    found = measure(encode(world.tokenizer, [[1]], ["a"], CPU), {"prompt": ["a"]})
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "score": [51.0],
+        "reward/score": [1.0],
+        "reward/kl": [100.0],
+    }
 
 
 def test_sft_learns_from_a_messages_column(qwen, tmp_path):

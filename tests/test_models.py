@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import common
 import rloo
 from common import Batch, decode, eos_ids, rollout, token_logprobs
-from plumbing import load_model, load_tokenizer, prompt_tokens
+from plumbing import load_model, load_tokenizer, prompt_tokens, save
 
 CPU = torch.device("cpu")
 PROMPTS = ["The cat sat", "What is 2 + 3? Natalia sold 48 clips in April.", "走", "please tell me a joke about dogs"]
@@ -136,6 +137,31 @@ def test_every_script_trains_on_a_chat_dataset_and_saves_what_transformers_loads
     plain = pipeline("text-generation", model=saved)
     (answer,) = plain(messages, max_new_tokens=8, do_sample=False, repetition_penalty=1.0)
     assert decode(tokenizer, batch) == [answer["generated_text"][-1]["content"]]
+
+
+def test_a_rollout_in_parts_is_one_batch(folders):
+    policy, tokenizer = load_model(folders["gpt2"], CPU), load_tokenizer(folders["gpt2"])
+    prompt_ids = prompt_tokens(tokenizer, PROMPTS, "test")
+    torch.manual_seed(0)
+    batch = rollout(policy, tokenizer, prompt_ids, 6, 0.9, 24, at_once=12)  # 2 prompts at a time
+    assert len(batch) == 24 and batch.ended.any() and not batch.ended.all()
+    for row in range(24):
+        assert batch.prompts[row][batch.prompt_mask[row]].tolist() == prompt_ids[row // 6]
+    assert (batch.responses[~batch.response_mask] == tokenizer.pad_token_id).all()
+    torch.testing.assert_close(token_logprobs(policy, batch, 0.9).detach(), batch.old_logprobs, rtol=0, atol=2e-4)
+    torch.manual_seed(0)
+    first = rollout(policy, tokenizer, prompt_ids[:2], 6, 0.9, 24)
+    T = first.responses.shape[1]
+    assert torch.equal(first.responses, batch.responses[:12, :T])
+
+
+def test_a_generation_config_that_cannot_be_written_is_replaced(folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.9}))
+    model, tokenizer = load_model(str(tmp_path / "model"), CPU), load_tokenizer(str(tmp_path / "model"))
+    save(tmp_path / "saved", model, tokenizer)
+    assert load_model(str(tmp_path / "saved"), CPU).generation_config.eos_token_id == tokenizer.eos_token_id
 
 
 def test_sampling_settings_of_the_hub_are_ignored_and_every_eos_id_counts(folders):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,43 @@ def test_ranks_that_finish_their_rollouts_at_different_times(world, tmp_path):
     before, after = (load_file(f"{path}/model.safetensors") for path in (model, tmp_path / "run" / "model"))
     assert before.keys() == after.keys()  # the tied head is saved once
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("script", ["reward_model", "sft", "dpo"])
+def test_the_other_scripts_shard_too(script, world, tmp_path):
+    """With evaluations between the checkpoints, which leave a sharded model's root whole."""
+    given = {"model": world.policy, "dataset": world.data, "device": "cpu", "num_updates": 4, "batch_size": 3,
+             "eval_every": 1, "save_every": 1, "output": tmp_path / "run"}  # fmt: skip
+    given |= {"dpo": {"reward": world.reward, "eval_dataset": world.data, "eval_prompts": 3}}.get(script, {})
+    given = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    done = run([*TORCHRUN, f"{script}.py", *given, "--shard"])
+    assert done.returncode == 0, done.stderr
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in saved.values())
+    if script == "reward_model":  # its head has been divided by the rewards' std
+        assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["std"] == pytest.approx(1, abs=1e-3)
+    if script == "dpo":
+        base = ["--reference", world.policy, "--reward", world.reward, "--gold", "none", "--judge", "reward"]
+        base += ["--dataset", world.data, "--device", "cpu", "--k", "2", "--output", str(tmp_path / "evaluation.json")]
+        done = run([*TORCHRUN, "evaluate.py", world.policy, str(tmp_path / "run" / "model"), *base, "--shard"])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote ") == 1
+
+
+def test_sigterm_to_one_process_saves_a_checkpoint(world, tmp_path):
+    command = [*TORCHRUN, "rloo.py", *flags(world, tmp_path, num_updates=5000, eval_every=0, save_every=0)]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)  # fmt: skip
+    while not list((tmp_path / "run").glob("events*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    time.sleep(1)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert "to go on: torchrun --nproc-per-node 2 rloo.py --resume" in output
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert path.name.isdigit() and (path / "checksums.json").is_file()
 
 
 def test_a_process_that_fails_ends_the_run_with_its_error(world, tmp_path):

@@ -174,6 +174,7 @@ def test_what_cannot_go_on_is_refused(copy, world, capsys, tmp_path):
         (lambda: resume(world, copy, seed=2), "--seed 2: the run in"),
         (lambda: resume(world, copy, k=2), "--k 2: the run in"),
         (lambda: resume(world, copy, prompts_per_step=2), "--prompts-per-step 2: the run in"),
+        (lambda: resume(world, copy, num_updates=3), "--num-updates 3: the run in"),
         (lambda: resume(world, copy, output=str(tmp_path / "new")), "--output"),
         (lambda: resume(world, copy, save_every=-1), "--save-every -1"),
         (lambda: resume(world, copy, keep=0), "--keep 0"),
@@ -196,6 +197,8 @@ def test_changed_flags_are_told(copy, world, capsys):
     output = capsys.readouterr().out
     assert "note: --lr was 0.01, and is 0.005 from here on" in output and "--beta was 0.05, and is 0.1" in output
     assert "note: --num-updates was 4, and is 6" in output
+    rates = kill.outcome(copy)["curves"]["policy/lr"]  # linear, to 0 after the last update
+    assert rates[3:] == [(4, pytest.approx(0.01 / 4)), (5, pytest.approx(5e-3 * 2 / 6)), (6, pytest.approx(5e-3 / 6))]
 
 
 def test_flags_that_are_not_given_are_the_runs_own(copy, monkeypatch):
