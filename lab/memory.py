@@ -32,11 +32,11 @@ CONFIGS = {  # the published sizes, so that the table can be made without a netw
     "qwen2.5-0.5b": Qwen2Config(vocab_size=151936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
                                 num_key_value_heads=2, intermediate_size=4864, tie_word_embeddings=True),
 }
-RECIPES = {  # model, is the reward a model too?, tokens of prompt and response
-    "TL;DR, Pythia-1B": ("pythia-1b", True, 512, 53),
-    "TL;DR or HH, Pythia-6.9B": ("pythia-6.9b", True, 512, 128),
-    "HH, Llama-7B": ("llama-7b", True, 512, 128),
-    "GSM8K, Qwen2.5-0.5B": ("qwen2.5-0.5b", False, 256, 300),
+RECIPES = {  # model, is the reward a model too?, responses that are sampled at once, tokens of prompt and response
+    "TL;DR, Pythia-1B": ("pythia-1b", True, 128, 512, 53),
+    "TL;DR or HH, Pythia-6.9B": ("pythia-6.9b", True, 16, 512, 128),
+    "HH, Llama-7B": ("llama-7b", True, 16, 512, 128),
+    "GSM8K, Qwen2.5-0.5B": ("qwen2.5-0.5b", False, 256, 256, 300),
 }
 
 
@@ -51,11 +51,11 @@ def memory(config, critics, frozen, samples, prompt_length, response_length, mic
     """Bytes on each device at the peak, by part.
 
     Args: config (of the policy; critic and reward model are counted as large as it); critics (trained models besides
-    the policy); frozen (models that are only run); samples (responses of one rollout); prompt_length and
-    response_length (tokens, the longest); microbatch_tokens; gradient_checkpointing; bfloat16 (autocast); processes
-    (more than one: --shard).
+    the policy); frozen (models that are only run); samples (responses that a process samples at once); prompt_length
+    and response_length (tokens, the longest); microbatch_tokens; gradient_checkpointing; bfloat16 (autocast);
+    processes (more than one: --shard).
     Returns: dict name -> bytes: "trained", "frozen", "update" (activations and logits of a micro-batch), "rollout"
-    (keys and values of all samples); their sum is an upper bound, since update and rollout are never there at once.
+    (keys and values of the samples). Update and rollout are never there at once.
     """
     parameters = count_parameters(config)
     size = 2 if bfloat16 else 4
@@ -64,18 +64,22 @@ def memory(config, critics, frozen, samples, prompt_length, response_length, mic
     key_values = getattr(config, "num_key_value_heads", heads) * (getattr(config, "head_dim", None) or hidden // heads)
     gated = config.hidden_act in ("silu", "gelu_pytorch_tanh") and config.model_type != "gpt_neox"
     # What each layer keeps per token: its input, two norms, queries, keys, values, attention's result and its
-    # projection (about 8 vectors), and the feed-forward's inner values before and after the activation.
-    layer = (6 * hidden + 2 * key_values + (4 if gated else 2) * inner) * size
-    kept = layers * hidden * size + layer if gradient_checkpointing else layers * layer
+    # projection, and the feed-forward's inner values before and after the activation. Autocast leaves the residual
+    # stream and the norms in float32, beside copies in bfloat16, and keeps a copy of every weight that it has used.
+    vectors = (30 if gated else 20) if bfloat16 else 6 * 4  # bytes for each of the hidden size
+    layer = vectors * hidden + (2 * key_values + (4 if gated else 2) * inner) * size
+    kept = layers * hidden * 4 + layer if gradient_checkpointing else layers * layer
+    embedding = config.vocab_size * hidden
+    used = parameters - embedding
+    copies = 2 * (embedding + (used // layers if gradient_checkpointing else used)) if bfloat16 else 0
     # Logits of the response tokens: as the model gives them, in float32, their softmax, and its gradient.
     share = response_length / (prompt_length + response_length)
     logits = share * config.vocab_size * (size + 3 * 4)
-    mine = -(-samples // processes)
     return {
         "trained": (1 + critics) * 16 * parameters // processes,
         "frozen": frozen * 4 * parameters // processes,
-        "update": int(microbatch_tokens * (kept + logits)),
-        "rollout": mine * (prompt_length + response_length) * 2 * layers * key_values * size,
+        "update": int(microbatch_tokens * (kept + logits)) + copies,
+        "rollout": samples * (prompt_length + response_length) * 2 * layers * key_values * 4,  # float32 in any case
     }
 
 
@@ -93,7 +97,7 @@ class Args:
     reward_function: bool = False
     """the reward is a python function, not a model as large as the policy"""
     samples: int = 64
-    """responses of one rollout (prompts times k)"""
+    """responses that a process samples at once: prompts times k, at most --rollout-batch-size"""
     prompt_length: int = 512
     """tokens of the longest prompt"""
     response_length: int = 128
@@ -113,9 +117,9 @@ class Args:
 def main(args):
     if args.recipes:
         print("| | parameters | RLOO, 1 GPU | PPO, 1 GPU | RLOO, 8 GPUs | PPO, 8 GPUs |\n|---|---|---|---|---|---|")
-        for name, (model, reward, prompt, response) in RECIPES.items():
+        for name, (model, reward, samples, prompt, response) in RECIPES.items():
             config = CONFIGS[model]
-            peaks = [total(memory(config, critics, 1 + reward, 64, prompt, response, 8192, True, True, gpus))
+            peaks = [total(memory(config, critics, 1 + reward, samples, prompt, response, 8192, True, True, gpus))
                      for gpus in (1, 8) for critics in (0, 1)]
             cells = [f"{peak / 1e9:.0f} GB" for peak in peaks]
             print(f"| {name} | {count_parameters(config) / 1e9:.2f} B | {' | '.join(cells)} |")

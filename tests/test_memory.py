@@ -39,13 +39,14 @@ def test_weights_gradients_and_adam_are_exact(family):
     assert lab.memory(CONFIGS[family], 1, 1, 1, 1, 1, processes=4)["trained"] == found // 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_activations_are_estimated_within_a_quarter(family, checkpointing, tmp_path):
+def test_activations_are_estimated_within_a_quarter(family, checkpointing, dtype, tmp_path):
     """Measured: the bytes of all tensors that autograd saves in one micro-batch, each storage once, without weights."""
     AutoModelForCausalLM.from_config(CONFIGS[family]).save_pretrained(tmp_path)
     neox()[0].save_pretrained(tmp_path)  # any tokenizer
-    model = load_model(str(tmp_path), torch.device("cpu"), gradient_checkpointing=checkpointing)
+    model = load_model(str(tmp_path), torch.device("cpu"), dtype, gradient_checkpointing=checkpointing)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 
@@ -60,7 +61,10 @@ def test_activations_are_estimated_within_a_quarter(family, checkpointing, tmp_p
         token_logprobs(model, batch(*shape), 0.7)
     found = sum(storage.nbytes() for storage in saved.values())
     tokens = shape[0] * (shape[1] + shape[2])
-    estimate = lambda checkpointing: lab.memory(CONFIGS[family], 0, 0, *shape, tokens, checkpointing)["update"]
+    bfloat16 = dtype == "bfloat16"
+    estimate = lambda checkpointing: lab.memory(CONFIGS[family], 0, 0, *shape, tokens, checkpointing, bfloat16)[
+        "update"
+    ]
     if checkpointing:  # the estimate has one layer more, which is there when the backward pass runs it again
         assert found < estimate(True) < estimate(False)
     else:
