@@ -582,6 +582,7 @@ def open_run(args, script, saved):
         # Points that a run has logged after the checkpoint at which it goes on would be there twice: TensorBoard
         # forgets them.
         writer = SummaryWriter(folder, purge_step=state["step"] + 1 if state else None)
+        threading.excepthook = lambda failure: None  # where the log's thread fails, `log` will say so
         if not state:
             writer.add_text("hyperparameters", table(["flag", "value"], settings.items()))
         print(f"goes on after update {state['step']}" if state else f"logs and model go to {folder}")
@@ -680,10 +681,10 @@ def checkpoint(args, folder, writer, tokenizer, saved, state):
     contents = {"state": state, "random": random_states(), "optimizers": optimizers, "schedules": schedules}
     base = folder / "checkpoints"
     new = base / "unfinished"
-    if writer:
-        writer.flush()
-        shutil.rmtree(new, ignore_errors=True)
     with readable_failure(f"checkpoint of update {step}", new):
+        if writer:
+            writer.flush()
+            shutil.rmtree(new, ignore_errors=True)
         for name, (model, _, _) in saved.items():
             write_model(new / name, model, tokenizer)
         if writer:
@@ -764,8 +765,9 @@ def table(header, rows):
 
 
 def log(writer, step, metrics):
-    for name, value in metrics.items() if writer else []:
-        writer.add_scalar(name, float(value), step)
+    with readable_failure("log"):
+        for name, value in metrics.items() if writer else []:
+            writer.add_scalar(name, float(value), step)
 
 
 def show(bar, metrics):
@@ -900,12 +902,12 @@ def set_optimizer_state(model, optimizer, state):
 
 
 @contextmanager
-def readable_failure(what, unfinished):
+def readable_failure(what, unfinished=None):
     """A full disk or the like ends the run with one line, and what was half written is removed."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        if processes()[0] == 0:
+        if unfinished and processes()[0] == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         stop(f"the {what} cannot be written ({one_line(error)}); what was saved before is whole: make room, and go on "
              "with --resume", code=1)
