@@ -146,7 +146,10 @@ def log_softmax(logits, temperature):
 
 
 def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None, greedy=False):
-    """`sample` for all prompts, with at most `at_once` responses (by default all) in each process at a time."""
+    """Like `sample`, in parts: at most `at_once` responses (by default all) in each process at a time.
+
+    Returns: Batch of N = B * k rows, prompt-major.
+    """
     size = max(1, (at_once or k * len(prompt_ids)) // k) * processes()[1]  # prompts
     parts = [sample(policy, tokenizer, prompt_ids[i : i + size], k, temperature, max_new_tokens, greedy)
              for i in range(0, len(prompt_ids), size)]

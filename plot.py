@@ -2,8 +2,9 @@
 
     python plot.py runs/rloo-seed* --output curves.png
 
-Runs that differ in nothing but the seed (and the output) are one curve: the mean, and a band of one standard
-deviation (not against the KL). Every metric (--y) is drawn against every x-axis (--x).
+Runs that differ in nothing but the seed (and in what does not change the result, such as the output) are one curve:
+the mean, and a band of one standard deviation (not against the KL). Every metric (--y) is drawn against every x-axis
+(--x).
 """
 
 import json
@@ -22,7 +23,7 @@ from plumbing import require
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-UNSEEN = {"seed", "output", "resume", "save_every", "keep", "device", "processes"}  # make no other curve
+UNSEEN = {"seed", "output", "resume", "save_every", "keep", "device", "nproc_per_node"}  # make no other curve
 AXES = {"updates": None, "samples": "time/samples", "seconds": "time/seconds", "kl": "eval/kl"}
 
 

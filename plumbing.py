@@ -106,6 +106,7 @@ def total(value):
 
 
 def own_device():
+    """Where the tensors must lie that the processes exchange."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
@@ -528,11 +529,11 @@ def parse(Args):
         return tyro.cli(Args)
     folder = flags[flags.index("--resume") + 1]
     settings = read_settings(folder)
-    unknown = settings.keys() - {field.name for field in fields(Args)} - {"script", "processes"}
+    unknown = settings.keys() - {field.name for field in fields(Args)} - {"script", "nproc_per_node"}
     require(not unknown, f"--resume {folder}: is a run of {settings['script']}.py, which has other flags "
                          f"({', '.join(sorted(unknown)[:3])})")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    del values["script"], values["processes"]
+    del values["script"], values["nproc_per_node"]
     return tyro.cli(Args, default=Args(**values | {"resume": folder, "output": None}))
 
 
@@ -542,7 +543,7 @@ def read_settings(folder):
     require(path.is_file(), f"--resume {folder}: is not a run folder (it has no args.json)")
     try:
         settings = json.loads(path.read_text())
-        assert isinstance(settings["script"], str) and isinstance(settings["processes"], int)
+        assert isinstance(settings["script"], str) and isinstance(settings["nproc_per_node"], int)
     except Exception:
         stop(f"--resume {folder}: args.json is damaged; without it the run cannot go on")
     return settings
@@ -557,7 +558,7 @@ def open_run(args, script, saved):
     has a writer (the others: None) and writes files.
     """
     first = processes()[0] == 0
-    settings = {"script": script, **asdict(args), "resume": None, "processes": processes()[1]}
+    settings = {"script": script, **asdict(args), "resume": None, "nproc_per_node": processes()[1]}
     if args.resume:
         folder = Path(args.resume)
         old = read_settings(folder)
@@ -595,7 +596,7 @@ FREE = {  # and those that may, with one; the others say what is learned from, a
     "num_updates", "lr", "critic_lr", "lr_schedule", "warmup_updates", "max_grad_norm", "beta", "clip", "value_clip",
     "microbatch_tokens", "gradient_checkpointing", "dtype", "eval_every", "eval_prompts", "eval_rows",
     "eval_batch_size", "gold", "max_new_tokens", "missing_eos_penalty", "weight_decay", "rollout_batch_size",
-    "processes",
+    "nproc_per_node",
 }
 
 
@@ -613,8 +614,7 @@ def compare_settings(folder, old, new):
             print(f"note: {flag} was {old.get(name)}, and is {new[name]} from here on")
 
 
-# What has been asked of the run by SIGTERM or Ctrl-C: the signal's number, once it has come.
-asked_to_stop = []
+asked_to_stop = []  # the number of the signal that has come, SIGTERM or Ctrl-C
 
 
 def listen():
@@ -643,6 +643,7 @@ def random_states():
 
 
 def set_random_states(states):
+    """Go on from what `random_states` returned."""
     torch.set_rng_state(states["torch"])
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -765,6 +766,7 @@ def table(header, rows):
 
 
 def log(writer, step, metrics):
+    """Write numbers (dict name -> number) to TensorBoard's log, in the process that has a writer."""
     with readable_failure("log"):
         for name, value in metrics.items() if writer else []:
             writer.add_scalar(name, float(value), step)
@@ -777,6 +779,7 @@ def show(bar, metrics):
 
 
 def log_evaluation(writer, step, evaluation):
+    """Write the means of what `evaluate` returns to TensorBoard's log."""
     log(writer, step, {f"eval/{name}": value.mean() for name, value in evaluation[0].items()})
 
 
@@ -791,7 +794,7 @@ def close(writer):
         dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # the ordinary way out, through the destructors of torch's threads, aborts in one run of ten
+        os._exit(0)  # the ordinary way out, through the destructors of torch's threads, aborted 3 of 25 runs
 
 
 def check_finite(step, folder, columns, **values):
@@ -809,8 +812,8 @@ def check_finite(step, folder, columns, **values):
                 rows = (~torch.isfinite(value.view(len(prompts), k, -1))).flatten(1).any(1).tolist()  # B
                 prompts = [prompt for prompt, odd in zip(prompts, rows) if odd]
             if processes()[0] == 0:
-                report = {"update": step, "not finite": name, "prompts": prompts}
-                (folder / "not_finite.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+                found = {"update": step, "not finite": name, "prompts": prompts}
+                (folder / "not_finite.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
             stop(f"update {step}: {name} is not finite ({float(value.float().sum())}), so the run ends here; the "
                  f"checkpoints in {folder} are from before, and the prompts are in not_finite.json there; try a "
                  "smaller --lr or --max-grad-norm, and look at the rewards", code=1)
@@ -854,6 +857,7 @@ def report(folder, dataset, before, after):
 
 
 def is_sharded(model):
+    """Whether the weights are spread over the processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
@@ -890,11 +894,13 @@ def read_model(folder, model):
 
 
 def optimizer_state(model, optimizer):
+    """The optimizer's whole state on the CPU; all processes must call it, since each may hold a part of it."""
     reshard(model)
     return get_optimizer_state_dict(model, optimizer, options=WHOLE) if is_sharded(model) else optimizer.state_dict()
 
 
 def set_optimizer_state(model, optimizer, state):
+    """Give each process its part of what `optimizer_state` returned."""
     if is_sharded(model):
         set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
     else:

@@ -182,11 +182,11 @@ def main(args):
     with torch.no_grad():
         model.score.weight /= state["metrics"]["std"]
     metrics = evaluate_pairs(model, tokenizer, test, gold, args)
+    save(folder / "model", model, tokenizer)
     if writer:
         print("\n" + "\n".join(f"{name:<16}{value:>8.3f}" for name, value in metrics.items()))
         (folder / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"\nreward model and logs are in {folder}")
-    save(folder / "model", model, tokenizer)
     close(writer)
     return model
 

@@ -123,7 +123,7 @@ class Args:
     seed: int = 1
     """of the order of the prompts and of the sampling"""
     output: str | None = None
-    """run folder: args.json, TensorBoard logs, model/; by default runs/<script>-seed<seed>-<time>"""
+    """run folder: args.json, TensorBoard logs, model/, checkpoints/; by default runs/<script>-seed<seed>-<time>"""
     save_every: int = 10
     """updates between two checkpoints; 0 writes one only at the end, or where SIGTERM or Ctrl-C ends the run"""
     keep: int = 2

@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from families import save_family
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import CPU, DATA_ARGS
@@ -164,6 +165,4 @@ def test_sft_learns_from_a_messages_column(qwen, tmp_path):
     flags = dict(model=qwen, dataset=str(path), num_updates=30, batch_size=4, lr=1e-2, warmup_updates=0, device="cpu")
     policy = sft.main(sft.Args(**flags, output=str(tmp_path / "run")))
     ids = load_rows(args(), str(path), "train", load_tokenizer(qwen), ["prompt"], 100)[0]["prompt_ids"]
-    import torch
-
     assert policy(torch.tensor([ids])).logits[0, -1].argmax() == load_tokenizer(qwen)("5")["input_ids"][0]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_policy
 
 import plumbing
 import rloo
@@ -183,8 +184,6 @@ def test_what_cannot_go_on_is_refused(copy, world, capsys, tmp_path):
 
 
 def test_another_model_shape_is_refused(copy, world, capsys, tmp_path):
-    from tiny import save_policy
-
     other = save_policy(tmp_path / "other", world.tokenizer, hidden=8)
     settings = json.loads((copy / "args.json").read_text())
     (copy / "args.json").write_text(json.dumps(settings | {"model": other}))
