@@ -1,0 +1,267 @@
+"""Every script's own `main` against a second implementation, tests/helpers/oracle.py, in float64.
+
+Given rollouts of several prompts with responses that end early, late and never, sampled from another policy. Compared:
+the gradient of every optimizer step, of policy and critic, the weights in the end, and every logged number.
+"""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import loop, oracle, small_world
+
+INF = float("inf")
+HERE = f"{loop.ROOT}/tests/helpers/small_world.py"
+BASE = dict(
+    model=f"{HERE}:policy",
+    reference=f"{HERE}:reference",
+    critic=f"{HERE}:critic",
+    reward=(f"{HERE}:reward",),
+    gold="none",
+    dataset=f"{HERE}:prompts",
+    device="cpu",
+    k=3,
+    beta=0.3,
+    temperature=0.7,
+    lr=0.02,
+    critic_lr=0.03,
+    num_updates=3,
+    prompts_per_step=3,
+    max_new_tokens=6,
+    missing_eos_penalty=0.5,
+    microbatch_tokens=40,
+    eval_prompts=3,
+    eval_every=2,
+    save_every=0,
+    seed=2,
+)
+PAIRS = dict(dataset=f"{HERE}:pairs", eval_dataset=f"{HERE}:prompts", batch_size=3)
+
+# The flags of each run. Every flag that changes the algorithm has two values at least: the default or that of BASE, and
+# another one.
+EVERY_SCRIPT = [  # of rloo, reinforce, remax, grpo, reinforce_pp, vanilla_pg, ppo and raft
+    {},
+    {"beta": 0.0, "missing_eos_penalty": 0.0, "microbatch_tokens": 1},
+    {"temperature": 1.0, "max_grad_norm": 1e9, "microbatch_tokens": 10_000, "k": 2, "eval_every": 0},
+    {"lr_schedule": "cosine", "warmup_updates": 1, "num_updates": 4, "max_grad_norm": 0.1},
+    {"lr_schedule": "constant", "reward": (f"{HERE}:reward", f"{HERE}:brevity"), "reward_weights": (0.5, -2.0)},
+]
+ONE_RESPONSE = {"k": 1, "prompts_per_step": 4}
+STEPS = [
+    {"minibatches": 1, "epochs": 2},
+    {"minibatches": 2, "epochs": 2},
+    {"minibatches": 4, "lr": 0.2, "critic_lr": 0.2},
+    {"clip": 0.05, "minibatches": 3, "max_grad_norm": 1e9},
+    {"clip": INF, "minibatches": 2},
+]
+CASES = {
+    "rloo": [],
+    "reinforce": [
+        ONE_RESPONSE,
+        {"baseline": "none"},
+        {"window": 2, "num_updates": 5},
+        {"baseline": "ema", "num_updates": 4},
+        {"baseline": "ema", "decay": 0.3, "num_updates": 4},
+    ],
+    "remax": [ONE_RESPONSE],
+    "grpo": [*STEPS, {"scale_std": False}, {"length_mean": False}, {"scale_std": False, "length_mean": False}],
+    "reinforce_pp": [
+        *STEPS,
+        ONE_RESPONSE,
+        {"normalize_scores": False},
+        {"whiten": False},
+        {"clip_scores": 0.5},
+        {"normalize_scores": False, "whiten": False},
+        {"reward": (f"{HERE}:constant",), "whiten": False, "missing_eos_penalty": 0.0},
+        {"baseline": "group"},
+        {"baseline": "group", "whiten": False, "minibatches": 1},
+        {"baseline": "group", "beta": 0.0, "minibatches": 3, "epochs": 2},
+    ],
+    "vanilla_pg": [ONE_RESPONSE, {"critic_lr": 0.2}],
+    "ppo": [
+        *STEPS,
+        ONE_RESPONSE,
+        {"whiten": False},
+        {"lam": 0.5, "gamma": 0.9},
+        {"lam": 0.0, "whiten": False},
+        {"lam": 1.0, "whiten": False, "clip": INF, "value_clip": INF},
+        {"value_clip": 0.02, "epochs": 2, "critic_lr": 0.2},
+        {"value_clip": INF, "epochs": 2},
+        {"k": 1, "prompts_per_step": 1, "max_new_tokens": 1, "minibatches": 1},
+    ],
+    "raft": [{"rank_by": "score", "beta": 2.0}, {"beta": 2.0}],
+}
+RUNS = [(name, flags) for name, more in CASES.items() for flags in [*EVERY_SCRIPT, *more]]
+RUNS += [("dpo", PAIRS | flags) for flags in [
+    {},
+    {"beta": 1.0, "temperature": 1.0, "microbatch_tokens": 1},
+    {"max_grad_norm": 0.01, "batch_size": 5, "lr_schedule": "cosine", "warmup_updates": 1},
+    {"lr": 0.2, "lr_schedule": "constant", "max_grad_norm": 1e9, "microbatch_tokens": 10_000},
+]]  # fmt: skip
+RUNS += [("sft", PAIRS | flags) for flags in [
+    {"eval_rows": 2, "eval_every": 1},
+    {"lr_schedule": "linear", "warmup_updates": 2, "weight_decay": 0.1, "max_grad_norm": 0.1, "num_updates": 4},
+    {"lr_schedule": "constant", "max_grad_norm": 1e9, "microbatch_tokens": 1, "batch_size": 5},
+]]  # fmt: skip
+RUNS += [("reward_model", PAIRS | {"model": f"{HERE}:critic"} | flags) for flags in [
+    {"eval_every": 1},
+    {"center": 0.5, "gold": f"{HERE}:brevity", "eval_every": 1, "microbatch_tokens": 1, "num_updates": 4},
+    {"lr_schedule": "linear", "warmup_updates": 2, "weight_decay": 0.1, "max_grad_norm": 0.1},
+]]  # fmt: skip
+
+
+def given_rollout(update, prompt_ids, args, greedy):
+    """The same Rows for the script and for the oracle."""
+    policy, tokenizer = small_world.old_policy()
+    words = [i for i in range(len(tokenizer)) if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
+    k, seed = (1, f"greedy {update}") if greedy else (args.k, update)
+    return loop.random_responses(policy, words, tokenizer.eos_token_id, k, args.temperature, args.max_new_tokens, seed,
+                                 prompt_ids)  # fmt: skip
+
+
+def score(rows, examples, reward):
+    """Put the values of the reward functions into the Rows; `examples` are the dataset's rows, one for each."""
+    tokenizer = small_world.tokenizer()
+    for row, example in zip(rows, examples, strict=True):
+        text = " ".join(tokenizer.convert_ids_to_tokens([i for i in row.response if i > tokenizer.eos_token_id]))
+        for name in (spec.rpartition(":")[2] for spec in reward):
+            function = getattr(small_world, name)
+            row.parts[name] = function(prompts=[example["prompt"]], completions=[text], bonus=[example["bonus"]])[0]
+    return rows
+
+
+def encoded(example, column):
+    """A given response as a Row, as if it had been sampled: with its EOS."""
+    tokenizer = small_world.tokenizer()
+    response = tokenizer(example[column])["input_ids"] + [tokenizer.eos_token_id]
+    return oracle.Row(tokenizer(example["prompt"])["input_ids"], response, True, [0.0] * len(response), {})
+
+
+def updates_of(name, seen):
+    """What the oracle is to be given for each update, from the order of the data that the script drew."""
+    args, dataset = seen.args, small_world.pairs("train")
+    size = args.batch_size if hasattr(args, "batch_size") else args.prompts_per_step
+    stream = itertools.chain(*(order for order in seen.orders if len(order) == len(dataset)))
+    examples = [[dataset[i] for i in itertools.islice(stream, size)] for _ in range(args.num_updates)]
+    if name in ("dpo", "reward_model"):
+        return [{"pairs": [(encoded(row, "chosen"), encoded(row, "rejected")) for row in rows]} for rows in examples]
+    if name == "sft":
+        return [{"rows": [encoded(row, "completion") for row in rows]} for rows in examples]
+    repeat = lambda rows, k: [row for row in rows for _ in range(k)]
+    updates, tokenizer = [], small_world.tokenizer()
+    orders = iter([order for order in seen.orders if len(order) == size * args.k != len(dataset)])
+    for number, rows in enumerate(examples):
+        prompt_ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+        assert seen.rollouts[number] == prompt_ids
+        update = {"rows": score(given_rollout(number, prompt_ids, args, False), repeat(rows, args.k), args.reward)}
+        if name == "remax":
+            update["greedy"] = score(given_rollout(number, prompt_ids, args, True), rows, args.reward)
+        if getattr(args, "minibatches", 1) > 1:
+            update["orders"] = [next(orders) for _ in range(args.epochs)]
+        updates.append(update)
+    return updates
+
+
+def assert_close(found, expected, what, tolerance=1e-9):
+    assert len(found) == len(expected), what
+    for a, b in zip(found, expected):
+        a, b = (torch.cat([torch.zeros(0), *(t.double().flatten() for t in x if t is not None)]) for x in (a, b))
+        assert a.shape == b.shape, what
+        assert (a - b).abs().max() < tolerance * max(1, b.abs().max()), what
+
+
+COUNTS = {"rollout/length", "rollout/eos_rate", "objective/frac_reward_zero_std", "rewards/accuracies", "accuracy",
+          "gold_accuracy"}  # in float32
+
+
+def assert_same_numbers(found, expected, what, rel=1e-9):
+    for name, value in expected.items():
+        close = pytest.approx(value, rel=max(rel, 1e-7 * (name in COUNTS)), abs=rel)
+        same = math.isnan(found[name]) if math.isnan(value) else found[name] == close
+        assert same, f"{what}, {name}: {found[name]} instead of {value}"
+
+
+def compare(name, seen):
+    """Hold what a script's main has done against the oracle, which trains from the same weights on the same rows."""
+    args = seen.args
+    policy, reference = small_world.policy()[0], small_world.reference()[0]
+    critic = small_world.critic()[0]
+    trained = critic if name == "reward_model" else policy
+    steps, metrics = oracle.train(name, args, updates_of(name, seen), trained, reference, critic)
+    both = ["policy", "critic"] if name in ("vanilla_pg", "ppo") else ["policy"]
+    assert len(seen.steps) == len(both)
+    for kind, found in zip(both, seen.steps):
+        assert_close(found, [step[kind] for step in steps], f"{name}: gradients of the {kind}")
+    for model, found in zip((trained, critic), seen.models):
+        expected = list(model.parameters())
+        if name == "reward_model":  # its head has been divided by the rewards' std in the end
+            std = seen.evaluations[args.num_updates]["std"] if seen.evaluations else expected[-1].norm() / found[-1].norm()
+            expected[-1] = expected[-1] / std
+        # Adam divides a gradient by its size, even one that is nothing but rounding errors (of the keys' biases).
+        assert_close([found], [expected], f"{name}: weights in the end", tolerance=1e-7)
+    if seen.metrics:  # of several processes only the first one logs
+        assert len(seen.metrics) == args.num_updates
+        times = {"time/seconds", "time/tokens_per_second"}
+        for update, (found, expected) in enumerate(zip(seen.metrics, metrics), 1):
+            assert found.keys() - times == expected.keys(), f"{name}: the logged metrics"
+            assert_same_numbers(found, expected, f"{name}, update {update}")
+
+
+def compare_evaluations(name, seen):
+    """The held-out numbers: of the RL scripts and DPO from what each evaluation sampled, of the others computed anew."""
+    args, (policy, tokenizer) = seen.args, small_world.policy()
+    if name in ("sft", "reward_model"):
+        data = small_world.pairs("test")
+        with torch.no_grad():
+            for parameter, weight in zip(policy.parameters(), seen.models[0]):
+                parameter.copy_(weight)
+    if name == "sft":
+        rows = [encoded(example, "completion") for example in list(data)[: args.eval_rows]]
+        return assert_same_numbers(seen.evaluations[args.num_updates], {"perplexity": oracle.perplexity(policy, rows)},
+                                   "sft, evaluation")  # fmt: skip
+    if name == "reward_model":
+        model = small_world.critic()[0]
+        for parameter, weight in zip(model.parameters(), seen.models[0]):
+            parameter.data.copy_(weight)
+        found = seen.evaluations[args.num_updates]
+        model.score.weight.data *= found["std"]  # which has been divided by it after the last evaluation
+        sides = [[oracle.classifier_score(model, encoded(row, side)) for row in data] for side in ("chosen", "rejected")]
+        golds = [small_world.brevity(data[side]) for side in ("chosen", "rejected")] if args.gold != "none" else None
+        expected = oracle.pair_metrics(list(zip(*sides)), golds and list(zip(*golds)))
+        assert found.keys() == expected.keys()
+        return assert_same_numbers(found, expected, "reward_model, evaluation")
+    examples, reference = list(small_world.prompts("test")), small_world.reference()[0]
+    every = args.eval_every or args.num_updates
+    steps = sorted({0, args.num_updates, *range(every, args.num_updates, every)})
+    assert list(seen.evaluations) == steps and len(seen.samples) == len(steps)
+    weights = args.reward_weights or [1.0] * len(args.reward)
+    total = lambda row: sum(weight * part for weight, part in zip(weights, row.parts.values()))
+    for step, batch in zip(steps, seen.samples):
+        rows = score(loop.as_rows(batch), examples, args.reward)
+        opponents = score([encoded(example, "completion") for example in examples], examples, args.reward)
+        expected = oracle.evaluation(policy, reference, rows, args, [*map(total, rows)], [*map(total, opponents)])
+        if len(args.reward) > 1:
+            expected |= {f"reward/{part}": oracle.mean([row.parts[part] for row in rows]) for part in rows[0].parts}
+        assert seen.evaluations[step].keys() == expected.keys()
+        what = f"{name}, evaluation after update {step}"
+        assert_same_numbers(seen.evaluations[step], expected, what, rel=1e-6)  # kept in float32
+        if step == args.num_updates:
+            for parameter, weight in zip(policy.parameters(), seen.models[0]):
+                parameter.data.copy_(weight)
+        if step in (0, args.num_updates):  # sampled from the policy of that moment, at the flags' temperature
+            for row in rows:
+                logprobs = loop.token_logprobs(policy, row.prompt, row.response, args.temperature)
+                assert row.old_logprobs == pytest.approx(logprobs, abs=1e-9)
+
+
+@pytest.mark.parametrize("name, flags", RUNS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(RUNS)])
+def test_main_does_what_the_second_implementation_does(name, flags, tmp_path):
+    with loop.float64():
+        seen = loop.record(name, tmp_path / "run", given_rollout, **BASE | flags)
+        compare(name, seen)
+        compare_evaluations(name, seen)
