@@ -93,9 +93,13 @@ def positions(mask):
 
 
 def minibatches(n, epochs, count):
-    """Yield index tensors: `epochs` times the numbers 0 ... n - 1, each time in a new order and in `count` parts."""
+    """Yield index tensors: `epochs` times the numbers 0 ... n - 1, each time in a new order and in `count` parts.
+
+    The parts differ by one row at most. A single part needs no new order, and draws no random numbers.
+    """
     for _ in range(epochs):
-        yield from torch.randperm(n).chunk(count)
+        rows = torch.randperm(n) if count > 1 else torch.arange(n)
+        yield from rows.tensor_split(count)
 
 
 def microbatches(max_tokens, *groups, rows=None):

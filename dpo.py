@@ -28,8 +28,9 @@ from tqdm import tqdm
 from transformers import get_scheduler, set_seed
 
 from common import encode, evaluate, frozen_logprobs, load_measures, microbatches, rehearse, token_logprobs
-from plumbing import (batches, check_args, check_finite, checkpoint, clip_gradients, close, load_model, load_reference,
-                      load_rows, load_tokenizer, log, log_evaluation, open_run, parse, pick_device, report, save, total)
+from plumbing import (add_up, batches, check_args, check_finite, checkpoint, clip_gradients, close, load_model,
+                      load_reference, load_rows, load_tokenizer, log, log_evaluation, open_run, parse, pick_device,
+                      report, save, total)
 
 
 def compute_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs, beta):
@@ -139,7 +140,7 @@ def main(args):
     set_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
-    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype, args.shard)
+    reference = load_reference(args, tokenizer, device)
     measures = load_measures(args, tokenizer, device)  # "score", and "gold" if there is one: both only measured
     names, length = ["prompt", "chosen", "rejected"], args.max_prompt_length
     train = load_rows(args, args.dataset, args.train_split, tokenizer, names, args.max_length)
@@ -186,6 +187,7 @@ def main(args):
 
         # 6. log
         elapsed = time.perf_counter() - start
+        chosen_rewards, rejected_rewards = add_up(chosen_rewards), add_up(rejected_rewards)  # of all processes
         state["step"] = step
         state["samples"] += 2 * len(chosen)
         state["seconds"] += elapsed
@@ -196,6 +198,7 @@ def main(args):
             "rewards/accuracies": (chosen_rewards > rejected_rewards).float().mean(),
             "policy/loss": loss,
             "policy/grad_norm": grad_norm,
+            "policy/grad_clipped": grad_norm > args.max_grad_norm,
             "policy/lr": lr,
             "time/samples": state["samples"],
             "time/seconds": state["seconds"],

@@ -147,7 +147,7 @@ def main(args):
     for name in (*args.policies, args.against):
         same = name is None or load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
         require(same, f"policy {name}: has another vocabulary than --reference {args.reference}; evaluate it apart")
-    reference = load_reference(args.reference, tokenizer, device, args.dtype, args.shard)
+    reference = load_reference(args, tokenizer, device)
     measures = load_measures(args, tokenizer, device)
     if judge == "judge":
         by = load_reward(args.judge, tokenizer, device, args.dtype, args.microbatch_tokens, args.shard)

@@ -175,7 +175,7 @@ def main(args):
     set_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
-    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype, args.shard)
+    reference = load_reference(args, tokenizer, device)
     measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
     length = args.max_prompt_length
     train = load_rows(args, args.dataset, args.train_split, tokenizer, ["prompt"], length)
@@ -213,7 +213,7 @@ def main(args):
         advantages = compute_advantages(rewards, args.k, args.scale_std)  # (N,)
 
         # 5. update: several steps, each on a part of the batch, which goes through the model in micro-batches
-        clipped = 0
+        clipped = grad_clipped = 0
         for minibatch in minibatches(len(batch), args.epochs, args.minibatches):  # row numbers
             loss = 0.0
             optimizer.zero_grad()
@@ -226,6 +226,7 @@ def main(args):
                 loss += policy_loss.item() / len(minibatch)
                 clipped += outside.item()
             loss, grad_norm = total(loss), clip_gradients(policy, args.max_grad_norm)
+            grad_clipped += (grad_norm > args.max_grad_norm) / (args.epochs * args.minibatches)
             check_finite(step, folder, columns, loss=loss, grad_norm=grad_norm)
             optimizer.step()
         lr = scheduler.get_last_lr()[0]
@@ -241,6 +242,7 @@ def main(args):
             "policy/loss": loss,
             "policy/clipfrac": total(clipped) / (args.epochs * batch.response_mask.sum()),
             "policy/grad_norm": grad_norm,
+            "policy/grad_clipped": grad_clipped,
             "policy/lr": lr,
             "time/samples": state["samples"],
             "time/seconds": state["seconds"],

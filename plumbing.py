@@ -295,12 +295,17 @@ def load_frozen_classifier(name, device, dtype, shard):
     return load_classifier(name, device, dtype, shard).requires_grad_(False)
 
 
-def load_reference(name, tokenizer, device, dtype="float32", shard=False):
-    """The frozen policy that the KL is measured to; it must have the vocabulary of `tokenizer`, the policy's."""
-    require(".py:" not in name, f"reference {name}: must be a hub name or a folder; a function would make new weights")
+def load_reference(args, tokenizer, device):
+    """The frozen policy that the KL is measured to: args.reference, or where that is None args.model.
+
+    It must have the vocabulary of `tokenizer`, the policy's.
+    """
+    name = args.reference or args.model
+    require(args.reference or ".py:" not in name,
+            f"model {name}: a function may return other weights when it is called again; name the --reference too")
     same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
     require(same, f"reference {name}: has another vocabulary than the policy, so there is no KL between them")
-    return load_model(name, device, dtype, shard).requires_grad_(False)
+    return load_model(name, device, args.dtype, args.shard).requires_grad_(False)
 
 
 def load_classifier(name, device, dtype="float32", shard=False, gradient_checkpointing=False, new_head=False):
@@ -938,7 +943,7 @@ def save(folder, model, tokenizer):
 def stop(message, code=2):
     """End the program with one line on standard error and the exit code (2: a mistake on the command line)."""
     if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(2)  # the first process tells what all have noticed, and torchrun then ends the others
+        time.sleep(10)  # the first process reports what all have noticed, and torchrun then ends the others
     tqdm.write(f"error: {message}", file=sys.stderr)  # which clears a progress bar first
     raise SystemExit(code)
 
@@ -970,6 +975,9 @@ def check_args(args):
                  "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "k", "epochs", "minibatches",
                  "keep", "rollout_batch_size"):
         check(name, lambda value: value >= 1, "must be 1 or more")
+    if "minibatches" in values:
+        responses = args.prompts_per_step * args.k
+        check("minibatches", lambda value: value <= responses, f"a rollout has only {responses} responses to divide")
     check("temperature", lambda value: 0 < value < float("inf"), "must be above 0, and finite")
     for name in ("clip", "value_clip", "clip_scores"):
         check(name, lambda value: value > 0, 'must be above 0 ("inf" switches it off)')

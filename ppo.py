@@ -51,8 +51,13 @@ def compute_advantages(rewards, values, response_mask, gamma, lam):
 
 
 def whiten_advantages(advantages, response_mask):
-    """Mean 0 and std 1 over all real tokens of the batch. Args: both (N, T). Returns: (N, T), 0 where masked."""
-    tokens = advantages[response_mask]
+    """Mean 0 and std 1 (n - 1 in its denominator) over all n real tokens of the batch; 0 where they are all equal.
+
+    Args: advantages and response_mask (N, T). Returns: (N, T), 0 where masked.
+    """
+    tokens = advantages[response_mask]  # (n,)
+    if tokens.amax() == tokens.amin():  # a single token, for instance: there is no std to divide by
+        return torch.zeros_like(advantages)
     return (advantages - tokens.mean()) / (tokens.std() + 1e-8) * response_mask
 
 
@@ -196,7 +201,7 @@ def main(args):
     set_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
-    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype, args.shard)
+    reference = load_reference(args, tokenizer, device)
     critic = load_critic(args, tokenizer, device)
     measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
     length = args.max_prompt_length
@@ -240,7 +245,7 @@ def main(args):
             advantages = whiten_advantages(advantages, batch.response_mask)  # (N, T)
 
         # 5. update: several steps, each on a part of the batch, which goes through the model in micro-batches
-        clipped = 0
+        clipped = grad_clipped = 0
         for minibatch in minibatches(len(batch), args.epochs, args.minibatches):  # row numbers
             loss = value_loss = 0.0
             optimizer.zero_grad()
@@ -257,6 +262,7 @@ def main(args):
                 value_loss += part.item()
             loss, grad_norm = total(loss), clip_gradients(policy, args.max_grad_norm)
             value_loss, critic_grad_norm = total(value_loss), clip_gradients(critic, args.max_grad_norm)
+            grad_clipped += (grad_norm > args.max_grad_norm) / (args.epochs * args.minibatches)
             check_finite(step, folder, columns, loss=loss + value_loss, grad_norm=grad_norm + critic_grad_norm)
             optimizer.step()
             critic_optimizer.step()
@@ -276,6 +282,7 @@ def main(args):
             "policy/loss": loss,
             "policy/clipfrac": total(clipped) / (args.epochs * batch.response_mask.sum()),
             "policy/grad_norm": grad_norm,
+            "policy/grad_clipped": grad_clipped,
             "policy/lr": lr,
             "time/samples": state["samples"],
             "time/seconds": state["seconds"],

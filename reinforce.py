@@ -164,7 +164,7 @@ def main(args):
     set_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
-    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype, args.shard)
+    reference = load_reference(args, tokenizer, device)
     measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
     length = args.max_prompt_length
     train = load_rows(args, args.dataset, args.train_split, tokenizer, ["prompt"], length)
@@ -227,6 +227,7 @@ def main(args):
             "objective/baseline": baseline,
             "policy/loss": loss,
             "policy/grad_norm": grad_norm,
+            "policy/grad_clipped": grad_norm > args.max_grad_norm,
             "policy/lr": lr,
             "time/samples": state["samples"],
             "time/seconds": state["seconds"],

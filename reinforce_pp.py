@@ -43,8 +43,13 @@ from plumbing import (batches, check_args, check_finite, checkpoint, clip_gradie
 
 
 def normalize_scores(scores, clip):
-    """( r - mean ) / std over the batch, clipped to +- clip. Args: scores (N,); clip. Returns: (N,)."""
-    return ((scores - scores.mean()) / (scores.std(correction=0) + 1e-8)).clamp(-clip, clip)
+    """( r - mean ) / std over the batch (N in its denominator), clipped to +- clip; 0 where all scores are equal.
+
+    Args: scores (N,); clip. Returns: (N,).
+    """
+    if scores.amax() == scores.amin():
+        return torch.zeros_like(scores)  # or the rounding error of their mean would be scaled up to a signal
+    return ((scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-4)).clamp(-clip, clip)
 
 
 def center_scores(scores, k):
@@ -192,7 +197,7 @@ def main(args):
     set_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
-    reference = load_reference(args.reference or args.model, tokenizer, device, args.dtype, args.shard)
+    reference = load_reference(args, tokenizer, device)
     measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
     length = args.max_prompt_length
     train = load_rows(args, args.dataset, args.train_split, tokenizer, ["prompt"], length)
@@ -235,7 +240,7 @@ def main(args):
         advantages = compute_advantages(rewards, batch.response_mask, args.whiten)  # (N, T)
 
         # 5. update: several steps, each on a part of the batch, which goes through the model in micro-batches
-        clipped = 0
+        clipped = grad_clipped = 0
         for minibatch in minibatches(len(batch), args.epochs, args.minibatches):  # row numbers
             loss = 0.0
             optimizer.zero_grad()
@@ -248,6 +253,7 @@ def main(args):
                 loss += policy_loss.item() / len(minibatch)
                 clipped += outside.item()
             loss, grad_norm = total(loss), clip_gradients(policy, args.max_grad_norm)
+            grad_clipped += (grad_norm > args.max_grad_norm) / (args.epochs * args.minibatches)
             check_finite(step, folder, columns, loss=loss, grad_norm=grad_norm)
             optimizer.step()
         lr = scheduler.get_last_lr()[0]
@@ -263,6 +269,7 @@ def main(args):
             "policy/loss": loss,
             "policy/clipfrac": total(clipped) / (args.epochs * batch.response_mask.sum()),
             "policy/grad_norm": grad_norm,
+            "policy/grad_clipped": grad_clipped,
             "policy/lr": lr,
             "time/samples": state["samples"],
             "time/seconds": state["seconds"],
