@@ -9,7 +9,9 @@ the policy stands for: the one for which it would be the optimum of E[r] - beta 
 
 What differs from rloo.py: the data are preference pairs (--dataset, with prompt, chosen and rejected), and the
 evaluation has a dataset of its own (--eval-dataset); the reward model only measures. Log-probs are summed over the
-response, EOS included, as in the paper; some implementations average them, which is another loss.
+response, EOS included, as in the paper; some implementations average them, which is another loss. The logits of policy
+and reference are divided by --temperature, so that the policy of the loss is the one that is evaluated; the paper and TRL
+do not divide (--temperature 1).
 
 The gradient at pi = pi_ref is beta/2 times that of log pi(y-) - log pi(y+). Nothing in the loss holds up the
 probability of the chosen response: only the difference counts, and both often fall (rewards/chosen below 0 is normal).
@@ -59,7 +61,7 @@ class Args:
     warmup_updates: int = 0
     """updates over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
-    """the gradient's norm is clipped to this"""
+    """the gradient's norm is clipped to this; policy/grad_clipped logs how often"""
     num_updates: int = 150
     """optimizer steps"""
     batch_size: int = 32

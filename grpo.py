@@ -13,10 +13,13 @@ to the sampling policy is clipped token by token, so that a rollout can serve se
 loss (k3), not in the reward.
 
 Each of these but the ratio changes the expected gradient, not only its variance: dividing by the std weighs prompts by
-how alike their responses' rewards are; averaging over the length favours short good and long bad responses; and the
-gradient of k3 in the loss is that of KL(pi_ref || pi), the other direction. tests/test_exact.py has the numbers.
+how alike their responses' rewards are, and averaging over the length favours short good and long bad responses. The
+gradient of k3 in the loss is, token by token and with the prefixes held fixed, that of KL(pi_ref || pi), the other
+direction. It lacks the KL to go: that a token leads to prefixes with more or less KL. So it is the gradient of neither
+KL of the whole sequence, and the optimum of E[r] - beta KL is no fixed point. tests/test_exact.py has the numbers.
 
-Where published code deviates: implementations divide by std + 1e-4 (as here) or + 1e-8.
+Where published code deviates: implementations divide by std + 1e-4 (as here) or + 1e-8. The official Dr. GRPO has no KL
+(--beta 0) and divides by a constant, the longest possible length, which here is a part of the learning rate.
 
 Since the advantages are divided by the std, beta weighs against a reward of size 1, whatever the reward's own size: at
 rloo.py's 0.05 this script runs away from the reference on mini TL;DR (KL 69, gold reward 1.05), hence its own default.
@@ -90,7 +93,7 @@ class Args:
     warmup_updates: int = 0
     """updates over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
-    """the gradient's norm is clipped to this"""
+    """the gradient's norm is clipped to this; policy/grad_clipped logs how often"""
     num_updates: int = 150
     """rollouts, each of which is used for epochs * minibatches optimizer steps"""
     epochs: int = 1

@@ -14,8 +14,11 @@ critic, which for lambda < 1 is biased by as much as the critic is wrong. Whiten
 tokens changes their scale and adds a small bias.
 
 Where published code deviates: "The N implementation details" code puts the score one slot after EOS; V is read at the
-state before each token, here and there; whitening must leave out masked positions. Its settings for 1 B parameters: KL
-0.05, lambda 0.95, gamma 1, clips 0.2, lr 3e-6, Adam eps 1e-5, temperature 0.7.
+state before each token, here and there; whitening must leave out masked positions. It replaces the score of a response
+without EOS by -1 (here a penalty is subtracted), whitens with n in the std's denominator (n - 1), averages the losses over
+the batch's tokens (a row's tokens are summed) and weighs the value loss by 0.1 (the critic is a model of its own, so
+--critic-lr does that). Its settings for 1 B parameters: KL 0.05, lambda 0.95, gamma 1, clips 0.2, 4 epochs of 1 mini-batch,
+lr 3e-6, Adam eps 1e-5 (here 1e-8), temperature 0.7.
 
 What to watch: policy/clipfrac (the paper: under 5 percent on average), value/explained_variance, objective/kl.
 """
@@ -117,7 +120,7 @@ class Args:
     warmup_updates: int = 0
     """updates over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
-    """the gradient's norm is clipped to this"""
+    """the gradient's norm is clipped to this; policy/grad_clipped logs how often"""
     num_updates: int = 150
     """rollouts, each of which is used for epochs * minibatches optimizer steps"""
     epochs: int = 1

@@ -10,6 +10,9 @@ What differs from rloo.py: of the k responses only the best one is used, as if i
 negative signal and no size of an advantage, only a rank. It is no estimator of the policy gradient of E[R]. --rank-by
 reward ranks by the KL-shaped R, score by r alone (the KL is then only measured).
 
+Where published code differs: the papers and TRL's SFT take the cross-entropy at temperature 1. Here the logits are divided
+by --temperature, as in sampling, so that the policy that is trained is the one that is sampled.
+
 Ahmadian et al. find it more sensitive than RLOO to noise in the reward and to a strong KL penalty, since both change
 who is best.
 
@@ -63,7 +66,7 @@ class Args:
     warmup_updates: int = 0
     """updates over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
-    """the gradient's norm is clipped to this"""
+    """the gradient's norm is clipped to this; policy/grad_clipped logs how often"""
     num_updates: int = 150
     """optimizer steps, each on a rollout of its own"""
     prompts_per_step: int = 16

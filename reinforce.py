@@ -13,7 +13,8 @@ from the steps before:
 
 What differs from rloo.py: the baseline, one number for all prompts. It is unbiased, since it is fixed before the
 responses of the step are drawn; a baseline that contains the step's own rewards would not be. And it is weaker: it
-knows how well the policy does on average, and nothing of the prompt.
+knows how well the policy does on average, and nothing of the prompt. The average of the first step is where the EMA
+starts (from 0 it would lag for some 1 / (1 - decay) steps).
 
 What to watch: objective/baseline should follow objective/rewards closely. While it lags, all advantages of a step have
 the same sign, and policy/grad_norm shows it.
@@ -85,7 +86,7 @@ class Args:
     warmup_updates: int = 0
     """updates over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
-    """the gradient's norm is clipped to this"""
+    """the gradient's norm is clipped to this; policy/grad_clipped logs how often"""
     num_updates: int = 150
     """optimizer steps, each on a rollout of its own"""
     prompts_per_step: int = 64

@@ -17,8 +17,12 @@ Whitening subtracts a mean and divides by a std that contain the response itself
 batch grows, and a change of scale that makes the learning rate mean the same for every reward. Mean and std are those
 of the tokens of the global batch, never of a micro-batch or a prompt. tests/test_exact.py has the numbers.
 
+The group variant is biased even without whitening: its mean contains the response itself, which scales the gradient by
+(k - 1) / k, and k2 in the loss lacks the KL to go, so that the optimum of E[r] - beta KL is no fixed point.
+
 Where published code deviates: OpenRLHF divides by the std with N in its denominator and clamps the variance at 1e-8
-(as here), verl takes N - 1. The post's settings for large models: KL 0.01 with a learned reward model and 0.001 with
+(as here), verl takes N - 1. OpenRLHF clips the raw rewards and does not normalise them over the batch, and it averages
+the loss over the batch's tokens, where here a row's tokens are summed. The post's settings for large models: KL 0.01 with a learned reward model and 0.001 with
 rules, 4 samples per prompt, rollouts of 256 in mini-batches of 128, lr 5e-7.
 
 Since the scores are divided by their std, beta weighs against a reward of size 1: at rloo.py's 0.05 the KL on mini
@@ -96,7 +100,7 @@ class Args:
     normalize_scores: bool = True
     """normalise the scores over the batch (--baseline none)"""
     clip_scores: float = 10.0
-    """normalised scores are clipped to +- this"""
+    """normalised scores are clipped to +- this; among N responses none exceeds sqrt(N - 1), 7.9 by default"""
     whiten: bool = True
     """normalise the advantages over all tokens of the batch"""
     k: int = 4
@@ -112,7 +116,7 @@ class Args:
     warmup_updates: int = 0
     """updates over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
-    """the gradient's norm is clipped to this"""
+    """the gradient's norm is clipped to this; policy/grad_clipped logs how often"""
     num_updates: int = 150
     """rollouts, each of which is used for epochs * minibatches optimizer steps"""
     epochs: int = 1

@@ -11,8 +11,8 @@ token-level reward: a token answers for the KL from its own position on, for it 
 are unbiased: the greedy response does not depend on the sample.
 
 Where published code deviates: the official code overwrites the cumulative KL instead of adding to it; it samples with
-top-p 0.9 but scores the full softmax; and it clips r - r_greedy to +-5. Here the KL accumulates, sampling and scoring
-use one distribution, and nothing is clipped.
+top-p 0.9 but scores the full softmax; it clips r - r_greedy to +-5; and it averages over the batch's tokens. Here the KL
+accumulates, sampling and scoring use one distribution, nothing is clipped, and a row's tokens are summed.
 
 What to watch: objective/baseline, the greedy response's score. Where it is above objective/scores for long, most
 samples are pushed down, which costs diversity (objective/entropy).
@@ -66,7 +66,7 @@ class Args:
     warmup_updates: int = 0
     """updates over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
-    """the gradient's norm is clipped to this"""
+    """the gradient's norm is clipped to this; policy/grad_clipped logs how often"""
     num_updates: int = 150
     """optimizer steps, each on a rollout of its own"""
     prompts_per_step: int = 32

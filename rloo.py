@@ -16,6 +16,7 @@ Details that matter here, and what others do:
 - The KL term is inside R, so it is part of the baseline too (as in the paper and TRL; OpenRLHF keeps it out; both are
   unbiased).
 - Log-probs are summed over the response, not averaged: dividing by the length would bias the gradient.
+- One step per rollout. TRL's RLOO may take several, and then clips the ratio of the whole sequence.
 - The value of the loss says nothing: only its gradient is meant. Watch objective/scores and objective/kl.
 """
 
@@ -68,7 +69,7 @@ class Args:
     warmup_updates: int = 0
     """updates over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
-    """the gradient's norm is clipped to this"""
+    """the gradient's norm is clipped to this; policy/grad_clipped logs how often"""
     num_updates: int = 150
     """optimizer steps, each on a rollout of its own"""
     prompts_per_step: int = 16

@@ -1,15 +1,32 @@
-"""A tiny world on disk that every script can run on."""
+"""A tiny world on disk that every script can run on, and processes that start quickly."""
 
 import json
 import os
+import sys
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
+# One thread in every process, also in those that tests start: threads of several processes would wait for each other.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["HF_HUB_OFFLINE"] = "1"  # with a network or without, the tests see the same
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp()  # and they write nothing into the project
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from tiny import make_tokenizer, save_classifier, save_policy  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "lab"))
+
+import kill  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def context():
+    """A multiprocessing context whose processes have imported every script already."""
+    return kill.processes()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import reinforce_pp
 import remax
 import rloo
 import vanilla_pg
-from common import sequence_rewards
+from common import sequence_rewards, token_rewards
 
 BETA = 0.3
 INF = float("inf")
@@ -127,6 +127,36 @@ def reinforce_pp_loss(world, whiten):
     return loss
 
 
+def test_only_with_the_kl_in_the_reward_is_the_optimum_a_fixed_point():
+    """At pi = pi_ref exp(r / beta) / Z, where E[r] - beta KL is highest, RLOO's expected step is 0.
+
+    Not so with k3 or k2 in the loss, which lack the KL to go: the step is longer than the gradient of E[r]. A mean that
+    contains the response itself, which halves the reward's part for k = 2, would explain half of that gradient.
+    """
+    world, beta = Enumeration(words=2), 0.5
+    world.scores = beta * (world.logprobs - world.ref_logprobs).detach().sum(1)  # the reward that makes pi the optimum
+    reward_gradient = world.true_gradient(0.0).norm()
+    assert world.true_gradient(beta).norm() < 1e-12 < 0.1 < reward_gradient
+    rewards = world.sequence_rewards(beta)
+    loss = lambda rows: rloo.compute_loss(world.logprobs[rows], rloo.compute_advantages(rewards[rows], 2)) / 2
+    assert world.expected_gradient(loss, 2).norm() < 1e-12
+    size = lambda loss: (world.expected_gradient(loss, 2).norm() / reward_gradient).item()
+    assert size(grpo_loss(world, 2, False, False, beta)) == pytest.approx(2.312, abs=1e-3)
+    assert size(reinforce_pp_group_loss(world, 2, beta)) == pytest.approx(1.305, abs=1e-3)
+
+
+def test_k3_in_the_loss_is_the_gradient_of_no_kl_of_the_sequence(world):
+    """Token by token and with the prefixes held fixed it is that of KL(pi_ref || pi); of the whole response, nearly."""
+    log_ratio = lambda rows: world.ref_logprobs[rows] - world.logprobs[rows]  # (n, T)
+    k3 = world.expected_gradient(lambda rows: (log_ratio(rows).exp() - log_ratio(rows) - 1).sum(), 1)
+    logprobs, ref_logprobs = world.logprobs.sum(1), world.ref_logprobs.sum(1)  # (M,)
+    backward = world.gradient((ref_logprobs.exp() * (ref_logprobs - logprobs)).sum())
+    forward = world.gradient((world.probs * (logprobs - ref_logprobs)).sum())
+    cosine = lambda a, b: (a @ b / a.norm() / b.norm()).item()
+    assert cosine(k3, backward) == pytest.approx(0.966, abs=1e-3)
+    assert cosine(k3, forward) == pytest.approx(0.926, abs=1e-3)
+
+
 def test_reinforce_pp_without_normalisation(world):
     assert_unbiased(world, reinforce_pp_loss(world, whiten=False), 1)
 
@@ -141,6 +171,19 @@ def grpo_loss(world, k, scale_std, length_mean, beta=0.0):
         total, _ = grpo.compute_loss(logprobs, logprobs.detach(), world.ref_logprobs[rows], advantages,
                                      world.mask[rows], 0.2, beta, length_mean)  # fmt: skip
         return total / k
+
+    return loss
+
+
+def reinforce_pp_group_loss(world, k, beta):
+    """--baseline group without whitening."""
+
+    def loss(rows):
+        scores = reinforce_pp.center_scores(world.scores[rows], k)
+        rewards = token_rewards(scores, world.kl[rows], 0.0, world.mask[rows])
+        advantages = reinforce_pp.compute_advantages(rewards, world.mask[rows], whiten=False)
+        loss, _ = reinforce_pp.compute_loss(world.logprobs[rows], world.logprobs[rows].detach(), advantages, 0.2)
+        return (loss + beta * reinforce_pp.compute_kl_loss(world.logprobs[rows], world.ref_logprobs[rows])) / k
 
     return loss
 
@@ -172,6 +215,8 @@ BIASED = {
     "grpo, length mean, k = 3": (lambda world: bias(world, grpo_loss(world, 3, False, True), 3, 0.0), (0.982, 0.287)),
     "grpo, both, k = 3": (lambda world: bias(world, grpo_loss(world, 3, True, True), 3, 0.0), (0.973, 0.260)),
     "grpo, KL k3 in the loss": (lambda world: bias(world, grpo_loss(world, 2, False, False, BETA), 2), (0.631, 0.225)),
+    "reinforce_pp, group, k = 2": (lambda world: bias(world, reinforce_pp_group_loss(world, 2, BETA), 2), (0.906, 0.355)),
+    "reinforce_pp, group, k = 3": (lambda world: bias(world, reinforce_pp_group_loss(world, 3, BETA), 3), (0.964, 0.539)),
     "reinforce_pp, whitening, N = 3": (lambda world: bias(world, reinforce_pp_loss(world, True), 3), (0.874, 0.468)),
     "ppo, whitening, N = 3": (lambda world: bias(world, ppo_loss(world, 1.0, whiten=True), 3), (0.980, 0.415)),
     "rloo, KL k3 in the reward": (lambda world: bias(world, rloo_loss_with_k3(world), 2), (0.970, 1.329)),

@@ -78,6 +78,7 @@ CASES = {
         {"clip_scores": 0.5},
         {"normalize_scores": False, "whiten": False},
         {"reward": (f"{HERE}:constant",), "whiten": False, "missing_eos_penalty": 0.0},
+        {"k": 1, "prompts_per_step": 1, "max_new_tokens": 1, "minibatches": 1},
         {"baseline": "group"},
         {"baseline": "group", "whiten": False, "minibatches": 1},
         {"baseline": "group", "beta": 0.0, "minibatches": 3, "epochs": 2},
@@ -265,3 +266,18 @@ def test_main_does_what_the_second_implementation_does(name, flags, tmp_path):
         seen = loop.record(name, tmp_path / "run", given_rollout, **BASE | flags)
         compare(name, seen)
         compare_evaluations(name, seen)
+
+
+def test_ppo_with_everything_off_is_vanilla_pg(tmp_path):
+    """With their own rollouts, over several updates: neither draws a random number that the other does not."""
+    off = dict(lam=1.0, clip=INF, value_clip=INF, whiten=False, minibatches=1)
+    with loop.float64():
+        ppo = loop.record("ppo", tmp_path / "ppo", **BASE | off)
+        vanilla_pg = loop.record("vanilla_pg", tmp_path / "vanilla_pg", **BASE)
+    for kind in (0, 1):
+        assert_close(ppo.steps[kind], vanilla_pg.steps[kind], ("policy", "critic")[kind])
+    assert len(ppo.steps[0]) == BASE["num_updates"]
+    for ours, theirs in zip(ppo.metrics, vanilla_pg.metrics):
+        other = {"time/seconds", "time/tokens_per_second", "policy/loss"}  # the loss is of another form
+        assert_same_numbers(ours, {key: value for key, value in theirs.items() if key not in other}, "ppo")
+        assert ours["policy/clipfrac"] == 0

@@ -1,4 +1,7 @@
-"""rloo.py: the worked example, and whole runs (the exact gradient is checked in test_exact.py)."""
+"""rloo.py: the worked example, and whole runs.
+
+The exact gradient is checked in test_exact.py, and what holds for every script in test_algorithms.py.
+"""
 
 import json
 import re
@@ -6,7 +9,7 @@ import re
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import save_policy, token_ids
+from tiny import save_policy, scalars, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rloo
@@ -40,40 +43,10 @@ def test_advantages_against_the_equivalent_form(k):
     torch.testing.assert_close(advantages.view(7, k).sum(1), torch.zeros(7, dtype=torch.float64))
 
 
-def scalars(folder):
-    log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {name: [(event.step, event.value) for event in log.Scalars(name)] for name in log.Tags()["scalars"]}
-
-
-def test_same_seed_same_run_bit_for_bit(world, tmp_path):
-    runs = {}
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        policy = rloo.main(rloo.Args(**world.flags, seed=seed, output=str(tmp_path / name)))
-        curves = {key: value for key, value in scalars(tmp_path / name).items() if key not in TIMES}
-        runs[name] = policy.state_dict(), curves
-    assert all(torch.equal(runs["a"][0][key], runs["b"][0][key]) for key in runs["a"][0])
-    assert runs["a"][1] == runs["b"][1] and len(runs["a"][1]["objective/kl"]) == 3
-    assert runs["a"][1] != runs["c"][1]
-
-
-TIMES = {"time/seconds", "time/tokens_per_second"}
-
-
 def test_evaluations_do_not_change_the_training(world, tmp_path):
     often = rloo.main(rloo.Args(**world.flags | {"eval_every": 1}, output=str(tmp_path / "often")))
     never = rloo.main(rloo.Args(**world.flags | {"eval_every": 0}, output=str(tmp_path / "never")))
     assert all(torch.equal(p, q) for p, q in zip(often.parameters(), never.parameters()))
-
-
-def test_gradient_does_not_depend_on_the_micro_batch(world, tmp_path):
-    gradients = []
-    for tokens in (1, 30, 100_000):
-        flags = world.flags | {"num_updates": 1, "microbatch_tokens": tokens, "max_grad_norm": 1e9}
-        policy = rloo.main(rloo.Args(**flags, output=str(tmp_path / str(tokens))))
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
-    assert gradients[0].norm() > 1e-3
-    for gradient in gradients[1:]:
-        assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
 
 
 def test_the_run_is_wired_as_the_formula_says(world, tmp_path):
@@ -115,20 +88,6 @@ def test_run_folder_holds_what_the_readme_says(world, tmp_path):
         "time/samples",
     ):
         assert len(scalars(tmp_path / "run")[name]) == 3
-
-
-def test_a_run_raises_its_reward(world, tmp_path):
-    """Reward: the share of the words a, b and c in the response. Thirty updates on a random policy must find it."""
-    path = tmp_path / "reward.py"
-    path.write_text(
-        "def share(prompts, completions, **_):\n"
-        "    return [sum(word in 'abc' for word in c.split()) / max(1, len(c.split())) for c in completions]\n"
-    )
-    flags = world.flags | {"reward": (f"{path}:share",), "num_updates": 30, "prompts_per_step": 8, "eval_prompts": 12}
-    flags |= {"beta": 0.0, "missing_eos_penalty": 0.0}
-    rloo.main(rloo.Args(**flags, output=str(tmp_path / "run")))
-    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert result["before"]["score"] < 0.4 and result["after"]["score"] > 0.8
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(world, tmp_path, capsys):

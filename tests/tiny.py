@@ -1,8 +1,15 @@
-"""Small models and data for the tests: everything is made on the spot, nothing is downloaded."""
+"""Small models and data for the tests: everything is made on the spot, nothing is downloaded. And small processes."""
 
+import importlib
+import os
+import socket
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -14,6 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import plumbing
+
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 DATA_ARGS = SimpleNamespace(dataset_config=None, chat=False, system_prompt=None, truncate_prompts=False)
 
@@ -77,3 +87,109 @@ def save_classifier(folder, policy_folder, tokenizer, labels=1):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def scalars(folder):
+    """The curves in a run folder's TensorBoard log: dict name -> list of (step, value)."""
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {name: [(event.step, event.value) for event in log.Scalars(name)] for name in log.Tags()["scalars"]}
+
+
+def wait_for(condition, process, seconds=120):
+    """Look again and again until condition() holds; fail if the process ends before, or time is up."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended with exit code {process.poll()}"
+        assert time.monotonic() < end, f"not so after {seconds} seconds"
+        time.sleep(0.02)
+
+
+class Child:
+    """A process of a multiprocessing context that runs function(*args), used like one of subprocess.
+
+    It writes its output to two files, since it shares those of its parent.
+    """
+
+    def __init__(self, context, folder, function, *args, **environment):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = folder / "stdout", folder / "stderr"
+        self.process = context.Process(target=child, args=(self.files, environment, function, args))
+        self.process.start()
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"still running after {timeout} seconds")
+        return self.process.exitcode
+
+    @property
+    def stdout(self):
+        return self.files[0].read_text() if self.files[0].exists() else ""
+
+    @property
+    def stderr(self):
+        return self.files[1].read_text() if self.files[1].exists() else ""
+
+
+def child(files, environment, function, args):
+    """In the new process: the work of Child."""
+    for number, path in enumerate(files, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ |= environment
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def command_line(flags):
+    """Flags of Args as words of a command line."""
+    words = []
+    for name, value in flags.items():
+        if value is not False:
+            values = () if value is True else value if isinstance(value, tuple) else (value,)
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+def call_script(script, flags):
+    """python script.py with these flags, in a process that is there already."""
+    module = importlib.import_module(script)
+    sys.argv = [f"{script}.py", *command_line(flags)]
+    module.main(plumbing.parse(module.Args))
+
+
+def run_two(context, folder, function, *args, timeout=120, **environment):
+    """function(*args) in two processes that know each other: like torchrun --nproc-per-node 2, without its imports.
+
+    Where one fails, the other is ended. Returns: returncode, and stdout and stderr of both.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    both = [
+        Child(context, folder / f"rank{rank}", function, *args, RANK=rank, LOCAL_RANK=rank, **address, **environment)
+        for rank in ("0", "1")
+    ]
+    end, ending = time.monotonic() + timeout, False
+    while any(process.poll() is None for process in both):
+        time.sleep(0.02)
+        if not ending and any(process.poll() for process in both):
+            ending, end = True, time.monotonic() + 30
+            for process in both:
+                process.process.terminate()
+        if time.monotonic() > end:
+            for process in both:
+                process.process.kill()
+    return SimpleNamespace(
+        returncode=next((process.poll() for process in both if process.poll()), 0),
+        stdout="".join(process.stdout for process in both),
+        stderr="".join(process.stderr for process in both),
+    )

@@ -140,7 +140,7 @@ def record(script, output, rollout=None, frozen=False, **flags):
         stack.enter_context(patch.object(SummaryWriter, "add_scalar", add_scalar))
         stack.enter_context(patch.object(torch, "randperm", randperm))
         stack.enter_context(patch.object(common, "sample", sample))
-        if hasattr(module, "rollout"):
+        if rollout and hasattr(module, "rollout"):
             stack.enter_context(patch.object(module, "rollout", given))
         if "WORLD_SIZE" in os.environ:  # under torchrun `close` would end the process
             stack.enter_context(patch.object(module, "close", lambda writer: None))
