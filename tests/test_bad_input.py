@@ -433,12 +433,9 @@ def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
 
 def test_from_the_command_line(tmp_path):
     """A mistake that is noticed late, when the models have been loaded: still nothing else is printed."""
-    done = subprocess.run(
-        [sys.executable, "rloo.py", "--device=cpu", "--dataset=no_such.jsonl", f"--output={tmp_path / 'run'}"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
+    flags = ["--device", "cpu", "--dataset", "no_such.jsonl", "--output", str(tmp_path / "run")]
+    command = [sys.executable, "rloo.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: dataset no_such.jsonl")
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()

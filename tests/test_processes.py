@@ -88,9 +88,9 @@ def test_the_other_scripts_shard_too(script, context, world, tmp_path):
     if script == "dpo":
         flags = {"reference": world.policy, "reward": (world.reward,), "gold": "none", "judge": "reward", "k": 2,
                  "dataset": world.data, "device": "cpu", "shard": True,
-                 "policies": (world.policy, str(tmp_path / "run" / "model")),
-                 "output": str(tmp_path / "evaluation.json")}  # fmt: skip
-        done = run_two(context, tmp_path / "evaluate", call_script, "evaluate", flags)
+                 "output": tmp_path / "evaluation.json"}  # fmt: skip
+        policies = world.policy, str(tmp_path / "run" / "model")
+        done = run_two(context, tmp_path / "evaluate", call_script, "evaluate", flags, policies)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote ") == 1
 

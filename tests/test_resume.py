@@ -21,13 +21,14 @@ from plumbing import load_module
 
 def flags_of(script, world, **more):
     fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
-    flags = world.flags | {"eval_dataset": world.data, "batch_size": 4, "num_updates": 8, "save_every": 1} | more
+    flags = world.flags | {"eval_dataset": world.data, "batch_size": 4, "num_updates": 6, "save_every": 1} | more
     return {name: value for name, value in flags.items() if name in fields}
 
 
 @pytest.mark.parametrize("script", kill.SCRIPTS)
 def test_killed_at_random_moments_and_resumed_is_the_same_bit_for_bit(script, context, world, tmp_path):
-    found, kills = kill.compare(context, script, flags_of(script, world), tmp_path, kills=3)
+    """The seed is one whose second moment is, for every script, well before the end of the run."""
+    found, kills = kill.compare(context, script, flags_of(script, world), tmp_path, kills=3, seed=1855)
     assert found == [] and kills >= 2
 
 

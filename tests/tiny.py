@@ -159,10 +159,10 @@ def command_line(flags):
     return words
 
 
-def call_script(script, flags):
+def call_script(script, flags, positional=()):
     """python script.py with these flags, in a process that is there already."""
     module = importlib.import_module(script)
-    sys.argv = [f"{script}.py", *command_line(flags)]
+    sys.argv = [f"{script}.py", *positional, *command_line(flags)]
     module.main(plumbing.parse(module.Args))
 
 

@@ -1,0 +1,455 @@
+"""Mutation testing: make plausible mistakes in the scripts, one at a time, and list those that no test notices.
+
+    python lab/mutate.py rloo.py common.py --most 40
+    python lab/mutate.py rloo.py --list
+
+First all tests run on the unchanged project: they must pass, and show which lines each of them runs and how long it
+takes (kept next to --output; measured again where sources or tests have changed). Then every edit goes into a copy of
+the project, and the tests that run its line are run there, the fastest first, until one fails. This happens in a child
+forked from a process that has imported the heavy libraries and nothing of the project. A sweep that was interrupted
+goes on; survivors are tried again when the tests have changed.
+
+A survivor means one of three: a test is missing; the edit changes nothing that can be seen (a clamp that never acts, a
+sum over one element); or nobody needs the line. "0 of 0 tests": no test runs it. Where fewer ran than there are, a
+larger --seconds may find the one that notices.
+"""
+
+import ast
+import gc
+import hashlib
+import importlib
+import inspect
+import itertools
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = "rloo reinforce remax grpo reinforce_pp vanilla_pg ppo raft dpo sft reward_model common".split()
+LIBRARIES = """torch numpy pyarrow.json datasets.packaged_modules.json.json transformers hypothesis matplotlib.pyplot
+    transformers.models.auto.modeling_auto transformers.models.gpt2.modeling_gpt2 transformers.generation.utils
+    transformers.models.llama.modeling_llama transformers.tokenization_utils_tokenizers torch.utils.tensorboard
+    tensorboard.backend.event_processing.event_accumulator""".split()
+
+
+# ----------------------------------------------------------------------------------------------------------- the edits
+
+
+table = lambda text: {first: rest for first, *rest in map(str.split, text.split(","))}
+OPERATORS = table("""Add Sub, Sub Add, Mult Div, Div Mult, Pow Mult, FloorDiv Mult, Mod FloorDiv, BitAnd BitOr,
+    BitOr BitAnd, Lt LtE Gt, LtE Lt GtE, Gt GtE Lt, GtE Gt LtE, Eq NotEq, NotEq Eq, Is IsNot, IsNot Is, In NotIn,
+    NotIn In, And Or, Or And""")
+METHODS = table("""min max, max min, mean sum, sum mean, argmax argmin, argmin argmax, amax amin, amin amax, any all,
+    all any, square abs, std var, zeros_like ones_like, ones_like zeros_like, zeros ones, ones zeros""")
+REMOVED = """flip cumsum detach exp log clamp abs sqrt sigmoid logsigmoid sign masked_fill squeeze unsqueeze flatten
+    float sorted""".split()
+ROLES = [role.split() for role in (  # names that can be mistaken for each other, where a function has several
+    "logprobs old_logprobs ref_logprobs", "chosen_logprobs rejected_logprobs chosen_ref_logprobs rejected_ref_logprobs",
+    "scores rewards advantages returns", "values old_values returns", "policy reference critic", "chosen rejected",
+    "optimizer critic_optimizer", "scheduler critic_scheduler", "train test", "before after", "rows minibatch",
+    "loss value_loss policy_loss", "grad_norm critic_grad_norm", "prompts responses", "prompt_mask response_mask")]
+COLUMNS = ROLES[-2:]  # which are also attributes of every Batch
+
+
+def skipped(node, parent):
+    """What nobody's numbers depend on, and what tests on a CPU cannot see."""
+    timing = isinstance(node, (ast.Assign, ast.AugAssign, ast.BinOp)) and node.lineno == node.end_lineno
+    return (isinstance(node, (ast.Import, ast.ImportFrom, ast.arg, ast.JoinedStr))
+            or isinstance(node, ast.Constant) and not isinstance(node.value, (bool, int, float))
+            or isinstance(node, ast.ClassDef) and node.name == "Args"  # the defaults of flags are choices
+            or isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+            or any(node is getattr(parent, name, None) for name in ("annotation", "returns"))
+            or node in getattr(parent, "decorator_list", [])
+            or called(node) in ("print", "tqdm", "show", "set_postfix", "write", "stop")
+            or called(parent) == "require" and isinstance(parent, ast.Call) and node in parent.args[1:]  # its message
+            or isinstance(node, ast.keyword) and node.arg == "device"
+            or isinstance(parent, ast.keyword) and isinstance(getattr(node, "value", None), bool)  # dropping is enough
+            or isinstance(parent, ast.Dict) and "seconds" in (
+                getattr(key, "value", None) for key, value in zip(parent.keys, parent.values) if value is node)
+            or timing and ("perf_counter" in ast.unparse(node) or "elapsed" in ast.unparse(node)))
+
+
+def called(node):
+    """The name of the function that a call (or a statement that is one) calls; else None."""
+    function = getattr(node.value if isinstance(node, ast.Expr) else node, "func", None)
+    return getattr(function, "attr", getattr(function, "id", None))
+
+
+def visit(node, statement=None, function=None):
+    """Yield each node that may be edited, with its statement and its function (or None)."""
+    for child in ast.iter_child_nodes(node):
+        if not skipped(child, node):
+            inner = child if isinstance(child, ast.stmt) else statement
+            yield child, inner, function
+            yield from visit(child, inner, child if isinstance(child, ast.FunctionDef) else function)
+
+
+def changed(node, **fields):
+    return type(node)(**{**dict(ast.iter_fields(node)), **fields})
+
+
+def mistakes(node, function):
+    """Yield (node to replace, node or text to put there, description)."""
+    for i, operator in enumerate(getattr(node, "ops", [getattr(node, "op", None)])):
+        for other in OPERATORS.get(type(operator).__name__, []):
+            new = getattr(ast, other)()
+            new = {"ops": [*node.ops[:i], new, *node.ops[i + 1 :]]} if hasattr(node, "ops") else {"op": new}
+            yield node, changed(node, **new), f"{type(operator).__name__} to {other}"
+    for test in [node.test] if isinstance(node, (ast.If, ast.While, ast.IfExp)) else getattr(node, "ifs", []):
+        if not isinstance(test, ast.UnaryOp):
+            yield test, ast.UnaryOp(ast.Not(), test), "condition negated"
+    match node:
+        case ast.UnaryOp():
+            yield node, node.operand, f"{type(node.op).__name__} dropped"
+        case ast.Constant(value=bool(value)):
+            yield node, ast.Constant(not value), f"{value} to {not value}"
+        case ast.Constant(value=value):
+            for other in {0: [value + 1], 1: [value - 1, value + 1]}.get(value, [2 * value, -value]):
+                yield node, ast.Constant(other), f"{value} to {other}"
+        case ast.Slice():
+            for bound, operator, end in (("lower", ast.Add(), 1), ("upper", ast.Sub(), -1)):
+                if old := getattr(node, bound):
+                    yield old, ast.BinOp(old, operator, ast.Constant(1)), f"{bound} bound {end:+d}"
+                elif node.lower or node.upper:
+                    yield node, changed(node, **{bound: ast.Constant(end)}), f"{bound} bound {end}"
+        case ast.Call(func=target):
+            name, method = called(node), isinstance(target, ast.Attribute)
+            if name in METHODS and (method or name in ("min", "max", "any", "all")):
+                (other,) = METHODS[name]
+                yield target, changed(target, attr=other) if method else ast.Name(other), f"{name} to {other}"
+            if name in REMOVED and (method or name == "sorted"):
+                plain = not method or ast.unparse(target.value) in ("torch", "F", "math")  # f(x), not x.f()
+                yield node, node.args[0] if plain else target.value, f"{name} dropped"
+            for keyword in node.keywords:
+                if keyword.arg not in (None, "device"):
+                    rest = [other for other in node.keywords if other is not keyword]
+                    yield node, changed(node, keywords=rest), f"{keyword.arg} dropped"
+            simple = [isinstance(argument, (ast.Name, ast.Attribute)) for argument in node.args[:2]]
+            if simple == [True, True] and name not in ("min", "max", "isinstance", "zip"):
+                yield node, changed(node, args=[*node.args[1::-1], *node.args[2:]]), "first two arguments swapped"
+        case ast.Expr(value=ast.Call()) | ast.Break() | ast.Continue():
+            yield node, "pass", f"dropped: {ast.unparse(node)}"
+        case ast.AugAssign():
+            yield node, "pass", f"dropped: {ast.unparse(node)}"
+            yield node, ast.Assign([node.target], node.value, lineno=0), "set, not changed"
+        case ast.Assign(targets=[target]):  # of an element, or of a name to something made from it
+            if isinstance(target, ast.Subscript) or names(target) and names(target) <= names(node.value):
+                yield node, "pass", f"dropped: {ast.unparse(node)}"
+        case ast.Name(id=name, ctx=ast.Load()) if function:
+            before = {child.id for child in ast.walk(function) if isinstance(child, ast.Name)
+                      and isinstance(child.ctx, ast.Store) and child.lineno < node.lineno}
+            before |= {child.arg for child in ast.walk(function) if isinstance(child, ast.arg)}
+            for other in dict.fromkeys(other for role in ROLES if name in role for other in role):
+                if other in before - {name}:
+                    yield node, ast.Name(other), f"{name} to {other}"
+        case ast.Attribute(attr=name, ctx=ast.Load()):
+            for other in (other for role in COLUMNS if name in role for other in role if other != name):
+                yield node, changed(node, attr=other), f"{name} to {other}"
+
+
+def names(node):
+    return {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
+
+
+def edits_of(name, source):
+    """Every edit of a file, in its order, a dict: file, line, description, new (the line), mutant (the file), lines (a
+    test that runs one of them sees the edit), key (what became what, and in which function)."""
+    data, found, equal = source.encode(), {}, Counter()
+    starts = [0, *itertools.accumulate(map(len, data.splitlines(keepends=True)))]
+    for node, statement, function in visit(ast.parse(source)):
+        lines = set(range(statement.lineno, statement.end_lineno + 1))
+        if hasattr(statement, "body") and not isinstance(statement, ast.FunctionDef):  # of an if or for the head
+            lines = set(range(statement.lineno, max(statement.lineno + 1, statement.body[0].lineno)))
+        for old, new, description in mistakes(node, function):
+            start, end = starts[old.lineno - 1] + old.col_offset, starts[old.end_lineno - 1] + old.end_col_offset
+            text = new if isinstance(new, str) else ast.unparse(new)
+            loose = (ast.BinOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.UnaryOp)
+            power = isinstance(getattr(old, "op", None), ast.Pow)
+            if isinstance(new, loose) and (type(new) is not type(old) or power):
+                text = f"({text})"  # it may bind less tightly than what stood there
+            mutant = (data[:start] + text.encode() + data[end:]).decode()
+            before, after = data[starts[old.lineno - 1] : end].decode(), mutant.splitlines()[old.lineno - 1].strip()
+            key = digest(name, getattr(function, "name", ""), before, after)
+            found.setdefault((start, end, text), {"file": name, "line": old.lineno, "description": description,
+                                                  "new": after, "mutant": mutant, "lines": lines, "key": key})
+    for edit in (edits := [found[place] for place in sorted(found)]):
+        equal[edit["key"]] += 1
+        edit["key"] += f"-{equal[edit['key']]}"  # of those that are equal
+    return edits
+
+
+# --------------------------------------------------------------------------------------------------- tests in children
+
+
+class Watch:
+    """A pytest plugin that notes failures and, of the files in `paths` (path -> name), which lines a test runs."""
+
+    def __init__(self, paths):
+        self.paths, self.tests, self.fixtures, self.failed = paths, {}, {}, []
+        self.lines = self.imported = set()  # the second: outside of tests, or while a module is imported
+
+    def trace(self, frame, event, argument):
+        name = self.paths.get(frame.f_code.co_filename)
+        if name is None:
+            return None
+        (self.lines if frame.f_code.co_flags & inspect.CO_OPTIMIZED else self.imported).add((name, frame.f_lineno))
+        return self.trace
+
+    def pytest_sessionstart(self):
+        if self.paths:
+            threading.settrace(self.trace)
+            sys.settrace(self.trace)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        """What a fixture of several tests runs, each of them runs."""
+        outer = self.lines
+        if fixturedef.scope != "function":
+            self.lines = self.fixtures[fixturedef.argname] = set()
+        try:
+            return (yield)
+        finally:
+            self.lines = outer
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.lines = set()
+        result = yield
+        if item.nodeid in self.tests:  # it has passed
+            shared = [self.fixtures[name] for name in item.fixturenames if name in self.fixtures]
+            self.tests[item.nodeid]["lines"] = by_file(self.lines.union(*shared))
+        self.lines = self.imported
+        return result
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)  # there is none where a file cannot be imported
+            message = crash.message.split("\n")[0] if crash else str(report.longrepr).strip().split("\n")[-1]
+            self.failed.append(f"{report.nodeid}: {message}")
+        elif report.when == "call" and report.passed:
+            self.tests[report.nodeid] = {"seconds": report.duration}
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def by_file(lines):
+    return {name: sorted(line for other, line in lines if other == name) for name in {name for name, _ in lines}}
+
+
+def import_libraries():
+    """What takes long to import. With one thread and nothing computed, so that children can be forked."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+    sys.path = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "lab", ROOT / "tests")]
+    sys.dont_write_bytecode = True
+    tqdm.monitor_interval = 0  # no thread either
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
+    gc.freeze()
+
+
+def run_tests(folder, job):
+    """In a child: pytest in the copy of the project. Writes folder/result.json: the exit code, what Watch noted."""
+    import datasets
+    import hypothesis
+
+    tqdm._instances.clear()  # the parent's bar: with it, bars here would print otherwise
+    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder / "project")
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+    hypothesis.settings.register_profile("no shrinking", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+    hypothesis.settings.load_profile("no shrinking")
+    watch = Watch({} if "mutant" in job else {str(path): path.name for path in (folder / "project").glob("*.py")})
+    flags = ["-q", "-p", "no:cacheprovider", "--assert=plain", "--basetemp", str(folder / "pytest")]
+    code = int(pytest.main([*job["tests"], *job["flags"], *flags], plugins=[watch]))
+    sys.settrace(None)
+    write(folder / "result.json", {"code": code, "failed": watch.failed, "tests": watch.tests,
+                                   "imported": by_file(watch.imported)})
+    os._exit(0)
+
+
+def in_children(jobs, original, workers):
+    """Run jobs (dicts of tests, flags, limit in seconds; of an edit also file and mutant), each in its own copy.
+
+    Yields (job, what run_tests has written) as they end; None for what took too long or crashed."""
+    context, jobs, running = multiprocessing.get_context("fork"), list(jobs)[::-1], {}
+    try:
+        while jobs or running:
+            while jobs and len(running) < workers:
+                job, folder = jobs.pop(), Path(tempfile.mkdtemp(dir=original.parent))
+                shutil.copytree(original, folder / "project")
+                if "mutant" in job:
+                    (folder / "project" / job["file"]).write_text(job["mutant"])
+                child = context.Process(target=run_tests, args=(folder, job))
+                child.start()
+                running[child] = job, folder, time.monotonic() + job["limit"]
+            multiprocessing.connection.wait([child.sentinel for child in running], timeout=1)
+            for child, (job, folder, end) in list(running.items()):
+                if not child.is_alive() or time.monotonic() > end:
+                    del running[child]
+                    child.kill()
+                    child.join()
+                    result = folder / "result.json"
+                    yield job, json.loads(result.read_text()) if result.exists() else None
+                    shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        for child in running:
+            child.kill()
+
+
+def write(path, contents):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(json.dumps(contents))
+    path.with_suffix(".part").rename(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ the sweep
+
+
+@dataclass
+class Args:
+    files: tyro.conf.Positional[tuple[str, ...]] = tuple(f"{name}.py" for name in FILES)
+    """the files to edit"""
+    list: bool = False
+    """print the edits and run nothing"""
+    most: int = 0
+    """edits of each file, drawn at random; 0: all"""
+    seed: int = 1
+    """of the draw"""
+    workers: int = 2
+    """edits tried at a time, each on one core"""
+    seconds: float = 40.0
+    """an edit gets the fastest tests that together took this long while they were watched (three times as long as
+    they take)"""
+    timeout: float = 60.0
+    """an edit counts as caught when its tests take this many seconds more than twice the recorded time"""
+    tests: tuple[str, ...] = ("tests/test_*.py",)
+    """files of tests; patterns work"""
+    ignore: tuple[str, ...] = tuple(f"tests/test_{name}.py" for name in (
+        "processes", "resume", "readme", "models", "memory", "gsm8k"))
+    """of these, the ones left out: they start processes, which cannot be watched, or take long"""
+    deselect: tuple[str, ...] = ("test_scripts_share_their_skeleton_line_by_line",
+                                 "test_every_flag_is_read_and_explained", "test_the_six_steps_stand_in_the_same_order")
+    """tests left out: these compare the scripts' text, and a mistake is to be noticed by what it does"""
+    output: str = "runs/mutate.json"
+    """the results, each a dict; the lines that the tests run go to the same name with -lines"""
+
+
+def digest(*texts):
+    return hashlib.sha1("\n".join(texts).encode()).hexdigest()
+
+
+def record(args, original):
+    """Run the tests on the unchanged project, where that was not done before; stop where one fails.
+
+    Returns: file of tests -> tests (id -> seconds, lines), imported (lines), key (of what it depends on)."""
+    path = Path(args.output).with_name(Path(args.output).stem + "-lines.json")
+    known = json.loads(path.read_text()) if path.exists() else {}
+    files = {str(file.relative_to(original)): file for pattern in args.tests for file in sorted(original.glob(pattern))}
+    sources = [file.read_text() for file in sorted(original.rglob("*.py")) if not file.name.startswith("test_")
+               and file.parent.name != "lab"]
+    keys = {name: digest(*sources, *args.deselect, file.read_text()) for name, file in files.items()
+            if name not in args.ignore}
+    flags = ["-k", f"not ({' or '.join(args.deselect)})"] if args.deselect else []
+    jobs = [{"tests": [name], "flags": flags, "limit": 1800} for name, key in keys.items()
+            if known.get(name, {}).get("key") != key]
+    failed = []
+    for job, result in tqdm(in_children(jobs, original, args.workers), "unchanged", len(jobs), unit="file"):
+        (name,) = job["tests"]
+        if not result or result["code"] not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+            failed += result["failed"] if result and result["failed"] else [f"{name}: no result"]
+        else:
+            known[name] = {"key": keys[name], "tests": result["tests"], "imported": result["imported"]}
+            write(path, known)
+    if failed:
+        sys.exit("error: tests fail on the unchanged project:\n" + "\n".join(failed[:20]))
+    return {name: known[name] for name in keys}
+
+
+def tests_for(edit, recorded, most_seconds):
+    """The fastest tests that run an edit's lines, how many there are, and how long the chosen ones take."""
+    name, seen = edit["file"], lambda lines: not edit["lines"].isdisjoint(lines)
+    every = [(values["seconds"], test, values["lines"].get(name, [])) for file in recorded.values()
+             for test, values in file["tests"].items()]
+    tests = sorted((seconds, test) for seconds, test, lines in every if seen(lines))
+    if not tests and any(seen(file["imported"].get(name, [])) for file in recorded.values()):
+        tests = sorted((seconds, test) for seconds, test, lines in every if lines)  # any that uses the file
+    totals = list(itertools.accumulate(seconds for seconds, _ in tests))
+    count = max(min(1, len(tests)), sum(total <= most_seconds for total in totals))
+    # Of tests that take about as long, those of one file come together: their fixtures are made once.
+    chosen = sorted(tests[:count], key=lambda pair: (math.frexp(pair[0])[1], pair[1]))
+    return [test for _, test in chosen], len(tests), sum(totals[count - 1 : count])
+
+
+def sweep(args, original):
+    """Print the edits, or try them and print the survivors."""
+    edits = []
+    for name in args.files:
+        found = edits_of(name, (original / name).read_text())
+        order = sorted(digest(str(args.seed), edit["key"]) for edit in found)  # a draw that other edits hardly change
+        drawn = [edit for edit in found if digest(str(args.seed), edit["key"]) in order[: args.most or None]]
+        edits += drawn
+        print(f"{name:<18} {len(found):>4} edits" + f", {len(drawn)} of them drawn" * (len(drawn) < len(found)))
+    show = lambda edit, note: print(f"\n{edit['file']}:{edit['line']}  {edit['description']}{note}\n    {edit['new']}")
+    if args.list:
+        for edit in edits:
+            show(edit, "")
+        return
+
+    import_libraries()
+    recorded, output, jobs = record(args, original), Path(args.output), []
+    results = {result["key"]: result for result in json.loads(output.read_text())} if output.exists() else {}
+    for edit in edits:
+        tests, every, seconds = tests_for(edit, recorded, args.seconds)
+        known = results.get(edit["key"], {"verdict": None})
+        result = {name: edit[name] for name in ("key", "file", "line", "description", "new")} | {
+            "ran": f"{len(tests)} of {every} tests",
+            "tests": digest(*tests, *(recorded[test.split("::")[0]]["key"] for test in tests))}
+        if known["verdict"] == "caught" or known["verdict"] == "survived" and known["tests"] == result["tests"]:
+            results[edit["key"]] = known | {"line": edit["line"]}
+        elif tests:
+            jobs.append(edit | {"tests": tests, "flags": ["-x"], "limit": 2 * seconds + args.timeout, "result": result})
+        else:
+            results[edit["key"]] = result | {"verdict": "survived", "by": ""}
+    for job, done in tqdm(in_children(jobs, original, args.workers), "edits", len(jobs), unit="edit"):
+        done = done or {"code": 1, "failed": ["took too long, or crashed"]}
+        by = (done["failed"] or [f"pytest ended with exit code {done['code']}"])[0] if done["code"] else ""
+        results[job["key"]] = job["result"] | {"verdict": "caught" if by else "survived", "by": by}
+        write(output, list(results.values()))
+
+    chosen = [results[edit["key"]] for edit in edits]
+    print(f"\n{'file':<18} edits caught  share")
+    for name in args.files:
+        caught = [result["verdict"] == "caught" for result in chosen if result["file"] == name]
+        print(f"{name:<18} {len(caught):>5} {sum(caught):>6} {sum(caught) / max(1, len(caught)):>6.0%}")
+    for result in chosen:
+        if result["verdict"] == "survived":
+            show(result, f" ({result['ran']})")
+
+
+def main(args):
+    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+        original = Path(folder).resolve() / "original"
+        shutil.copytree(ROOT, original, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+        sweep(args, original)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
