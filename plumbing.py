@@ -943,7 +943,9 @@ def save(folder, model, tokenizer):
 def stop(message, code=2):
     """End the program with one line on standard error and the exit code (2: a mistake on the command line)."""
     if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(10)  # the first process reports what all have noticed, and torchrun then ends the others
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends this one once the first has told
+        time.sleep(5 if dist.is_initialized() else 30)  # once joined, all are in step; before, one may be importing
     tqdm.write(f"error: {message}", file=sys.stderr)  # which clears a progress bar first
     raise SystemExit(code)
 

@@ -135,11 +135,11 @@ DIFFS = {
     "reinforce": 36,
     "remax": 30,
     "raft": 28,
-    "grpo": 61,
+    "grpo": 63,
     "reinforce_pp": 93,
     "vanilla_pg": 59,
-    "ppo": 109,
-    "dpo": 96,
+    "ppo": 116,
+    "dpo": 98,
 }
 
 

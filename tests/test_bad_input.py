@@ -291,6 +291,11 @@ def test_rloo(flags, expected, world, bad, tmp_path, capsys):
 OTHERS = [
     (ppo, {"epochs": 0}, "--epochs 0: must be 1 or more"),
     (ppo, {"minibatches": 0}, "--minibatches 0: must be 1 or more"),
+    (
+        ppo,
+        {"k": 1, "prompts_per_step": 3, "minibatches": 4},
+        "--minibatches 4: a rollout has only 3 responses to divide",
+    ),
     (ppo, {"clip": 0.0}, '--clip 0.0: must be above 0 ("inf" switches it off)'),
     (ppo, {"value_clip": -1.0}, '--value-clip -1.0: must be above 0 ("inf" switches it off)'),
     (ppo, {"lam": 1.5}, "--lam 1.5: must be from 0 to 1"),

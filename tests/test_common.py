@@ -17,6 +17,7 @@ from common import (
     frozen_logprobs,
     load_reward,
     microbatches,
+    minibatches,
     pad,
     positions,
     rollout,
@@ -340,3 +341,18 @@ def test_saving_again_replaces_the_folder_whole(policy, tokenizer, tmp_path):
     save(tmp_path / "model", policy, tokenizer)
     assert load_model(str(tmp_path / "model"), CPU).lm_head.weight.abs().sum() == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("n, count, sizes", [(12, 5, [3, 3, 2, 2, 2]), (6, 4, [2, 2, 1, 1]), (10, 4, [3, 3, 2, 2])])
+def test_mini_batches_differ_by_one_row_at_most(n, count, sizes):
+    torch.manual_seed(0)
+    parts = list(minibatches(n, 2, count))
+    assert [len(part) for part in parts] == 2 * sizes
+    first, second = (torch.cat(epoch).tolist() for epoch in (parts[:count], parts[count:]))
+    assert sorted(first) == sorted(second) == list(range(n)) and first != second
+
+
+def test_a_single_mini_batch_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    assert [part.tolist() for part in minibatches(3, 2, 1)] == [[0, 1, 2]] * 2
+    assert torch.equal(torch.get_rng_state(), before)

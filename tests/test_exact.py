@@ -305,6 +305,16 @@ def test_reinforce_pp_normalises_over_the_tokens_of_the_whole_batch():
     assert reinforce_pp.compute_kl_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).item() == 2.5
 
 
+@pytest.mark.parametrize("score", [0.1, 0.3, -7.7])
+def test_equal_scores_and_single_tokens_carry_no_signal(score):
+    """In float32 the mean of 64 times 0.1 is not 0.1: scaled up to std 1 the difference would be a signal."""
+    assert reinforce_pp.normalize_scores(torch.full((64,), score), 10.0).tolist() == [0.0] * 64
+    mask = torch.ones(64, 1).bool()
+    assert ppo.whiten_advantages(torch.full((64, 1), score), mask).abs().max() == 0
+    assert ppo.whiten_advantages(torch.tensor([[score]]), mask[:1]).tolist() == [[0.0]]
+    assert reinforce_pp.compute_advantages(torch.tensor([[score]]), mask[:1]).tolist() == [[0.0]]
+
+
 def test_reinforce_baselines_by_hand():
     history = [1.0, 2.0, 6.0]
     assert reinforce.compute_baseline([], "moving-average", 0, 0.9) == 0

@@ -8,49 +8,49 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
-import first_update
 import kill
 import pytest
 import torch
 from families import save_family
-from first_update import RUNS
+from helpers import loop, two_processes
+from helpers.two_processes import RUNS
 from safetensors.torch import load_file
-from tiny import ROOT, Child, call_script, command_line, run_two, wait_for
+from test_loops import compare, compare_evaluations
+from tiny import ROOT, call_script, command_line, run_two, wait_for
 from transformers import AutoModelForCausalLM
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
-def updates(context, world, tmp_path_factory):
-    """Folder with the first update of each script by one process, by two, and by two with sharded weights."""
-    folder = tmp_path_factory.mktemp("updates")
-    flags = {key: world.flags[key] for key in ("model", "reward", "gold", "dataset", "device", "max_new_tokens", "lr")}
-    one = Child(context, folder / "one", first_update.main, folder, flags)
-    assert one.wait(timeout=120) == 0, one.stderr
-    two = run_two(context, folder / "two", first_update.main, folder, flags)
-    assert two.returncode == 0, two.stderr
+def both(context, tmp_path_factory):
+    """Folder with what each of two processes has seen of a run of every script, and of one with sharded weights."""
+    folder = tmp_path_factory.mktemp("both")
+    done = run_two(context, folder / "log", two_processes.main, folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", ["", "-shard"])
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("how", ["2", "2-shard"])
-def test_two_processes_have_the_gradient_of_one(name, how, updates):
-    one, two = (torch.load(updates / f"{name}-{how}.gradients") for how in ("1", how))
-    assert len(one) == len(two) == (2 if name == "ppo" else 1)  # policy, and critic
-    for a, b in zip(one, two):
-        a, b = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (a, b))
-        assert a.norm() > 1e-3
-        assert (a - b).norm() < 1e-5 * a.norm()
+def test_two_processes_do_what_the_second_implementation_does(name, how, rank, both):
+    seen = SimpleNamespace(**torch.load(both / f"{name}{how}-{rank}.seen", weights_only=False))
+    seen.args = SimpleNamespace(**seen.args)
+    with loop.float64():
+        compare(RUNS[name][0], seen)
+        if rank == 0:  # the other one logs nothing
+            compare_evaluations(RUNS[name][0], seen)
 
 
-@pytest.mark.parametrize("how", ["2", "2-shard"])
-def test_the_first_process_saves_one_ordinary_folder(how, updates):
-    one, two = (AutoModelForCausalLM.from_pretrained(updates / f"rloo-{how}" / "model") for how in ("1", how))
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # Adam's first step divides by the gradient's size
-    assert sorted(path.name for path in (updates / f"rloo-{how}").iterdir() if "tfevents" not in path.name) == [
+@pytest.mark.parametrize("how", ["", "-shard"])
+def test_the_first_process_saves_one_ordinary_folder(how, both):
+    seen = torch.load(both / f"rloo{how}-0.seen", weights_only=False)
+    saved = AutoModelForCausalLM.from_pretrained(both / f"rloo{how}" / "model", dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), seen["models"][0], strict=True))
+    assert sorted(path.name for path in (both / f"rloo{how}").iterdir() if "tfevents" not in path.name) == [
         "args.json",
         "checkpoints",
         "evaluation.json",

@@ -1,22 +1,14 @@
-"""Run every script's main once on given rollouts, under torchrun, and save what each process has seen.
+"""Run every script's main on given rollouts, as one of two processes, and save what it has seen.
 
-    torchrun --nproc-per-node 2 tests/helpers/two_processes.py FOLDER
-
-Not a test by itself: see test_processes.py, which compares what is saved with the second implementation.
+Not a test by itself: test_processes.py compares what is saved with the second implementation.
 """
 
-import sys
-from pathlib import Path
-
 import torch
+import torch.distributed as dist
+from test_loops import BASE, HERE, PAIRS, given_rollout
 
-sys.path[:0] = [str(Path(__file__).parent.parent.parent), str(Path(__file__).parent.parent)]
-
-import torch.distributed as dist  # noqa: E402
-from helpers import loop  # noqa: E402
-
-import plumbing  # noqa: E402
-from test_loops import BASE, HERE, PAIRS, given_rollout  # noqa: E402
+import plumbing
+from helpers import loop
 
 # 3 prompts, and 3 to evaluate on: neither can be divided by 2.
 RUNS = {
@@ -39,10 +31,7 @@ def main(folder):
     for shard in (False, True):
         for name, (script, flags) in RUNS.items():
             output = folder / f"{name}{'-shard' * shard}"
-            seen = loop.record(script, output, given_rollout, **BASE | flags, shard=shard)
+            flags = BASE | {"num_updates": 2} | flags
+            seen = loop.record(script, output, given_rollout, **flags, shard=shard)
             torch.save(vars(seen) | {"args": vars(seen.args)}, f"{output}-{dist.get_rank()}.seen")
     plumbing.close(None)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
