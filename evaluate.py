@@ -5,13 +5,13 @@
 
 For every policy, on held-out prompts (Ahmadian et al. 2024, section 4.2 and table 2):
 
-    score, variance    the reward's mean; its variance over the samples of a prompt, averaged over prompts
-    gold               mean of a second reward that training never saw, where there is one
+    score, variance    the reward's mean; its variance over a prompt's samples, averaged over prompts
+    gold               mean of a held-out reward that training never sees, if there is one
     win_rate           share of responses that the judge scores above the reference text (or the other policy's
                        response), ties one half; +- its standard error over prompts
-    perplexity         of the dataset's preferred completions under the policy: what tuning cost in fluency
+    perplexity         of the dataset's preferred responses under the policy: what tuning cost in fluency
     diversity_1, _2    different words (pairs of words) of a response / all of them, averaged over responses
-    length, eos_rate   tokens of a response; share that ended by themselves
+    length, eos_rate   tokens per response; share that ended with EOS
     kl                 KL(policy || reference) of whole responses, estimated from the samples
 """
 
@@ -26,9 +26,10 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from common import encode, evaluate, find_gold, frozen_logprobs, load_measures, load_reward, rehearse
-from plumbing import (check_args, close, load_model, load_reference, load_rows, load_tokenizer, pick_device, processes,
+from common import encode, evaluate, load_reward, no_grad_logprobs
+from plumbing import (leave, load_model, load_reference, load_rows, load_tokenizer, pick_device, rank_and_world_size,
                       require)
+from runs import check_args, dry_run, find_gold, load_rewards
 
 
 @dataclass
@@ -36,62 +37,61 @@ class Args:
     policies: Annotated[tuple[str, ...], tyro.conf.Positional]
     """policies to evaluate: hub names or folders"""
     reference: str = "tasks/mini_tldr-sft"
-    """the policy that the KL is measured to; its tokenizer must be that of all policies"""
+    """reference policy of the KL; its tokenizer must be that of all policies"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
-    """a one-label classifier (hub name or folder), or path/to/file.py:function; several are added"""
+    """one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     reward_weights: tuple[float, ...] = ()
-    """what each of several rewards is multiplied by; by default 1"""
+    """weights of the rewards, if there are several; default: all 1"""
     gold: str = "auto"
-    """a second reward; "auto": the function gold_reward of the python file that --dataset names, if it has one;
-    "none": none"""
+    """held-out reward; auto: the function gold_reward in the --dataset file, if there is one; none: no gold reward"""
     judge: str = "gold"
-    """who decides the win rate: gold, reward, or path/to/file.py:function"""
+    """what decides the win rate: gold, reward, or path/to/file.py:function"""
     against: str | None = None
-    """a policy to win against (hub name or folder); by default the dataset's completion column"""
+    """opponent policy for the win rate (hub name or folder); default: the dataset's completion column"""
     dataset: str = "tasks/mini_tldr.py:prompts"
-    """rows with the column prompt: hub name, path, or file.py:function"""
+    """prompts, and reference responses (completion): hub name, path, or path/to/file.py:function"""
     dataset_config: str | None = None
     """configuration of a hub dataset that has several"""
     prompt_column: str | None = None
-    """the dataset's column of prompts, where it has another name"""
+    """prompt column, if it is not called prompt"""
     completion_column: str | None = None
-    """the dataset's column of reference texts, where it has another name"""
+    """column of reference responses, if it is not called completion"""
     chat: bool = False
-    """make prompts that are plain text the user's message of the tokenizer's chat template"""
+    """wrap plain-text prompts as a user message in the chat template"""
     system_prompt: str | None = None
-    """the system's message before every prompt (and --chat)"""
+    """system message to put before every prompt; implies --chat"""
     test_split: str = "test"
-    """split of the held-out prompts"""
+    """evaluation split"""
     preferred_column: str | None = None
-    """column of the preferred completions, for the perplexity; by default completion or chosen, if there is one"""
+    """column of preferred responses, for the perplexity; default: completion or chosen, if there is one"""
     eval_prompts: int = 1000
-    """how many prompts"""
+    """number of prompts"""
     k: int = 4
-    """responses for each prompt"""
+    """responses per prompt"""
     greedy: bool = False
-    """take the most probable response instead of samples; there is then no variance and no KL"""
+    """decode greedily instead of sampling; variance and KL are then left out"""
     temperature: float = 0.7
-    """of the sampling, and of the log-probs in the KL"""
+    """sampling temperature; the KL's log-probs are those of softmax(logits / temperature)"""
     max_prompt_length: int = 512
-    """prompts with more tokens are left out"""
+    """drop prompts with more tokens"""
     truncate_prompts: bool = False
-    """cut longer prompts off at their beginning, instead of leaving them out"""
+    """truncate long prompts on the left instead of dropping them"""
     max_new_tokens: int = 32
-    """a response is cut off after this many tokens"""
+    """maximum response length in tokens"""
     eval_batch_size: int = 512
-    """responses sampled at once"""
+    """responses to sample at once"""
     microbatch_tokens: int = 16384
-    """tokens, padding included, that go through a model at once"""
+    """maximum tokens per micro-batch, padding included"""
     seed: int = 1
-    """of the sampling"""
+    """random seed for sampling"""
     output: str | None = None
-    """JSON file to write; by default runs/evaluation-<time>.json"""
+    """JSON file to write; default: runs/evaluation-<time>.json"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """float32, or bfloat16 (autocast)"""
+    """compute dtype; bfloat16 uses autocast"""
     shard: bool = False
-    """with torchrun: spread the weights over the processes (FSDP2), for models that do not fit one device"""
+    """shard the weights across processes (FSDP2, needs torchrun), for models that do not fit on one device"""
 
 
 def diversity(texts, n):
@@ -108,9 +108,9 @@ def perplexity(policy, tokenizer, dataset, column, args):
     """exp of the mean negative log-prob per token, EOS included, of the texts of a column."""
     total = tokens = 0
     for start in range(0, len(dataset), args.eval_batch_size):
-        columns = dataset[start : start + args.eval_batch_size]
-        batch = encode(tokenizer, columns["prompt_ids"], columns[column], policy.device)
-        total += frozen_logprobs(policy, batch, 1.0, args.microbatch_tokens).sum().item()
+        examples = dataset[start : start + args.eval_batch_size]
+        batch = encode(tokenizer, examples["prompt_ids"], examples[column], policy.device)
+        total += no_grad_logprobs(policy, batch, 1.0, args.microbatch_tokens).sum().item()
         tokens += batch.response_mask.sum().item()
     return math.exp(-total / tokens)
 
@@ -132,50 +132,49 @@ def summarize(values, completions, k):
 
 
 def main(args):
-    # Everything that can be wrong is looked at before the first policy is evaluated.
+    # Everything that can go wrong is checked before the first policy is evaluated.
     require(args.policies, "name at least one policy (a folder or a hub name)")
     check_args(args)
     device = pick_device(args)
     output = Path(args.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}.json")
-    require(not output.exists(), f"--output {output}: already exists; name a new file")
+    require(not output.exists(), f"--output {output}: already exists; choose another name")
     require(args.judge in ("gold", "reward") or ".py:" in args.judge,
             f"--judge {args.judge}: choose gold, reward, or path/to/file.py:function")
     require(args.judge != "gold" or find_gold(args.gold, args.dataset),
-            "--judge gold: there is no gold reward; name one with --gold, or use --judge reward")
+            "--judge gold: there is no gold reward; give one with --gold, or use --judge reward")
     judge = {"gold": "gold", "reward": "score"}.get(args.judge, "judge")
     tokenizer = load_tokenizer(args.reference)
     for name in (*args.policies, args.against):
         same = name is None or load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
-        require(same, f"policy {name}: has another vocabulary than --reference {args.reference}; evaluate it apart")
+        require(same, f"policy {name}: its vocabulary is not that of --reference {args.reference}; evaluate it separately")
     reference = load_reference(args, tokenizer, device)
-    measures = load_measures(args, tokenizer, device)
+    reward_fns = load_rewards(args, tokenizer, device)
     if judge == "judge":
         by = load_reward(args.judge, tokenizer, device, args.dtype, args.microbatch_tokens, args.shard)
-        measures["judge"] = lambda batch, columns: {"judge": by(batch, columns)}
-    length = args.max_prompt_length
-    dataset = load_rows(args, args.dataset, args.test_split, tokenizer, ["prompt"], length, args.eval_prompts)
+        reward_fns["judge"] = lambda batch, examples: {"judge": by(batch, examples)}
+    dataset = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     columns = [args.preferred_column] if args.preferred_column else ["completion", "chosen"]
     preferred = next((column for column in columns if column in dataset.column_names), None)
-    require(preferred or not args.preferred_column, f"--preferred-column {args.preferred_column}: the dataset has none")
-    rehearse(reference, tokenizer, [dataset], measures, args)
+    require(preferred or not args.preferred_column, f"--preferred-column {args.preferred_column}: the dataset has no such column")
+    dry_run(reference, tokenizer, [dataset], reward_fns, args)
 
-    k, rivals, results = 1 if args.greedy else args.k, None, {}
+    k, opponents, results = 1 if args.greedy else args.k, None, {}
     if args.against:  # sampled with another seed: the two policies must not share their random numbers
         policy = load_model(args.against, device, args.dtype, args.shard).requires_grad_(False)
-        values, completions = evaluate(policy, reference, tokenizer, measures, dataset,
+        values, completions = evaluate(policy, reference, tokenizer, reward_fns, dataset,
                                        replace(args, seed=args.seed + 1), k, args.greedy, judge)
-        rivals = completions, values["eos_rate"].bool().tolist()
-    for name in tqdm(args.policies, desc="evaluate", unit="policy", disable=processes()[0] > 0):
+        opponents = completions, values["eos_rate"].bool().tolist()
+    for name in tqdm(args.policies, desc="evaluate", unit="policy", disable=rank_and_world_size()[0] > 0):
         policy = load_model(name, device, args.dtype, args.shard).requires_grad_(False)
-        values, completions = evaluate(policy, reference, tokenizer, measures, dataset, args, k, args.greedy, judge,
-                                       rivals)
+        values, completions = evaluate(policy, reference, tokenizer, reward_fns, dataset, args, k, args.greedy, judge,
+                                       opponents)
         if args.greedy:
             del values["kl"]  # its estimate needs samples
         results[name] = summarize(values, completions, k)
         if preferred:
             results[name]["perplexity"] = perplexity(policy, tokenizer, dataset, preferred, args)
 
-    if processes()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         print("".join([f"{'':<12}", *(f"  {name:>10}" for name in results)]))
         for metric in next(iter(results.values())):
             numbers = (f"  {metrics[metric]:>z{max(10, len(name))}.3f}" for name, metrics in results.items())
@@ -183,9 +182,9 @@ def main(args):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({"settings": asdict(args), "policies": results}, indent=2) + "\n")
         print(f"wrote {output}")
-    close(None)
     return results
 
 
 if __name__ == "__main__":
     main(tyro.cli(Args))
+    leave()

@@ -20,19 +20,17 @@ What to watch: objective/best_score, the chosen responses' score; its distance f
 to learn.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
-from transformers import get_scheduler, set_seed
+from transformers import get_scheduler
 
-from common import (evaluate, frozen_logprobs, load_measures, log_samples, microbatches, rehearse, rollout,
-                    rollout_metrics, sequence_rewards, token_kl, token_logprobs)
-from plumbing import (batches, check_args, check_finite, checkpoint, clip_gradients, close, load_model, load_reference,
-                      load_rows, load_tokenizer, log, log_evaluation, open_run, parse, pick_device, report, require,
-                      save, show, total, watch)
+from common import (evaluate, microbatches, no_grad_logprobs, rollout, rollout_metrics, sequence_rewards, token_kl,
+                    token_logprobs)
+from plumbing import (clip_gradients, leave, load_model, load_reference, load_rows, load_tokenizer, require,
+                      sum_over_ranks)
+from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
 
 
 def select_best(rewards, k):
@@ -50,140 +48,78 @@ def compute_loss(logprobs):
 
 
 @dataclass
-class Args:
+class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints (see runs.py)
     k: int = 4
-    """responses per prompt, 2 or more"""
+    """responses per prompt, at least 2"""
     rank_by: Literal["reward", "score"] = "reward"
     """best by the KL-shaped reward R, or by the score r"""
     beta: float = 0.05
-    """weight of the KL penalty in the reward; 0 switches it off"""
+    """weight of the KL penalty in the reward; 0 disables it"""
     temperature: float = 0.7
-    """the policy, and the reference, are softmax(logits / temperature): sampled and scored with the same"""
+    """sampling temperature; all log-probs are those of softmax(logits / temperature)"""
     lr: float = 1e-3
-    """Adam's peak learning rate (for a pretrained model of a billion parameters: 1e-6 to 3e-6)"""
+    """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """how the learning rate falls after the warm-up"""
+    """learning-rate schedule after the warm-up"""
     warmup_updates: int = 0
-    """updates over which the learning rate rises from 0"""
+    """linear warm-up updates"""
     max_grad_norm: float = 1.0
-    """the gradient's norm is clipped to this; policy/grad_clipped logs how often"""
+    """gradient-norm clipping; policy/grad_clipped logs how often it applies"""
     num_updates: int = 150
-    """optimizer steps, each on a rollout of its own"""
+    """optimizer steps, each on a fresh rollout"""
     prompts_per_step: int = 16
-    """prompts of one rollout; it has k times as many responses"""
-    max_prompt_length: int = 512
-    """prompts with more tokens are left out"""
-    truncate_prompts: bool = False
-    """cut longer prompts off at their beginning, instead of leaving them out"""
+    """prompts per rollout, with k responses each"""
     max_new_tokens: int = 32
-    """a response is cut off after this many tokens"""
+    """maximum response length in tokens"""
     missing_eos_penalty: float = 1.0
-    """subtracted from the score of a response that was cut off before it ended"""
-    microbatch_tokens: int = 8192
-    """tokens, padding included, that go through a model at once in scoring and update: changes memory and time, never
-    the gradient"""
-    rollout_batch_size: int = 256
-    """responses that one process samples at once: their keys and values are what a rollout keeps in memory"""
+    """subtracted from the score of a response without EOS"""
     model: str = "tasks/mini_tldr-sft"
-    """the policy to start from: a hub name or a folder"""
+    """initial policy: hub name or folder"""
     reference: str | None = None
-    """the policy that the KL is measured to; by default a frozen copy of --model"""
+    """reference policy of the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
-    """what is maximized: a one-label classifier (hub name or folder), or path/to/file.py:function; several are added"""
-    reward_weights: tuple[float, ...] = ()
-    """what each of several rewards is multiplied by; by default 1"""
-    gold: str = "auto"
-    """a second reward that is only measured, in evaluations, where it judges the win rate; "auto": the function
-    gold_reward of the python file that --dataset names, if it has one; "none": none"""
+    """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
-    """rows with the column prompt, and completion (a reference text) for the win rate: hub name, path, or
-    file.py:function"""
-    dataset_config: str | None = None
-    """configuration of a hub dataset that has several"""
-    prompt_column: str | None = None
-    """the dataset's column of prompts, where it has another name"""
-    completion_column: str | None = None
-    """the dataset's column of reference texts, where it has another name"""
-    chat: bool = False
-    """make prompts that are plain text the user's message of the tokenizer's chat template"""
-    system_prompt: str | None = None
-    """the system's message before every prompt (and --chat)"""
-    train_split: str = "train"
-    """split that the rollouts take their prompts from"""
-    test_split: str = "test"
-    """split that the evaluations take their prompts from"""
-    eval_every: int = 10
-    """updates between two evaluations; 0 evaluates before and after training only"""
-    eval_prompts: int = 256
-    """held-out prompts of an evaluation, with one sampled response each"""
-    eval_batch_size: int = 256
-    """responses sampled at once in an evaluation"""
+    """prompts, and reference responses (completion) for the win rate: hub name, path, or path/to/file.py:function"""
     seed: int = 1
-    """of the order of the prompts and of the sampling"""
-    output: str | None = None
-    """run folder: args.json, TensorBoard logs, model/, checkpoints/; by default runs/<script>-seed<seed>-<time>"""
-    save_every: int = 10
-    """updates between two checkpoints; 0 writes one only at the end, or where SIGTERM or Ctrl-C ends the run"""
-    keep: int = 2
-    """checkpoints that are kept, the last ones"""
-    resume: str | None = None
-    """folder of a run that was ended: go on after its last checkpoint, with its flags, as if nothing had happened"""
-    device: str = "auto"
-    """auto, cuda, mps or cpu"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """float32, or bfloat16 (autocast; the weights and Adam stay in float32)"""
-    shard: bool = False
-    """with torchrun: spread the weights over the processes (FSDP2), for models that do not fit one device"""
-    gradient_checkpointing: bool = False
-    """keep only the layers' inputs for the backward pass, and compute the rest again there: less memory, more time"""
+    """random seed for prompt order and sampling"""
 
 
 def main(args):
-    require(args.k >= 2, f"--k {args.k}: the best of the k responses is kept; use 2 or more")
-    check_args(args)
-    device = pick_device(args)
-    set_seed(args.seed)
+    require(args.k >= 2, f"--k {args.k}: the best of the k responses is kept; use at least 2")
+    device = setup(args)
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args, tokenizer, device)
-    measures = load_measures(args, tokenizer, device)  # "score" is trained on; "gold", if there is one, only measured
-    length = args.max_prompt_length
-    train = load_rows(args, args.dataset, args.train_split, tokenizer, ["prompt"], length)
-    test = load_rows(args, args.dataset, args.test_split, tokenizer, ["prompt"], length, args.eval_prompts)
-    rehearse(policy, tokenizer, [train, test], measures, args)
+    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if there is one, only logged
+    train = load_rows(args, args.train_split, tokenizer)
+    test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
+    dry_run(policy, tokenizer, [train, test], reward_fns, args)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
-    saved = {"policy": (policy, optimizer, scheduler)}  # what checkpoints hold, besides the state
-    folder, writer, state = open_run(args, "raft", saved)
-    if not state:  # a new run
-        before = evaluate(policy, reference, tokenizer, measures, test, args)
-        log_evaluation(writer, 0, before)
-        state = {"step": 0, "samples": 0, "seconds": 0.0, "before": before, "after": before}
 
-    updates = range(state["step"] + 1, args.num_updates + 1)
-    bar = tqdm(updates, desc="raft", unit="update", disable=writer is None)
-    for step, columns in zip(bar, batches(train, args.prompts_per_step, args.seed, state["step"])):
-        start = time.perf_counter()
-
-        # 1. rollout: k responses for each prompt, with the sampler's own log-probs
-        batch = rollout(policy, tokenizer, columns["prompt_ids"], args.k, args.temperature, args.max_new_tokens,
+    run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))  # --resume restores all three
+    if run.step == 0:
+        run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
+    for examples in run.updates(train, args.prompts_per_step):
+        # 1. rollout: k responses per prompt, with the sampler's own log-probs
+        batch = rollout(policy, tokenizer, examples["prompt_ids"], args.k, args.temperature, args.max_new_tokens,
                         args.rollout_batch_size)  # N rows
 
         # 2. score: one number per response
-        parts = measures["score"](batch, columns)  # name -> (N,): the score, and its parts where there are several
+        parts = reward_fns["score"](batch, examples)  # name -> (N,): the score, and its parts if there are several
         scores = parts["score"] - args.missing_eos_penalty * ~batch.ended  # (N,)
 
         # 3. shape: the KL to the reference becomes part of the reward
-        ref_logprobs = frozen_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
-        check_finite(step, folder, columns, scores=scores, kl=kl)
         rewards = sequence_rewards(scores, kl, args.beta)  # (N,)
 
         # 4. the best response of each prompt, instead of advantages
         best = select_best(rewards if args.rank_by == "reward" else scores, args.k)  # (B,)
         num_tokens = batch.response_mask[best].sum()
 
-        # 5. update: one step on the best responses, which go through the model in micro-batches
+        # 5. update: one optimizer step on the best responses, in micro-batches
         loss = 0.0
         optimizer.zero_grad()
         for rows in microbatches(args.microbatch_tokens, batch[best]):
@@ -191,43 +127,32 @@ def main(args):
             part = compute_loss(logprobs) / num_tokens
             part.backward()
             loss += part.item()
-        loss, grad_norm = total(loss), clip_gradients(policy, args.max_grad_norm)
-        check_finite(step, folder, columns, loss=loss, grad_norm=grad_norm)
+        loss, grad_norm = sum_over_ranks(loss), clip_gradients(policy, args.max_grad_norm)
+        run.check_finite(examples, scores=scores, kl=kl, loss=loss, grad_norm=grad_norm)
         optimizer.step()
-        lr = scheduler.get_last_lr()[0]
-        scheduler.step()
 
-        # 6. log
-        elapsed = time.perf_counter() - start
-        state["step"] = step
-        state["samples"] += len(batch)
-        state["seconds"] += elapsed
+        # 6. log, evaluate, save
         metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k)
         metrics |= {
             "objective/best_score": scores[best].mean(),
             "policy/loss": loss,
             "policy/grad_norm": grad_norm,
             "policy/grad_clipped": grad_norm > args.max_grad_norm,
-            "policy/lr": lr,
-            "time/samples": state["samples"],
-            "time/seconds": state["seconds"],
-            "time/tokens_per_second": batch.response_mask.sum() / elapsed,
+            "policy/lr": scheduler.get_last_lr()[0],
         }
-        log(writer, step, metrics)
-        show(bar, metrics)
-        watch(state, metrics, args.max_new_tokens)
-        if step == args.num_updates or (args.eval_every and step % args.eval_every == 0):
-            state["after"] = after = evaluate(policy, reference, tokenizer, measures, test, args)
-            check_finite(step, folder, columns, kl=after[0]["kl"].mean())
-            log_evaluation(writer, step, after)
+        run.log(metrics, samples=len(batch), tokens=batch.response_mask.sum())
+        scheduler.step()
+        if run.evaluation_is_due():
+            run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
             chosen = torch.zeros_like(scores).index_fill(0, best, 1.0)  # (N,), 1 for the best of each prompt
-            log_samples(writer, step, columns, tokenizer, batch, scores, kl, chosen)
-            save(folder / "model", policy, tokenizer)
-        checkpoint(args, folder, writer, tokenizer, saved, state)
-    report(folder, test, state["before"], state["after"])
-    close(writer)
+            run.log_samples(examples, batch, scores, kl, chosen)
+            run.save_model(policy)
+        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+
+    run.finish(test)
     return policy
 
 
 if __name__ == "__main__":
     main(parse(Args))
+    leave()

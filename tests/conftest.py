@@ -14,7 +14,7 @@ os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp()  # and they writ
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from tiny import make_tokenizer, save_classifier, save_policy  # noqa: E402
+from helpers.tiny import make_tokenizer, save_classifier, save_policy  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "lab"))
 

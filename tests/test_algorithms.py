@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from tiny import ROOT, scalars
+from helpers.tiny import ROOT, scalars
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dpo

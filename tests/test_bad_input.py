@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_tokenizer, save_classifier, save_policy
+from helpers.tiny import make_tokenizer, save_classifier, save_policy
 
 import dpo
 import evaluate
@@ -18,6 +18,7 @@ import ppo
 import raft
 import reinforce
 import reinforce_pp
+import reinforce_pp_baseline
 import reward_model
 import rloo
 import sft
@@ -86,19 +87,19 @@ def bad(world, tmp_path_factory):
 
 
 RLOO = [  # flags, and the line that a person sees; … stands for another library's words
-    ({"k": 1}, "--k 1: the baseline is the mean of the other k - 1 responses; use 2 or more"),
-    ({"k": 0}, "--k 0: the baseline is the mean of the other k - 1 responses; use 2 or more"),
+    ({"k": 1}, "--k 1: the baseline is the mean of the other k - 1 responses; use at least 2"),
+    ({"k": 0}, "--k 0: the baseline is the mean of the other k - 1 responses; use at least 2"),
     ({"prompts_per_step": 0}, "--prompts-per-step 0: must be 1 or more"),
     ({"num_updates": 0}, "--num-updates 0: must be 1 or more"),
     ({"max_new_tokens": 0}, "--max-new-tokens 0: must be 1 or more"),
     ({"microbatch_tokens": -1}, "--microbatch-tokens -1: must be 1 or more"),
     ({"eval_prompts": 0}, "--eval-prompts 0: must be 1 or more"),
-    ({"temperature": 0.0}, "--temperature 0.0: must be above 0, and finite"),
-    ({"temperature": -1.0}, "--temperature -1.0: must be above 0, and finite"),
-    ({"temperature": float("nan")}, "--temperature nan: must be above 0, and finite"),
-    ({"lr": 0.0}, "--lr 0.0: must be above 0, and finite"),
-    ({"lr": float("inf")}, "--lr inf: must be above 0, and finite"),
-    ({"max_grad_norm": 0.0}, "--max-grad-norm 0.0: must be above 0, and finite"),
+    ({"temperature": 0.0}, "--temperature 0.0: must be positive and finite"),
+    ({"temperature": -1.0}, "--temperature -1.0: must be positive and finite"),
+    ({"temperature": float("nan")}, "--temperature nan: must be positive and finite"),
+    ({"lr": 0.0}, "--lr 0.0: must be positive and finite"),
+    ({"lr": float("inf")}, "--lr inf: must be positive and finite"),
+    ({"max_grad_norm": 0.0}, "--max-grad-norm 0.0: must be positive and finite"),
     ({"beta": -0.1}, "--beta -0.1: must be 0 or more, and finite"),
     ({"missing_eos_penalty": -1.0}, "--missing-eos-penalty -1.0: must be 0 or more, and finite"),
     ({"eval_every": -1}, "--eval-every -1: must be 0 or more, and finite"),
@@ -106,10 +107,10 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
     ({"device": "cpu:x"}, "--device cpu:x: not available here; use auto or cpu"),
     ({"device": "gpu"}, "--device gpu: not available here; use auto or cpu"),
     ({"model": "{bad}/no_model"}, "tokenizer {bad}/no_model: no such file or folder; give a path or a hub name"),
-    ({"model": "{bad}/nothing"}, "tokenizer {bad}/nothing: has no config.json, so it is no model's folder"),
+    ({"model": "{bad}/nothing"}, "tokenizer {bad}/nothing: not a model folder (it has no config.json)"),
     ({"reference": "{bad}/no_model"}, "tokenizer {bad}/no_model: no such file or folder; give a path or a hub name"),
     ({"reward": ("{bad}/no_reward",)}, "tokenizer {bad}/no_reward: no such file or folder; give a path or a hub name"),
-    ({"reward": ("{bad}/no_file.py:f",)}, "{bad}/no_file.py: there is no such file"),
+    ({"reward": ("{bad}/no_file.py:f",)}, "{bad}/no_file.py: no such file"),
     ({"reward": ("{bad}/rewards.py:absent",)}, "{bad}/rewards.py:absent: {bad}/rewards.py has no function absent"),
     ({"reward": ("{bad}/syntax.py:f",)}, "{bad}/syntax.py: cannot be imported: SyntaxError…"),
     ({"reward": ("{bad}/rewards.py:fails",)}, "reward {bad}/rewards.py:fails: raised KeyError: 'no such answer'"),
@@ -130,10 +131,10 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
         {"gold": "{bad}/rewards.py:nan"},
         "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number",
     ),
-    ({"reward": ("{bad}/headless",)}, "model {bad}/headless: lacks the weights score.weight, so it is no such model"),
+    ({"reward": ("{bad}/headless",)}, "model {bad}/headless: the weights score.weight are missing, so it is another kind of model"),
     (
         {"reference": "{bad}/other"},
-        "reference {bad}/other: has another vocabulary than the policy, so there is no KL between them",
+        "reference {bad}/other: its vocabulary is not the policy's, so there is no KL between them",
     ),
     ({"reward": ("{bad}/two_labels",)}, "model {bad}/two_labels: has 2 labels; a reward model has 1"),
     (
@@ -146,7 +147,7 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
         {"dataset": "{bad}/column.jsonl"},
         "dataset {bad}/column.jsonl: has no column 'prompt'; it has query, answer; name one with --prompt-column",
     ),
-    ({"dataset": "{bad}/list.py:rows"}, "dataset {bad}/list.py:rows: must be a datasets.Dataset, not <class 'list'>"),
+    ({"dataset": "{bad}/list.py:rows"}, "dataset {bad}/list.py:rows: the function must return a datasets.Dataset, not <class 'list'>"),
     (
         {"dataset": "{bad}/null.jsonl"},
         "dataset {bad}/null.jsonl, split train: column 'completion' must hold text; row 1 does not",
@@ -156,7 +157,6 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
         "dataset {bad}/numbers.jsonl, split train: column 'prompt' must hold text, or lists of messages with "
         "role and content; row 0 does not",
     ),
-    ({"dataset": "{bad}/blank.jsonl"}, "dataset {bad}/blank.jsonl, split train: row 1 has an empty prompt"),
     (
         {"dataset": "tasks/mini_tldr.py:prompts", "train_split": "dev"},
         "dataset tasks/mini_tldr.py:prompts, split dev: cannot be loaded from a folder or the hub: …",
@@ -164,34 +164,32 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
     ({"max_prompt_length": 0}, "--max-prompt-length 0: must be 1 or more"),
     (
         {"dataset": "{bad}/half.jsonl"},
-        "dataset {bad}/half.jsonl, line 3: is not JSON (Unterminated string starting at: line 1 column 17 "
-        "(char 16)); repair or remove that line",
+        "dataset {bad}/half.jsonl, split train: not valid JSON (…",
     ),
     (
         {"dataset": "{bad}/halves"},
-        "dataset {bad}/halves/train.jsonl, line 2: is not JSON (Expecting value: line 1 column 1 (char 0)); "
-        "repair or remove that line",
+        "dataset {bad}/halves, split train: not valid JSON (…",
     ),
     (
         {"dataset": "{bad}/chat.jsonl"},
-        "dataset {bad}/chat.jsonl, split train: has chat messages for prompts, but the tokenizer has no chat "
-        "template; use an instruction-tuned model, or prompts that are plain text",
+        "dataset {bad}/chat.jsonl, split train: the prompts are chat messages, but the tokenizer has no "
+        "chat template; use an instruction-tuned model, or plain-text prompts",
     ),
     (
         {"dataset": "{bad}/no_roles.jsonl"},
         "dataset {bad}/no_roles.jsonl, split train: column 'prompt' must hold text, or lists of messages "
         "with role and content; row 0 does not",
     ),
-    ({"dataset": "{bad}/pairs.jsonl"}, "dataset {bad}/pairs.jsonl, split train: row 0 has an empty prompt"),
+    ({"dataset": "{bad}/pairs.jsonl"}, "dataset {bad}/pairs.jsonl, split train: every prompt is empty"),
     (
         {"chat": True},
-        "dataset {world}/data.jsonl, split train: has chat messages for prompts, but the tokenizer has no "
-        "chat template; use an instruction-tuned model, or prompts that are plain text",
+        "dataset {world}/data.jsonl, split train: the prompts are chat messages, but the tokenizer has "
+        "no chat template; use an instruction-tuned model, or plain-text prompts",
     ),
     (
         {"system_prompt": "Be brief."},
-        "dataset {world}/data.jsonl, split train: has chat messages for prompts, but the tokenizer has no "
-        "chat template; use an instruction-tuned model, or prompts that are plain text",
+        "dataset {world}/data.jsonl, split train: the prompts are chat messages, but the tokenizer has "
+        "no chat template; use an instruction-tuned model, or plain-text prompts",
     ),
     (
         {"prompt_column": "text"},
@@ -200,61 +198,55 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
     ),
     (
         {"max_new_tokens": 500},
-        "rows of up to 505 tokens, the response included: more than the 128 positions of the model; lower "
+        "rows of up to 505 tokens, including the response, do not fit the model's 128 positions; lower "
         "--max-prompt-length, --max-length or --max-new-tokens",
     ),
-    ({"seed": -1}, "--seed -1: must be from 0 to 4294967294"),
+    ({"seed": -1}, "--seed -1: must be between 0 and 4294967294"),
     ({"rollout_batch_size": 0}, "--rollout-batch-size 0: must be 1 or more"),
     (
         {"reward": ("{bad}/rewards.py:one", "{bad}/rewards.py:one")},
-        "--reward: names {bad}/rewards.py:one twice; give it a weight instead",
-    ),
-    (
-        {"dataset": "{bad}/spaces.jsonl"},
-        "dataset {bad}/spaces.jsonl, split train: row [1] has a prompt without tokens",
+        "--reward: {bad}/rewards.py:one is given twice; use --reward-weights instead",
     ),
     (
         {"dataset": "{bad}/strings.jsonl", "system_prompt": "Be brief."},
         "dataset {bad}/strings.jsonl, split train: column 'prompt' must hold text, or lists of messages "
         "with role and content; row 0 does not",
     ),
-    ({"reward_weights": (1.0, 2.0)}, "--reward-weights: has 2 numbers for 1 rewards; give one for each"),
+    ({"reward_weights": (1.0, 2.0)}, "--reward-weights: 2 weights for 1 rewards; give one for each"),
     (
         {"model": "{bad}/pickle"},
-        "model {bad}/pickle: pytorch_model.bin is a pickle, which can run any code when it is read, so it is "
-        "refused; where you trust it, load it in transformers and save it again with save_pretrained, as "
+        "model {bad}/pickle: pytorch_model.bin is a pickle, which can run arbitrary code when loaded, so "
+        "it is refused; if you trust it, load it in transformers and save it with save_pretrained, as "
         "safetensors",
     ),
     ({"model": "{bad}/cut"}, "model {bad}/cut: cannot be loaded from a folder or the hub: …"),
     (
         {"model": "{bad}/remote"},
-        "model {bad}/remote: needs program code from its repository, which is never run; use a model that "
-        "transformers has built in",
+        "model {bad}/remote: needs code from its repository, which is never run; use a model that is "
+        "built into transformers",
     ),
     (
         {"model": "{bad}/small"},
-        "model {bad}/small: has embeddings for 7 tokens, and its tokenizer has 9; they do not belong together",
+        "model {bad}/small: has embeddings for 7 tokens, but its tokenizer has 9; they do not belong "
+        "together",
     ),
-    ({"reward": ("{bad}/small",)}, "model {bad}/small: lacks the weights score.weight, so it is no such model"),
+    ({"reward": ("{bad}/small",)}, "model {bad}/small: the weights score.weight are missing, so it is another kind of model"),
     (
         {"model": "some-owner/some-model"},
-        "tokenizer some-owner/some-model: the hub cannot be reached (offline?), and there is no such folder "
-        "here; where there is a network, fetch it with `hf download some-owner/some-model --local-dir "
-        "FOLDER`, and name that folder",
+        "tokenizer some-owner/some-model: not a local folder, and the hub cannot be reached …",
     ),
     (
         {"dataset": "some-owner/some-data"},
-        "dataset some-owner/some-data, split train: the hub cannot be reached (offline?), and there is no "
-        "such folder here; where there is a network, fetch it with `hf download --repo-type dataset "
-        "some-owner/some-data --local-dir FOLDER`, and name that folder",
+        "dataset some-owner/some-data, split train: not a local folder, and the hub cannot be reached …",
     ),
-    ({"shard": True}, "--shard: there is one process; start several with torchrun --nproc-per-node 2"),
-    ({"output": "{bad}/used"}, "--output {bad}/used: already holds files; name a new folder, or remove that one"),
+    ({"shard": True}, "--shard: there is only one process; launch with torchrun --nproc-per-node 2"),
+    ({"output": "{bad}/used"}, "--output {bad}/used: is not empty; choose another folder, or delete that one"),
     (
         {"output": "{bad}/rewards.py/run"},
-        "--output {bad}/rewards.py/run: cannot be made, for {bad}/rewards.py is a file; name another",
+        "--output {bad}/rewards.py/run: cannot be created, since {bad}/rewards.py is a file; choose "
+        "another folder",
     ),
-    ({"output": "{bad}/rewards.py"}, "--output {bad}/rewards.py: already exists; name another, or remove that file"),
+    ({"output": "{bad}/rewards.py"}, "--output {bad}/rewards.py: already exists; choose another name, or delete that file"),
 ]
 
 
@@ -296,15 +288,15 @@ OTHERS = [
         {"k": 1, "prompts_per_step": 3, "minibatches": 4},
         "--minibatches 4: a rollout has only 3 responses to divide",
     ),
-    (ppo, {"clip": 0.0}, '--clip 0.0: must be above 0 ("inf" switches it off)'),
-    (ppo, {"value_clip": -1.0}, '--value-clip -1.0: must be above 0 ("inf" switches it off)'),
-    (ppo, {"lam": 1.5}, "--lam 1.5: must be from 0 to 1"),
-    (ppo, {"gamma": -0.1}, "--gamma -0.1: must be from 0 to 1"),
-    (ppo, {"critic_lr": 0.0}, "--critic-lr 0.0: must be above 0, and finite"),
+    (ppo, {"clip": 0.0}, '--clip 0.0: must be positive ("inf" disables it)'),
+    (ppo, {"value_clip": -1.0}, '--value-clip -1.0: must be positive ("inf" disables it)'),
+    (ppo, {"lam": 1.5}, "--lam 1.5: must be between 0 and 1"),
+    (ppo, {"gamma": -0.1}, "--gamma -0.1: must be between 0 and 1"),
+    (ppo, {"critic_lr": 0.0}, "--critic-lr 0.0: must be positive and finite"),
     (
         ppo,
         {"critic": "{bad}/other"},
-        "critic {bad}/other: has another vocabulary than the policy; name another with --critic",
+        "critic {bad}/other: its vocabulary is not the policy's; choose another --critic",
     ),
     (
         ppo,
@@ -314,15 +306,15 @@ OTHERS = [
     (
         ppo,
         {"critic": "{bad}/two_labels"},
-        "model {bad}/two_labels: its weights have other shapes than are wanted here (a reward model or critic has "
-        "a head with one label)",
+        "model {bad}/two_labels: its weights have the wrong shapes (a reward model or critic needs a "
+        "head with one label)",
     ),
-    (reinforce, {"decay": 1.0}, "--decay 1.0: must be 0 or more, and below 1"),
+    (reinforce, {"decay": 1.0}, "--decay 1.0: must be at least 0 and below 1"),
     (reinforce, {"window": -1}, "--window -1: must be 0 or more, and finite"),
-    (grpo, {"k": 1}, "--k 1: the baseline is the mean of the k responses; use 2 or more"),
-    (raft, {"k": 1}, "--k 1: the best of the k responses is kept; use 2 or more"),
-    (reinforce_pp, {"k": 1, "baseline": "group"}, "--k 1: --baseline group needs 2 or more responses"),
-    (reinforce_pp, {"clip_scores": 0.0}, '--clip-scores 0.0: must be above 0 ("inf" switches it off)'),
+    (grpo, {"k": 1}, "--k 1: the baseline is the mean of the k responses; use at least 2"),
+    (raft, {"k": 1}, "--k 1: the best of the k responses is kept; use at least 2"),
+    (reinforce_pp_baseline, {"k": 1}, "--k 1: the baseline is the mean of the k responses; use at least 2"),
+    (reinforce_pp, {"clip_scores": 0.0}, '--clip-scores 0.0: must be positive ("inf" disables it)'),
     (
         dpo,
         {"dataset": "{bad}/column.jsonl"},
@@ -333,7 +325,8 @@ OTHERS = [
         {"eval_dataset": "{bad}/no_data.jsonl"},
         "dataset {bad}/no_data.jsonl: no such file or folder; give a path or a hub name",
     ),
-    (dpo, {"max_length": 1}, "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; allow more"),
+    (dpo, {"max_length": 1}, "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
+        "--max-prompt-length or --max-length"),
     (sft, {"model": "{bad}/no_model"}, "tokenizer {bad}/no_model: no such file or folder; give a path or a hub name"),
     (
         sft,
@@ -346,15 +339,15 @@ OTHERS = [
         {"dataset": "{bad}/blank.jsonl"},
         "dataset {bad}/blank.jsonl: has no column 'completion'; it has prompt; name one with --completion-column",
     ),
-    (sft, {"dataset": "{bad}/blank2.jsonl"}, "dataset {bad}/blank2.jsonl, split train: row 1 has an empty prompt"),
     (
         sft,
         {"dataset": "{bad}/long.jsonl"},
-        "rows of up to 203 tokens, the response included: more than the 128 positions of the model; lower "
+        "rows of up to 203 tokens, including the response, do not fit the model's 128 positions; lower "
         "--max-prompt-length, --max-length or --max-new-tokens",
     ),
-    (sft, {"max_length": 1}, "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; allow more"),
-    (sft, {"output": "{bad}/used"}, "--output {bad}/used: already holds files; name a new folder, or remove that one"),
+    (sft, {"max_length": 1}, "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
+        "--max-prompt-length or --max-length"),
+    (sft, {"output": "{bad}/used"}, "--output {bad}/used: is not empty; choose another folder, or delete that one"),
     (
         reward_model,
         {"dataset": "{bad}/column.jsonl"},
@@ -368,25 +361,26 @@ OTHERS = [
     (
         reward_model,
         {"max_length": 1},
-        "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; allow more",
+        "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
+        "--max-prompt-length or --max-length",
     ),
     (
         reward_model,
         {"output": "{bad}/used"},
-        "--output {bad}/used: already holds files; name a new folder, or remove that one",
+        "--output {bad}/used: is not empty; choose another folder, or delete that one",
     ),
     (
         evaluate,
         {"policies": ("{bad}/no_model",)},
         "tokenizer {bad}/no_model: no such file or folder; give a path or a hub name",
     ),
-    (evaluate, {"judge": "gold"}, "--judge gold: there is no gold reward; name one with --gold, or use --judge reward"),
+    (evaluate, {"judge": "gold"}, "--judge gold: there is no gold reward; give one with --gold, or use --judge reward"),
     (evaluate, {"judge": "best"}, "--judge best: choose gold, reward, or path/to/file.py:function"),
     (evaluate, {"k": 0}, "--k 0: must be 1 or more"),
     (
         evaluate,
         {"output": "{bad}/used/args.json"},
-        "--output {bad}/used/args.json: already exists; name another, or remove that file",
+        "--output {bad}/used/args.json: already exists; choose another name, or delete that file",
     ),
     (plot, {"runs": ("{bad}/nothing",)}, "{bad}/nothing: is not a run folder (it has no args.json)"),
     (plot, {"runs": ("{bad}/used",)}, "{bad}/used: its TensorBoard log holds no scalars"),

@@ -6,19 +6,17 @@ import math
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from tiny import CPU, DATA_ARGS, make_policy, make_tokenizer, save_classifier, save_policy, token_ids
+from helpers.tiny import CPU, data_args, make_policy, make_tokenizer, save_classifier, save_policy, token_ids
 from transformers import AutoModelForSequenceClassification
 
 from common import (
     Batch,
     encode,
-    eos_ids,
     evaluate,
-    frozen_logprobs,
+    no_grad_logprobs,
     load_reward,
     microbatches,
     minibatches,
-    pad,
     positions,
     rollout,
     sequence_rewards,
@@ -26,7 +24,7 @@ from common import (
     token_logprobs,
     wins,
 )
-from plumbing import batches, load_dataset, load_model, load_rows, load_tokenizer, save
+from plumbing import batches, eos_ids, load_dataset, load_model, load_rows, load_tokenizer, pad
 
 WORDS = "a b c d e f".split()
 PROMPTS = ["a b c", "d", "e f a b c d", "f f"]
@@ -148,8 +146,8 @@ def test_every_eos_id_of_the_generation_config_ends_a_response(policy, tokenizer
 def test_logprobs_do_not_depend_on_padding_or_on_the_other_rows(policy, tokenizer):
     torch.manual_seed(0)
     batch = rollout(policy, tokenizer, token_ids(tokenizer, PROMPTS), 4, 1.0, 12)
-    together = frozen_logprobs(policy, batch, 1.0, 100_000)
-    torch.testing.assert_close(frozen_logprobs(policy, batch, 1.0, 1), together, rtol=1e-4, atol=1e-5)
+    together = no_grad_logprobs(policy, batch, 1.0, 100_000)
+    torch.testing.assert_close(no_grad_logprobs(policy, batch, 1.0, 1), together, rtol=1e-4, atol=1e-5)
     wider = Batch(
         torch.nn.functional.pad(batch.prompts, (3, 0), value=4),
         torch.nn.functional.pad(batch.prompt_mask, (3, 0)),
@@ -158,7 +156,7 @@ def test_logprobs_do_not_depend_on_padding_or_on_the_other_rows(policy, tokenize
         batch.ended,
         torch.nn.functional.pad(batch.old_logprobs, (0, 2)),
     )
-    torch.testing.assert_close(frozen_logprobs(policy, wider, 1.0, 500)[:, :-2], together, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(no_grad_logprobs(policy, wider, 1.0, 500)[:, :-2], together, rtol=1e-4, atol=1e-5)
 
 
 def test_kl_is_policy_minus_reference_and_its_mean_is_the_kl(policy, tokenizer):
@@ -169,7 +167,7 @@ def test_kl_is_policy_minus_reference_and_its_mean_is_the_kl(policy, tokenizer):
     reference = make_policy(len(tokenizer), tokenizer.eos_token_id, seed=7)
     torch.manual_seed(0)
     batch = rollout(policy, tokenizer, token_ids(tokenizer, ["a b c"]), 4000, 1.0, 1)
-    kl = token_kl(batch.old_logprobs, frozen_logprobs(reference, batch, 1.0, 10**6), batch.response_mask).sum(1)
+    kl = token_kl(batch.old_logprobs, no_grad_logprobs(reference, batch, 1.0, 10**6), batch.response_mask).sum(1)
     ids = torch.tensor([tokenizer("a b c")["input_ids"]])
     with torch.no_grad():
         p, q = (model(ids).logits[0, -1].log_softmax(-1) for model in (policy, reference))
@@ -263,7 +261,7 @@ def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer):
 
 
 def test_a_policy_ties_with_its_own_responses_even_where_they_were_cut_off(world):
-    """The rivals are texts; whether each had ended must come along, or a reward model would see two different rows."""
+    """The opponents are texts; whether each had ended must come along, or a reward model would see two different rows."""
     tokenizer, policy = load_tokenizer(world.policy), load_model(world.policy, CPU)
     reward = load_reward(world.reward, tokenizer, CPU, "float32", 1000)
     score = lambda batch, columns: {"score": reward(batch, columns)}
@@ -271,8 +269,8 @@ def test_a_policy_ties_with_its_own_responses_even_where_they_were_cut_off(world
     values, completions = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4)
     ended = values["eos_rate"].bool().tolist()
     assert any(ended) and not all(ended) and "win_rate" not in values
-    rivals = completions, ended
-    values, _ = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4, rivals=rivals)
+    opponents = completions, ended
+    values, _ = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4, opponents=opponents)
     assert values["win_rate"].tolist() == [0.5] * 16
 
 
@@ -323,24 +321,15 @@ def test_batches_use_every_row_once_an_epoch_and_go_on_for_ever():
 
 def test_long_prompts_are_left_out_and_counted(tokenizer, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
-    kept = load_rows(DATA_ARGS, str(tmp_path / "data.jsonl"), "train", tokenizer, ["prompt"], 3)
+    kept = load_rows(data_args(str(tmp_path / "data.jsonl")), "train", tokenizer, ["prompt"], 3)
     assert kept["prompt"][:] == ["a b c", "d", "f f"]
-    assert "left out 1 of 4" in capsys.readouterr().out
+    assert "dropped 1 of 4 rows with more than 3 tokens" in capsys.readouterr().out
 
 
 def test_pad_and_positions():
     ids, mask = pad([[5], [6, 7, 8]], 9, "left", CPU)
     assert ids.tolist() == [[9, 9, 5], [6, 7, 8]] and mask.tolist() == [[False, False, True], [True] * 3]
     assert positions(mask).tolist() == [[0, 0, 0], [0, 1, 2]]
-
-
-def test_saving_again_replaces_the_folder_whole(policy, tokenizer, tmp_path):
-    save(tmp_path / "model", policy, tokenizer)
-    with torch.no_grad():
-        policy.lm_head.weight.zero_()
-    save(tmp_path / "model", policy, tokenizer)
-    assert load_model(str(tmp_path / "model"), CPU).lm_head.weight.abs().sum() == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("n, count, sizes", [(12, 5, [3, 3, 2, 2, 2]), (6, 4, [2, 2, 1, 1]), (10, 4, [3, 3, 2, 2])])

@@ -6,18 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import save_family
+from helpers.families import save_family
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import CPU, DATA_ARGS
+from helpers.tiny import CPU, data_args
 
 import rloo
 import sft
-from common import encode, load_measures
+from common import encode
 from plumbing import load_dataset, load_rows, load_tokenizer, shorten
-
-
-def args(**more):
-    return SimpleNamespace(**vars(DATA_ARGS) | more)
+from runs import load_rewards
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +29,7 @@ def rows(qwen, tmp_path):
     def read(rows, columns=("prompt",), max_length=200, first=None, **flags):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         path.write_text("\n".join(map(json.dumps, rows)))
-        return load_rows(args(**flags), str(path), "train", load_tokenizer(qwen), list(columns), max_length, first)
+        return load_rows(data_args(str(path), **flags), "train", load_tokenizer(qwen), list(columns), max_length, first)
 
     return read
 
@@ -89,12 +86,18 @@ def test_long_prompts_are_left_out_and_counted_or_cut_off_at_the_left(rows, qwen
     tokenizer = load_tokenizer(qwen)
     given = [{"prompt": "a b c d e f g h i j"}, {"prompt": "a b"}]
     assert [row["prompt"] for row in rows(given, max_length=10)] == ["a b"]
-    assert "left out 1 of 2 rows" in capsys.readouterr().out
+    assert "dropped 1 of 2 rows with more than 10 tokens" in capsys.readouterr().out
     kept = rows(given, max_length=10, truncate_prompts=True)
     assert len(kept) == 2 and len(kept[0]["prompt_ids"]) == 10
     assert kept[0]["prompt_ids"] == tokenizer(given[0]["prompt"])["input_ids"][-10:]
     both = rows([given[0] | {"completion": "x y z"}], ["prompt", "completion"], 12, truncate_prompts=True)
     assert len(both[0]["prompt_ids"]) == 12 - len(tokenizer("x y z")["input_ids"]) - 1  # and its EOS
+
+
+def test_empty_prompts_are_dropped_and_counted(rows, capsys):
+    given = [{"prompt": "a b"}, {"prompt": ""}, {"prompt": "c"}]
+    assert [row["prompt"] for row in rows(given)] == ["a b", "c"]
+    assert "dropped 1 of 3 rows with an empty prompt" in capsys.readouterr().out
 
 
 def test_a_bos_stays_in_front_of_a_shortened_prompt():
@@ -148,8 +151,8 @@ def test_a_reward_may_have_any_name(world, tmp_path):
         reward=names, reward_weights=(1.0, 0.5), gold="none", dataset="", dtype="float32", shard=False,
         microbatch_tokens=100,
     )  # fmt: skip
-    measure = load_measures(load, world.tokenizer, CPU)["score"]
-    found = measure(encode(world.tokenizer, [[1]], ["a"], CPU), {"prompt": ["a"]})
+    reward_fn = load_rewards(load, world.tokenizer, CPU)["score"]
+    found = reward_fn(encode(world.tokenizer, [[1]], ["a"], CPU), {"prompt": ["a"]})
     assert {name: value.tolist() for name, value in found.items()} == {
         "score": [51.0],
         "reward/score": [1.0],
@@ -164,5 +167,5 @@ def test_sft_learns_from_a_messages_column(qwen, tmp_path):
     assert {"chat", "system_prompt", "prompt_column", "dataset_config", "truncate_prompts"} <= fields
     flags = dict(model=qwen, dataset=str(path), num_updates=30, batch_size=4, lr=1e-2, warmup_updates=0, device="cpu")
     policy = sft.main(sft.Args(**flags, output=str(tmp_path / "run")))
-    ids = load_rows(args(), str(path), "train", load_tokenizer(qwen), ["prompt"], 100)[0]["prompt_ids"]
+    ids = load_rows(data_args(str(path)), "train", load_tokenizer(qwen), ["prompt"], 100)[0]["prompt_ids"]
     assert policy(torch.tensor([ids])).logits[0, -1].argmax() == load_tokenizer(qwen)("5")["input_ids"][0]

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from exact import Enumeration
+from helpers.exact import Enumeration
 
 import dpo
 import grpo

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import neox
+from helpers.families import neox
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from common import Batch, token_logprobs

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CPU, token_ids
+from helpers.tiny import CPU, token_ids
 
-from common import decode, encode, find_gold, load_reward, rollout
+from common import decode, encode, load_reward, rollout
 from plumbing import load_model, load_tokenizer
+from runs import find_gold
 from tasks import mini_math
 
 ROOT = Path(__file__).parent.parent

@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 import torch
-from families import FAMILIES, save_family
-from tiny import save_classifier
+from helpers.families import FAMILIES, save_family
+from helpers.tiny import save_classifier
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import common
 import rloo
-from common import Batch, decode, eos_ids, rollout, token_logprobs
-from plumbing import load_model, load_tokenizer, prompt_tokens, save
+from common import Batch, decode, rollout, token_logprobs
+from plumbing import eos_ids, load_model, load_tokenizer, prompt_tokens, write_model
 
 CPU = torch.device("cpu")
 PROMPTS = ["The cat sat", "What is 2 + 3? Natalia sold 48 clips in April.", "走", "please tell me a joke about dogs"]
@@ -160,7 +160,7 @@ def test_a_generation_config_that_cannot_be_written_is_replaced(folders, tmp_pat
     path = tmp_path / "model" / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.9}))
     model, tokenizer = load_model(str(tmp_path / "model"), CPU), load_tokenizer(str(tmp_path / "model"))
-    save(tmp_path / "saved", model, tokenizer)
+    write_model(tmp_path / "saved", model, tokenizer)
     assert load_model(str(tmp_path / "saved"), CPU).generation_config.eos_token_id == tokenizer.eos_token_id
 
 

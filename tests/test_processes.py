@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import kill
 import pytest
 import torch
-from families import save_family
+from helpers.families import save_family
 from helpers import loop, two_processes
 from helpers.two_processes import RUNS
 from safetensors.torch import load_file
 from test_loops import compare, compare_evaluations
-from tiny import ROOT, call_script, command_line, run_two, wait_for
+from helpers.tiny import ROOT, call_script, command_line, run_two, wait_for
 from transformers import AutoModelForCausalLM
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

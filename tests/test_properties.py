@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import save_family
+from helpers.families import save_family
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import CPU, DATA_ARGS
+from helpers.tiny import CPU, data_args
 
 from common import decode, encode, load_reward
 from plumbing import load_module, load_rows, load_tokenizer, one_line, prompt_tokens, shorten
@@ -54,7 +54,7 @@ def attempt(call, capsys):
 def test_any_json_rows_are_read_or_refused_in_one_line(rows, qwen, path, capsys):
     path.write_text("\n".join(map(json.dumps, rows)))
     for columns in (["prompt"], ["prompt", "completion"]):
-        read = attempt(lambda: load_rows(DATA_ARGS, str(path), "train", qwen, columns, 10_000), capsys)
+        read = attempt(lambda: load_rows(data_args(str(path)), "train", qwen, columns, 10_000), capsys)
         for row in read or []:
             assert row["prompt_ids"] and len(row["prompt_ids"]) <= 10_000
             assert isinstance(row.get("completion", ""), str)
@@ -64,7 +64,7 @@ def test_any_json_rows_are_read_or_refused_in_one_line(rows, qwen, path, capsys)
 @given(lines=st.lists(st.binary(max_size=30) | texts.map(str.encode), min_size=1, max_size=3))
 def test_any_bytes_are_read_or_refused_in_one_line(lines, qwen, path, capsys):
     path.write_bytes(b'{"prompt": "a"}\n' + b"\n".join(lines))
-    attempt(lambda: load_rows(DATA_ARGS, str(path), "train", qwen, ["prompt"], 100), capsys)
+    attempt(lambda: load_rows(data_args(str(path)), "train", qwen, ["prompt"], 100), capsys)
 
 
 @quick

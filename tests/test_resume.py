@@ -12,9 +12,9 @@ from pathlib import Path
 import kill
 import pytest
 import torch
-from tiny import ROOT, Child, call_script, run_two, save_policy, wait_for
+from helpers.tiny import ROOT, Child, call_script, run_two, save_policy, wait_for
 
-import plumbing
+import runs
 import rloo
 from plumbing import load_module
 
@@ -112,7 +112,7 @@ def test_the_last_checkpoints_are_kept_small_and_whole(finished):
     found = sorted((finished / "checkpoints").iterdir())
     assert [path.name for path in found] == ["000003", "000004"]
     for path in found:
-        assert json.loads((path / "checksums.json").read_text()) == plumbing.checksums(path)
+        assert json.loads((path / "checksums.json").read_text()) == runs.checksums(path)
         assert (path / "policy" / "model.safetensors").is_file()
 
 
@@ -152,7 +152,7 @@ def test_a_pickle_in_place_of_tensors_runs_nothing(copy, world, capsys, tmp_path
     monkeypatch.chdir(tmp_path)
     last = copy / "checkpoints" / "000004"
     torch.save({"state": Code()}, last / "state.pt")
-    (last / "checksums.json").write_text(json.dumps(plumbing.checksums(last)))
+    (last / "checksums.json").write_text(json.dumps(runs.checksums(last)))
     line = refused(capsys, lambda: resume(world, copy), copy)
     assert "does not fit" in line
     assert not (tmp_path / "code-was-run").exists()
@@ -199,7 +199,7 @@ def test_changed_flags_are_told(copy, world, capsys):
 
 def test_flags_that_are_not_given_are_the_runs_own(copy, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rloo.py", "--resume", str(copy), "--lr", "0.5"])
-    args = plumbing.parse(rloo.Args)
+    args = runs.parse(rloo.Args)
     settings = json.loads((copy / "args.json").read_text())
     assert args.lr == 0.5 and args.resume == str(copy) and args.output is None
     for name in ("model", "k", "num_updates", "dataset", "prompts_per_step"):
@@ -228,21 +228,21 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(copy, world, ca
 
 def test_numbers_that_are_not_finite_stop_the_run_and_name_their_prompts(world, tmp_path, capsys, monkeypatch):
     """The third call of the reward (two are before training) gives one nan."""
-    real, calls = rloo.load_measures, []
+    real, calls = rloo.load_rewards, []
 
-    def measures(*args):
+    def rewards(*args):
         score = real(*args)["score"]
 
-        def broken(batch, columns):
-            calls.append(columns["prompt"])
-            parts = score(batch, columns)
+        def broken(batch, examples):
+            calls.append(examples["prompt"])
+            parts = score(batch, examples)
             if len(calls) == 5:
                 parts["score"][4] = float("nan")
             return parts
 
         return {"score": broken}
 
-    monkeypatch.setattr(rloo, "load_measures", measures)
+    monkeypatch.setattr(rloo, "load_rewards", rewards)
     with pytest.raises(SystemExit) as stopped:
         rloo.main(rloo.Args(**flags_of("rloo", world, num_updates=9, eval_every=0), output=str(tmp_path / "run")))
     assert stopped.value.code == 1
@@ -260,18 +260,18 @@ def test_a_collapse_is_told_once(capsys):
         "rollout/eos_rate": torch.tensor(eos),
     }
     for values, words in [
-        ((8.0, 9.0, 0.0), "no response has ended by itself"),
+        ((8.0, 9.0, 0.0), "no response has ended with EOS"),
         ((1.0, 0.5, 1.0), "every response is empty"),
-        ((8.0, 0.001, 1.0), "almost certain of every token"),
+        ((8.0, 0.001, 1.0), "the entropy is close to 0"),
     ]:
         state = {}
-        for _ in range(3 * plumbing.PATIENCE):
-            plumbing.watch(state, metrics(*values), 8)
+        for _ in range(3 * runs.PATIENCE):
+            runs.warn_if_collapsed(state, metrics(*values), 8)
         error = capsys.readouterr().err
         assert error.count("warning: ") == 1 and words in error
     state = {}
-    for i in range(3 * plumbing.PATIENCE):  # not in a row
-        plumbing.watch(state, metrics(8.0, 9.0, 0.0 if i % 10 else 0.5), 8)
+    for i in range(3 * runs.PATIENCE):  # not in a row
+        runs.warn_if_collapsed(state, metrics(8.0, 9.0, 0.0 if i % 10 else 0.5), 8)
     assert capsys.readouterr().err == ""
 
 

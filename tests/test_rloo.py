@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import save_policy, scalars, token_ids
+from helpers.tiny import save_policy, scalars, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rloo

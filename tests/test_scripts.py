@@ -7,7 +7,7 @@ import matplotlib.image
 import pytest
 import torch
 from datasets import Dataset
-from tiny import CPU, make_tokenizer, save_policy, token_ids
+from helpers.tiny import CPU, make_tokenizer, save_policy, token_ids
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import evaluate

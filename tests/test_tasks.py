@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CPU, token_ids
+from helpers.tiny import CPU, token_ids
 
 from common import decode, encode, load_reward, rollout
 from plumbing import load_model, load_tokenizer

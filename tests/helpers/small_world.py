@@ -6,7 +6,7 @@ models are GPT-2s, since Llama's RMSNorm computes in float32 whatever the weight
 
 import torch
 from datasets import Dataset
-from tiny import make_float64_critic, make_float64_policy, make_tokenizer
+from helpers.tiny import make_float64_critic, make_float64_policy, make_tokenizer
 
 WORDS = "a b c d e f".split()
 PROMPTS = ["a b c", "d", "e f a b", "b b", "c e d f a"]

@@ -34,4 +34,4 @@ def main(folder):
             flags = BASE | {"num_updates": 2} | flags
             seen = loop.record(script, output, given_rollout, **flags, shard=shard)
             torch.save(vars(seen) | {"args": vars(seen.args)}, f"{output}-{dist.get_rank()}.seen")
-    plumbing.close(None)
+    plumbing.leave()

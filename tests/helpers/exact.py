@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from tiny import make_float64_critic, make_float64_policy
+from helpers.tiny import make_float64_critic, make_float64_policy
 
 from common import Batch, sequence_rewards, token_kl, token_logprobs, token_rewards, token_values
 

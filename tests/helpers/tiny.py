@@ -21,11 +21,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import plumbing
+import runs
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-DATA_ARGS = SimpleNamespace(dataset_config=None, chat=False, system_prompt=None, truncate_prompts=False)
+
+
+def data_args(dataset, **more):
+    """What load_rows reads from a script's args."""
+    flags = dict(dataset=dataset, dataset_config=None, chat=False, system_prompt=None, truncate_prompts=False)
+    return SimpleNamespace(**flags | more)
 
 
 def make_tokenizer(words, pad="<pad>", eos="<eos>"):
@@ -163,7 +168,7 @@ def call_script(script, flags, positional=()):
     """python script.py with these flags, in a process that is there already."""
     module = importlib.import_module(script)
     sys.argv = [f"{script}.py", *positional, *command_line(flags)]
-    module.main(plumbing.parse(module.Args))
+    module.main(runs.parse(module.Args))
 
 
 def run_two(context, folder, function, *args, timeout=120, **environment):
