@@ -32,7 +32,7 @@ ALGORITHMS = {  # name -> script, flags
     "remax": ("remax", []),
     "grpo": ("grpo", []),
     "reinforce_pp": ("reinforce_pp", []),
-    "reinforce_pp, group": ("reinforce_pp", ["--baseline", "group", "--beta", "0.3"]),
+    "reinforce_pp_baseline": ("reinforce_pp_baseline", []),
     "vanilla_pg": ("vanilla_pg", []),
     "ppo": ("ppo", []),
     "raft": ("raft", []),
@@ -53,7 +53,7 @@ class Args:
     tasks: tuple[str, ...] = tuple(TASKS)
     """which tasks"""
     algorithms: tuple[str, ...] = tuple(ALGORITHMS)
-    """which algorithms, by the names of the table ("reinforce_pp, group" is one)"""
+    """which algorithms, by the names of the table"""
     seeds: int = 3
     """seeds 1 to this"""
     output: str = "runs/compare"

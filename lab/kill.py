@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from plumbing import require  # noqa: E402
 
-SCRIPTS = "rloo reinforce remax grpo reinforce_pp vanilla_pg ppo raft dpo sft reward_model".split()
+SCRIPTS = "rloo reinforce remax grpo reinforce_pp reinforce_pp_baseline vanilla_pg ppo raft dpo sft reward_model".split()
 
 
 def train(script, flags, folder, resume):

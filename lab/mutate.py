@@ -39,7 +39,7 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = "rloo reinforce remax grpo reinforce_pp vanilla_pg ppo raft dpo sft reward_model common".split()
+FILES = "rloo reinforce remax grpo reinforce_pp reinforce_pp_baseline vanilla_pg ppo raft dpo sft reward_model common".split()
 LIBRARIES = """torch numpy pyarrow.json datasets.packaged_modules.json.json transformers hypothesis matplotlib.pyplot
     transformers.models.auto.modeling_auto transformers.models.gpt2.modeling_gpt2 transformers.generation.utils
     transformers.models.llama.modeling_llama transformers.tokenization_utils_tokenizers torch.utils.tensorboard
@@ -74,7 +74,7 @@ def skipped(node, parent):
             or isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
             or any(node is getattr(parent, name, None) for name in ("annotation", "returns"))
             or node in getattr(parent, "decorator_list", [])
-            or called(node) in ("print", "tqdm", "show", "set_postfix", "write", "stop")
+            or called(node) in ("print", "tqdm", "set_postfix", "write", "stop")
             or called(parent) == "require" and isinstance(parent, ast.Call) and node in parent.args[1:]  # its message
             or isinstance(node, ast.keyword) and node.arg == "device"
             or isinstance(parent, ast.keyword) and isinstance(getattr(node, "value", None), bool)  # dropping is enough

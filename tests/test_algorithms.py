@@ -3,9 +3,11 @@
 import dataclasses
 import difflib
 import importlib
+import inspect
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -13,14 +15,17 @@ from helpers.tiny import ROOT, scalars
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dpo
+import ppo
+import runs
 
-SCRIPTS = ["rloo", "reinforce", "remax", "grpo", "reinforce_pp", "vanilla_pg", "ppo", "raft"]
+SCRIPTS = ["rloo", "reinforce", "remax", "grpo", "reinforce_pp", "reinforce_pp_baseline", "vanilla_pg", "ppo",
+           "raft"]
 VARIANTS = [
     ("reinforce", {"baseline": "none"}),
     ("reinforce", {"baseline": "moving-average", "window": 2}),
     ("reinforce", {"baseline": "ema", "decay": 0.5}),
     ("grpo", {"scale_std": False, "length_mean": False, "epochs": 2, "minibatches": 2}),
-    ("reinforce_pp", {"baseline": "group"}),
+    ("reinforce_pp_baseline", {"whiten": False}),
     ("reinforce_pp", {"normalize_scores": False, "whiten": False}),
     ("ppo", {"lam": 1.0, "whiten": False, "clip": float("inf"), "value_clip": float("inf"), "epochs": 2}),
     ("raft", {"rank_by": "score"}),
@@ -97,7 +102,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(name, world, tmp_path, seed
             assert (gradient - expected).norm() < 2e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("name, flags", [(name, {}) for name in SCRIPTS] + [("reinforce_pp", {"baseline": "group"})])
+@pytest.mark.parametrize("name, flags", [(name, {}) for name in SCRIPTS])
 def test_a_run_raises_its_reward(name, flags, world, tmp_path):
     """Reward: the share of the words a, b and c in the response. Twenty updates on a random policy must find it."""
     path = tmp_path / "reward.py"
@@ -129,42 +134,62 @@ def body(name):
     return (ROOT / f"{name}.py").read_text().split('"""\n', 1)[1].splitlines()
 
 
-# Lines of rloo.py that are gone, and lines that are new, in each script: a change of the shared skeleton that does not
-# reach every script shows up here.
+# How many lines may differ between a script and its nearest relative, below the docstring page and whatever the
+# indentation. A change of the shared skeleton that does not reach every script shows up here.
 DIFFS = {
-    "reinforce": 36,
-    "remax": 30,
-    "raft": 28,
-    "grpo": 63,
-    "reinforce_pp": 93,
-    "vanilla_pg": 59,
-    "ppo": 116,
-    "dpo": 98,
+    ("reinforce", "rloo"): 30,
+    ("remax", "rloo"): 30,
+    ("raft", "rloo"): 30,
+    ("grpo", "rloo"): 56,
+    ("vanilla_pg", "rloo"): 56,
+    ("reinforce_pp", "grpo"): 60,
+    ("reinforce_pp_baseline", "reinforce_pp"): 40,
+    ("ppo", "vanilla_pg"): 74,
+    ("dpo", "rloo"): 96,
 }
 
 
-@pytest.mark.parametrize("name", DIFFS)
-def test_scripts_share_their_skeleton_line_by_line(name):
-    matcher = difflib.SequenceMatcher(None, body("rloo"), body(name), autojunk=False)
+@pytest.mark.parametrize("name, relative", DIFFS)
+def test_scripts_share_their_skeleton_line_by_line(name, relative):
+    a, b = ([line.strip() for line in body(script)] for script in (relative, name))
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
     changed = sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
-    assert changed == DIFFS[name]
+    assert changed <= DIFFS[name, relative]
 
 
-@pytest.mark.parametrize("name", ["rloo", *DIFFS])
+@pytest.mark.parametrize("name", [*SCRIPTS, "dpo", "sft", "reward_model"])
 def test_every_flag_is_read_and_explained(name):
     script = importlib.import_module(name)
-    text = "\n".join(body(name))
-    shared = (ROOT / "common.py").read_text() + (ROOT / "plumbing.py").read_text()
+    shared = "".join((ROOT / f"{room}.py").read_text() for room in ("common", "plumbing", "runs"))
     for field in dataclasses.fields(script.Args):
-        read = text.split("def main(args)")[1]
-        assert f"args.{field.name}" in read or f"args.{field.name}" in shared or field.name.endswith("_column"), (
-            field.name
-        )
-        definition = text.split(f"    {field.name}: ")[1]
+        read = "\n".join(body(name)).split("def main(args)")[1] + shared
+        assert f"args.{field.name}" in read or field.name.endswith("_column"), field.name
+        owner = next(cls for cls in script.Args.__mro__ if field.name in cls.__annotations__)
+        definition = inspect.getsource(owner).split(f"    {field.name}: ")[1]
         assert definition.splitlines()[1].startswith('    """'), field.name
 
 
+def test_help_shows_the_algorithms_own_flags_first_and_every_flag_once(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--help"])
+    with pytest.raises(SystemExit):
+        runs.parse(ppo.Args)
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(ppo.Args):
+        assert len(re.findall(rf"│ --{field.name.replace('_', '-')}[ ,]", text)) == 1, field.name
+    places = [text.index(words) for words in ("algorithm options", "--lam ", "--beta ", "evaluation options",
+                                              "data options", "--chat", "system options", "--device")]  # fmt: skip
+    assert places == sorted(places)
+
+
+def test_flags_from_the_command_line_arrive(monkeypatch):
+    words = "ppo.py --lam 0.5 --no-whiten --chat --keep 3 --reward a b --reward-weights 1 2".split()
+    monkeypatch.setattr(sys, "argv", words)
+    args = runs.parse(ppo.Args)
+    given = dict(lam=0.5, whiten=False, chat=True, keep=3, reward=("a", "b"), reward_weights=(1.0, 2.0))
+    assert args == ppo.Args(**given)
+
+
 def test_the_six_steps_stand_in_the_same_order():
-    for name in ["rloo", *DIFFS]:
+    for name in [*SCRIPTS, "dpo"]:
         numbers = re.findall(r"(\d)\. [a-z]", "\n".join(line for line in body(name) if line.strip().startswith("# ")))
         assert numbers == sorted(numbers) and numbers[-1] == "6", name

@@ -16,6 +16,7 @@ import ppo
 import raft
 import reinforce
 import reinforce_pp
+import reinforce_pp_baseline
 import remax
 import rloo
 import vanilla_pg
@@ -142,7 +143,7 @@ def test_only_with_the_kl_in_the_reward_is_the_optimum_a_fixed_point():
     assert world.expected_gradient(loss, 2).norm() < 1e-12
     size = lambda loss: (world.expected_gradient(loss, 2).norm() / reward_gradient).item()
     assert size(grpo_loss(world, 2, False, False, beta)) == pytest.approx(2.312, abs=1e-3)
-    assert size(reinforce_pp_group_loss(world, 2, beta)) == pytest.approx(1.305, abs=1e-3)
+    assert size(reinforce_pp_baseline_loss(world, 2, beta)) == pytest.approx(1.305, abs=1e-3)
 
 
 def test_k3_in_the_loss_is_the_gradient_of_no_kl_of_the_sequence(world):
@@ -175,15 +176,15 @@ def grpo_loss(world, k, scale_std, length_mean, beta=0.0):
     return loss
 
 
-def reinforce_pp_group_loss(world, k, beta):
-    """--baseline group without whitening."""
+def reinforce_pp_baseline_loss(world, k, beta):
+    """Without whitening."""
 
     def loss(rows):
-        scores = reinforce_pp.center_scores(world.scores[rows], k)
+        scores = reinforce_pp_baseline.center_scores(world.scores[rows], k)
         rewards = token_rewards(scores, world.kl[rows], 0.0, world.mask[rows])
-        advantages = reinforce_pp.compute_advantages(rewards, world.mask[rows], whiten=False)
-        loss, _ = reinforce_pp.compute_loss(world.logprobs[rows], world.logprobs[rows].detach(), advantages, 0.2)
-        return (loss + beta * reinforce_pp.compute_kl_loss(world.logprobs[rows], world.ref_logprobs[rows])) / k
+        advantages = reinforce_pp_baseline.compute_advantages(rewards, world.mask[rows], whiten=False)
+        loss, _ = reinforce_pp_baseline.compute_loss(world.logprobs[rows], world.logprobs[rows].detach(), advantages, 0.2)
+        return (loss + beta * reinforce_pp_baseline.compute_kl_loss(world.logprobs[rows], world.ref_logprobs[rows])) / k
 
     return loss
 
@@ -215,8 +216,8 @@ BIASED = {
     "grpo, length mean, k = 3": (lambda world: bias(world, grpo_loss(world, 3, False, True), 3, 0.0), (0.982, 0.287)),
     "grpo, both, k = 3": (lambda world: bias(world, grpo_loss(world, 3, True, True), 3, 0.0), (0.973, 0.260)),
     "grpo, KL k3 in the loss": (lambda world: bias(world, grpo_loss(world, 2, False, False, BETA), 2), (0.631, 0.225)),
-    "reinforce_pp, group, k = 2": (lambda world: bias(world, reinforce_pp_group_loss(world, 2, BETA), 2), (0.906, 0.355)),
-    "reinforce_pp, group, k = 3": (lambda world: bias(world, reinforce_pp_group_loss(world, 3, BETA), 3), (0.964, 0.539)),
+    "reinforce_pp_baseline, k = 2": (lambda world: bias(world, reinforce_pp_baseline_loss(world, 2, BETA), 2), (0.906, 0.355)),
+    "reinforce_pp_baseline, k = 3": (lambda world: bias(world, reinforce_pp_baseline_loss(world, 3, BETA), 3), (0.964, 0.539)),
     "reinforce_pp, whitening, N = 3": (lambda world: bias(world, reinforce_pp_loss(world, True), 3), (0.874, 0.468)),
     "ppo, whitening, N = 3": (lambda world: bias(world, ppo_loss(world, 1.0, whiten=True), 3), (0.980, 0.415)),
     "rloo, KL k3 in the reward": (lambda world: bias(world, rloo_loss_with_k3(world), 2), (0.970, 1.329)),
@@ -279,7 +280,7 @@ def test_grpo_and_reinforce_pp_group_are_mean_centred_rloo(k):
     scores = torch.randn(4 * k, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
     expected = (k - 1) / k * rloo.compute_advantages(scores, k)
     torch.testing.assert_close(grpo.compute_advantages(scores, k, scale_std=False), expected)
-    torch.testing.assert_close(reinforce_pp.center_scores(scores, k), expected)
+    torch.testing.assert_close(reinforce_pp_baseline.center_scores(scores, k), expected)
 
 
 def test_ppo_clips_what_goes_too_far_and_counts_it():
@@ -302,7 +303,7 @@ def test_reinforce_pp_normalises_over_the_tokens_of_the_whole_batch():
     assert returns[2, 0].item() == pytest.approx(rewards[2, :3].sum().item())
     scores = reinforce_pp.normalize_scores(torch.tensor([0.0, 0.0, 0.0, 4.0]), 1.5)
     assert scores.tolist() == pytest.approx([-1 / math.sqrt(3)] * 3 + [1.5])
-    assert reinforce_pp.compute_kl_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).item() == 2.5
+    assert reinforce_pp_baseline.compute_kl_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).item() == 2.5
 
 
 @pytest.mark.parametrize("score", [0.1, 0.3, -7.7])

@@ -5,7 +5,6 @@ named by its ordinary flags, gradients are read where its optimizers step, and n
 """
 
 import dataclasses
-import os
 import random
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -142,8 +141,6 @@ def record(script, output, rollout=None, frozen=False, **flags):
         stack.enter_context(patch.object(common, "sample", sample))
         if rollout and hasattr(module, "rollout"):
             stack.enter_context(patch.object(module, "rollout", given))
-        if "WORLD_SIZE" in os.environ:  # under torchrun `close` would end the process
-            stack.enter_context(patch.object(module, "close", lambda writer: None))
         stack.callback(register_optimizer_step_pre_hook(hook).remove)
         module.main(args)
     seen.models = [clone(optimizer.param_groups[0]["params"]) for optimizer in optimizers]

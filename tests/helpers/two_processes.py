@@ -17,7 +17,7 @@ RUNS = {
     "remax": ("remax", {"microbatch_tokens": 1}),
     "grpo": ("grpo", {"minibatches": 2}),
     "reinforce_pp": ("reinforce_pp", {"minibatches": 2, "epochs": 2}),
-    "reinforce_pp-group": ("reinforce_pp", {"baseline": "group", "minibatches": 1}),
+    "reinforce_pp_baseline": ("reinforce_pp_baseline", {"minibatches": 1}),
     "vanilla_pg": ("vanilla_pg", {}),
     "ppo": ("ppo", {"minibatches": 4}),
     "raft": ("raft", {}),
