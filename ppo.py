@@ -208,8 +208,7 @@ def main(args):
             grad_clipped += (grad_norm > args.max_grad_norm) / (args.epochs * args.minibatches)
 
         # 6. log, evaluate, save
-        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k)
-        metrics |= {
+        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
             "value/loss": value_loss,
             "value/explained_variance": explained_variance(old_values, returns, batch.response_mask),
             "policy/loss": loss,

@@ -132,8 +132,7 @@ def main(args):
         optimizer.step()
 
         # 6. log, evaluate, save
-        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k)
-        metrics |= {
+        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
             "objective/best_score": scores[best].mean(),
             "policy/loss": loss,
             "policy/grad_norm": grad_norm,

@@ -33,7 +33,7 @@ from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
 
 
 def compute_baseline(history, kind, window, decay):
-    """b from the mean rewards of past steps: 0 at the first step.
+    """b from the mean rewards of past steps, to be subtracted from this step's: 0 at the first step.
 
     Args: history (list of float, one for each past step); kind ("none", "moving-average" or "ema"); window (how many of
     the last steps a moving average covers, 0 for all); decay (of the ema). Returns: float.
@@ -41,17 +41,11 @@ def compute_baseline(history, kind, window, decay):
     if kind == "none" or not history:
         return 0.0
     if kind == "moving-average":
-        recent = history[-window:]
-        return sum(recent) / len(recent)
+        return sum(history[-window:]) / len(history[-window:])
     baseline = history[0]
     for reward in history[1:]:
         baseline = decay * baseline + (1 - decay) * reward
     return baseline
-
-
-def compute_advantages(rewards, baseline):
-    """A_i = R_i - b. Args: rewards (N,); baseline (float, from earlier steps). Returns: advantages (N,)."""
-    return rewards - baseline
 
 
 def compute_loss(logprobs, advantages):
@@ -136,7 +130,7 @@ def main(args):
         # 4. advantages: how much better each response is than those of past updates
         history = run.state.setdefault("history", [])  # the mean reward of each past update
         baseline = compute_baseline(history, args.baseline, args.window, args.decay)
-        advantages = compute_advantages(rewards, baseline)  # (N,)
+        advantages = rewards - baseline  # (N,)
         history.append(rewards.mean().item())
 
         # 5. update: one optimizer step on the whole batch, in micro-batches
@@ -152,8 +146,7 @@ def main(args):
         optimizer.step()
 
         # 6. log, evaluate, save
-        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k)
-        metrics |= {
+        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
             "objective/baseline": baseline,
             "policy/loss": loss,
             "policy/grad_norm": grad_norm,

@@ -163,8 +163,7 @@ def main(args):
             grad_clipped += (grad_norm > args.max_grad_norm) / (args.epochs * args.minibatches)
 
         # 6. log, evaluate, save
-        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k)
-        metrics |= {
+        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
             "policy/loss": loss,
             "policy/clipfrac": sum_over_ranks(clipped) / (args.epochs * batch.response_mask.sum()),
             "policy/grad_norm": grad_norm,

@@ -134,8 +134,7 @@ def main(args):
         optimizer.step()
 
         # 6. log, evaluate, save
-        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k)
-        metrics |= {
+        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
             "policy/loss": loss,
             "policy/grad_norm": grad_norm,
             "policy/grad_clipped": grad_norm > args.max_grad_norm,

@@ -157,8 +157,7 @@ def main(args):
         critic_optimizer.step()
 
         # 6. log, evaluate, save
-        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k)
-        metrics |= {
+        metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
             "value/loss": value_loss,
             "value/explained_variance": explained_variance(old_values, returns, batch.response_mask),
             "policy/loss": loss,

@@ -175,7 +175,8 @@ def test_help_shows_the_algorithms_own_flags_first_and_every_flag_once(capsys, m
         runs.parse(ppo.Args)
     text = capsys.readouterr().out
     for field in dataclasses.fields(ppo.Args):
-        assert len(re.findall(rf"│ --{field.name.replace('_', '-')}[ ,]", text)) == 1, field.name
+        flag = f"--{field.name.replace('_', '-')}"
+        assert len(re.findall(rf"^[│ ]{{1,3}}{flag}[ ,]", text, re.MULTILINE)) == 1, flag
     places = [text.index(words) for words in ("algorithm options", "--lam ", "--beta ", "evaluation options",
                                               "data options", "--chat", "system options", "--device")]  # fmt: skip
     assert places == sorted(places)

@@ -134,7 +134,7 @@ def test_sigterm_to_one_process_saves_a_checkpoint(torchrun, tmp_path):
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGTERM)
     output, errors = process.communicate(timeout=120)
-    assert "to go on: torchrun --nproc-per-node 2 rloo.py --resume" in output
+    assert "to resume: torchrun --nproc-per-node 2 rloo.py --resume" in output
     (path,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert path.name.isdigit() and (path / "checksums.json").is_file()
 

@@ -64,7 +64,7 @@ def test_a_signal_ends_the_update_saves_and_says_how_to_go_on(number, context, w
     process.send_signal(number)
     assert process.wait(timeout=60) == 128 + number
     step = int(list((tmp_path / "run" / "checkpoints").iterdir())[0].name)
-    assert f"ended after update {step}; to go on: python rloo.py --resume {tmp_path / 'run'}" in process.stdout
+    assert f"stopped after update {step}; to resume: python rloo.py --resume {tmp_path / 'run'}" in process.stdout
     assert "Traceback" not in process.stderr
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     flags = flags_of("rloo", world, num_updates=step + 2, eval_every=0, reward=(f"{tmp_path}/reward.py:reward",))
@@ -75,7 +75,7 @@ def test_a_signal_ends_the_update_saves_and_says_how_to_go_on(number, context, w
 def test_a_second_signal_ends_at_once(context, world, tmp_path):
     process = start(context, world, tmp_path, seconds=300)
     process.send_signal(signal.SIGINT)
-    wait_for(lambda: "once more to end at once" in process.stderr, process)
+    wait_for(lambda: "press Ctrl-C again to quit now" in process.stderr, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == -signal.SIGINT
 
@@ -138,7 +138,7 @@ def flip(path):
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(damage, copy, world, capsys):
     DAMAGES[damage](copy / "checkpoints" / "000004")
     line = refused(capsys, lambda: resume(world, copy), copy)
-    assert "000004" in line and "damaged or missing" in line and "remove that folder" in line
+    assert "000004" in line and "damaged or missing" in line and "delete that folder" in line
     shutil.rmtree(copy / "checkpoints" / "000004")
     resume(world, copy)
 
@@ -164,11 +164,11 @@ def test_what_cannot_go_on_is_refused(copy, world, capsys, tmp_path):
     shutil.copytree(copy, tmp_path / "flags")
     (tmp_path / "flags" / "args.json").write_text("{")
     for call, expected in [
-        (lambda: resume(world, tmp_path / "absent"), "is not a run folder"),
-        (lambda: resume(world, tmp_path / "empty"), "is not a run folder"),
+        (lambda: resume(world, tmp_path / "absent"), "not a run folder"),
+        (lambda: resume(world, tmp_path / "empty"), "not a run folder"),
         (lambda: resume(world, tmp_path / "none"), "has no checkpoint"),
         (lambda: resume(world, tmp_path / "flags"), "args.json is damaged"),
-        (lambda: resume(world, copy, "ppo"), "is a run of rloo.py"),
+        (lambda: resume(world, copy, "ppo"), "a run of rloo.py"),
         (lambda: resume(world, copy, seed=2), "--seed 2: the run in"),
         (lambda: resume(world, copy, k=2), "--k 2: the run in"),
         (lambda: resume(world, copy, prompts_per_step=2), "--prompts-per-step 2: the run in"),
@@ -191,8 +191,8 @@ def test_another_model_shape_is_refused(copy, world, capsys, tmp_path):
 def test_changed_flags_are_told(copy, world, capsys):
     resume(world, copy, lr=5e-3, beta=0.1)
     output = capsys.readouterr().out
-    assert "note: --lr was 0.01, and is 0.005 from here on" in output and "--beta was 0.05, and is 0.1" in output
-    assert "note: --num-updates was 4, and is 6" in output
+    assert "note: --lr changed from 0.01 to 0.005" in output and "--beta changed from 0.05 to 0.1" in output
+    assert "note: --num-updates changed from 4 to 6" in output
     rates = kill.outcome(copy)["curves"]["policy/lr"]  # linear, to 0 after the last update
     assert rates[3:] == [(4, pytest.approx(0.01 / 4)), (5, pytest.approx(5e-3 * 2 / 6)), (6, pytest.approx(5e-3 / 6))]
 

@@ -140,7 +140,7 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
 def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys):
     other = save_policy(tmp_path / "other", make_tokenizer("x y z".split()))
     flags = dict(reference=world.policy, reward=(world.reward,), judge="reward", dataset=world.data, device="cpu")
-    for name, expected in ((str(tmp_path / "typo"), "no such file or folder"), (other, "another vocabulary")):
+    for name, expected in ((str(tmp_path / "typo"), "no such file or folder"), (other, "its vocabulary is not that of --reference")):
         with pytest.raises(SystemExit) as stopped:
             evaluate.main(evaluate.Args(policies=(world.policy, name), output=str(tmp_path / "c.json"), **flags))
         captured = capsys.readouterr()

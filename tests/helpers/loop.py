@@ -19,7 +19,7 @@ import common
 from helpers.oracle import Row
 from plumbing import load_module
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def token_logprobs(model, prompt, response, temperature):

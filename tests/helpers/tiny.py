@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -21,9 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import runs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -168,7 +168,7 @@ def call_script(script, flags, positional=()):
     """python script.py with these flags, in a process that is there already."""
     module = importlib.import_module(script)
     sys.argv = [f"{script}.py", *positional, *command_line(flags)]
-    module.main(runs.parse(module.Args))
+    module.main(getattr(module, "parse", tyro.cli)(module.Args))
 
 
 def run_two(context, folder, function, *args, timeout=120, **environment):
