@@ -6,6 +6,7 @@ the gradient of every optimizer step, of policy and critic, the weights in the e
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -97,6 +98,7 @@ RUNS += [("dpo", PAIRS | flags) for flags in [
     {"beta": 1.0, "temperature": 1.0, "microbatch_tokens": 1},
     {"max_grad_norm": 0.01, "batch_size": 5, "lr_schedule": "cosine", "warmup_updates": 1},
     {"lr": 0.2, "lr_schedule": "constant", "max_grad_norm": 1e9, "microbatch_tokens": 10_000},
+    {"dataset": f"{HERE}:tied_pairs", "microbatch_tokens": 1},
 ]]  # fmt: skip
 RUNS += [("sft", PAIRS | flags) for flags in [
     {"eval_rows": 2, "eval_every": 1},
@@ -105,6 +107,7 @@ RUNS += [("sft", PAIRS | flags) for flags in [
 ]]  # fmt: skip
 RUNS += [("reward_model", PAIRS | {"model": f"{HERE}:critic"} | flags) for flags in [
     {"eval_every": 1},
+    {"dataset": f"{HERE}:tied_pairs", "microbatch_tokens": 1},
     {"center": 0.5, "gold": f"{HERE}:brevity", "eval_every": 1, "microbatch_tokens": 1, "num_updates": 4},
     {"lr_schedule": "linear", "warmup_updates": 2, "weight_decay": 0.1, "max_grad_norm": 0.1},
 ]]  # fmt: skip
@@ -137,9 +140,13 @@ def encoded(example, column):
     return oracle.Row(tokenizer(example["prompt"])["input_ids"], response, True, [0.0] * len(response), {})
 
 
+def dataset_of(args):
+    return getattr(small_world, args.dataset.rpartition(":")[2])
+
+
 def updates_of(name, seen):
     """What the oracle is to be given for each update, from the order of the data that the script drew."""
-    args, dataset = seen.args, small_world.pairs("train")
+    args, dataset = seen.args, dataset_of(seen.args)("train")
     size = args.batch_size if hasattr(args, "batch_size") else args.prompts_per_step
     stream = itertools.chain(*(order for order in seen.orders if len(order) == len(dataset)))
     examples = [[dataset[i] for i in itertools.islice(stream, size)] for _ in range(args.num_updates)]
@@ -199,19 +206,51 @@ def compare(name, seen):
             expected[-1] = expected[-1] / std
         # Adam divides a gradient by its size, even one that is nothing but rounding errors (of the keys' biases).
         assert_close([found], [expected], f"{name}: weights in the end", tolerance=1e-7)
+    assert_close([seen.returned], [seen.models[0]], f"{name}: the model that main returns", tolerance=1e-15)
     if seen.metrics:  # of several processes only the first one logs
         assert len(seen.metrics) == args.num_updates
         times = {"time/seconds", "time/tokens_per_second"}
         for update, (found, expected) in enumerate(zip(seen.metrics, metrics), 1):
             assert found.keys() - times == expected.keys(), f"{name}: the logged metrics"
             assert_same_numbers(found, expected, f"{name}, update {update}")
+        compare_samples(name, seen, steps)
+
+
+def compare_samples(name, seen, steps):
+    """The table of responses that TensorBoard shows after each evaluation but the first: of that update's rollout."""
+    if "samples" not in steps[-1]:
+        return
+    assert seen.texts.keys() == seen.evaluations.keys() - {0}
+    samples = [step["samples"] for step in steps if "samples" in step]
+    for update, cells in seen.texts.items():
+        assert len(cells) == min(8, len(samples[update - 1]))
+        for number, (row, numbers) in enumerate(zip(cells, samples[update - 1])):
+            what = f"{name}: row {number} of the samples of update {update}"
+            assert [float(cell) for cell in row[2:]] == pytest.approx(numbers, abs=0.0051), what
+
+
+def compare_saved(name, seen, folder):
+    """The model folder and the last checkpoint hold the weights that training ended with."""
+    kinds = ["reward"] if name == "reward_model" else ["policy", "critic"][: len(seen.models)]
+    last = folder / "checkpoints" / f"{seen.args.num_updates:06d}"
+    assert torch.load(last / "state.pt", weights_only=True)["state"]["step"] == seen.args.num_updates
+    for kind, weights in zip(kinds, seen.models):
+        model = (small_world.critic if kind in ("reward", "critic") else small_world.policy)()[0]
+        for place in [last / kind] + [folder / "model"] * (kind != "critic"):
+            saved = [p.detach() for p in type(model).from_pretrained(place, dtype=torch.float64).parameters()]
+            if kind == "reward" and place.parent == last:  # before its head is divided by the rewards' std
+                saved[-1] /= seen.evaluations[seen.args.num_updates]["std"]
+            assert_close([saved], [weights], f"{name}: the {kind} in {place.relative_to(folder)}")
 
 
 def compare_evaluations(name, seen):
     """The held-out numbers: of the RL scripts and DPO from what each evaluation sampled, of the others computed anew."""
     args, policy = seen.args, small_world.policy()[0]
+    every = args.eval_every or args.num_updates
+    steps = sorted({0, args.num_updates, *range(every, args.num_updates, every)})
     if name in ("sft", "reward_model"):
-        data = small_world.pairs("test")
+        assert list(seen.evaluations) == steps[1:]
+        data = dataset_of(args)("test")
         with torch.no_grad():
             for parameter, weight in zip(policy.parameters(), seen.models[0]):
                 parameter.copy_(weight)
@@ -231,8 +270,6 @@ def compare_evaluations(name, seen):
         assert found.keys() == expected.keys()
         return assert_same_numbers(found, expected, "reward_model, evaluation")
     examples, reference = list(small_world.prompts("test")), small_world.reference()[0]
-    every = args.eval_every or args.num_updates
-    steps = sorted({0, args.num_updates, *range(every, args.num_updates, every)})
     assert list(seen.evaluations) == steps and len(seen.samples) == len(steps)
     weights = args.reward_weights or [1.0] * len(args.reward)
     total = lambda row: sum(weight * part for weight, part in zip(weights, row.parts.values()))
@@ -260,6 +297,7 @@ def test_main_does_what_the_second_implementation_does(name, flags, tmp_path):
         seen = loop.record(name, tmp_path / "run", given_rollout, **BASE | flags)
         compare(name, seen)
         compare_evaluations(name, seen)
+        compare_saved(name, seen, tmp_path / "run")
 
 
 def test_ppo_with_everything_off_is_vanilla_pg(tmp_path):
@@ -275,3 +313,57 @@ def test_ppo_with_everything_off_is_vanilla_pg(tmp_path):
         other = {"time/seconds", "time/tokens_per_second", "policy/loss"}  # the loss is of another form
         assert_same_numbers(ours, {key: value for key, value in theirs.items() if key not in other}, "ppo")
         assert ours["policy/clipfrac"] == 0
+
+
+def infinite_rollout(update, prompt_ids, args, greedy):
+    rows = given_rollout(update, prompt_ids, args, greedy)
+    rows[-1].old_logprobs[0] = -INF
+    return rows
+
+
+NOT_FINITE = {  # what goes wrong -> (what is named, rollout, flags)
+    "a step that is too large": ("loss", given_rollout, {"lr": 1e300, "critic_lr": 1e300}),
+    "a gradient that overflows": ("grad_norm", given_rollout, {"model": f"{HERE}:steep"}),
+    "an infinite log-prob": ("kl", infinite_rollout, {}),
+    "an infinite reward": ("scores", given_rollout, {"reward_weights": (INF,)}),
+}
+FINITE = [(name, *case) for name in CASES for case in NOT_FINITE.values()]
+FINITE += [(name, *case) for name in ("dpo", "sft", "reward_model") for case in list(NOT_FINITE.values())[:2]]
+FINITE += [(name, "grad_norm", given_rollout, {"critic": f"{HERE}:steep_critic"}) for name in ("vanilla_pg", "ppo")]
+
+
+@pytest.mark.parametrize("name, what, rollout, flags", FINITE)
+def test_numbers_that_are_not_finite_stop_every_script(name, what, rollout, flags, tmp_path, capsys):
+    """Before they reach the weights: a script that does not look at one of them would save a ruined model."""
+    more = {} if name in CASES else PAIRS
+    if name == "reward_model":
+        more = more | {"model": f"{HERE}:critic"}
+        flags = {flag: value.replace("steep", "steep_critic") if flag == "model" else value for flag, value in flags.items()}
+    with pytest.raises(SystemExit) as stopped:
+        loop.record(name, tmp_path / "run", rollout, **BASE | more | {"save_every": 1, "eval_every": 0} | flags)
+    error = capsys.readouterr().err
+    update, found = re.search(r"update (\d): (\w+) is not finite", error).groups()
+    assert stopped.value.code == 1 and found == what
+    assert len(list((tmp_path / "run" / "checkpoints").glob("0*"))) == int(update) - 1
+
+
+@pytest.mark.parametrize("name, what", [*((name, "kl") for name in [*CASES, "dpo"]), ("sft", "perplexity"),
+                                        ("reward_model", "mean")])  # fmt: skip
+def test_a_last_step_that_ruins_the_weights_is_not_saved(name, what, tmp_path, capsys):
+    more = {} if name in CASES else PAIRS | ({"model": f"{HERE}:critic"} if name == "reward_model" else {})
+    with pytest.raises(SystemExit):
+        loop.record(name, tmp_path / "run", given_rollout, **BASE | more | {"num_updates": 1, "lr": 1e300, "epochs": 1, "warmup_updates": 0,
+                                                                            "minibatches": 1})  # fmt: skip
+    assert f"update 1: {what} is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("name", [*CASES, "dpo", "sft", "reward_model"])
+def test_a_held_out_row_that_is_too_long_is_found_before_the_run_starts(name, tmp_path, capsys):
+    data = f"{HERE}:long_prompt"
+    more = {"eval_dataset": data} if name == "dpo" else {"dataset": data}
+    more |= {"model": f"{HERE}:critic"} if name == "reward_model" else {}
+    with pytest.raises(SystemExit) as stopped:
+        loop.record(name, tmp_path / "run", given_rollout, **BASE | (PAIRS if name == "dpo" else {}) | more)
+    assert stopped.value.code == 2 and "do not fit the model's 16 positions" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -94,13 +94,14 @@ def record(script, output, rollout=None, frozen=False, **flags):
     Returns: a namespace of args; steps (for each optimizer, in the order of its first step, a list with the gradients
     of each step); metrics (one dict per update); evaluations (dict update -> dict); models (the trained ones'
     parameters at the end, as in steps); rollouts (for each update the prompts that it asked for); samples (the Batches
-    of the evaluations); orders (what torch.randperm returned, in turn).
+    of the evaluations); orders (what torch.randperm returned, in turn); texts (dict update -> the sampled responses'
+    table in TensorBoard, a list of rows of cells); returned (the weights of the model that main returned).
     """
     path = str(script) if str(script).endswith(".py") else str(ROOT / f"{script}.py")
     module = load_module(path)
     names = {field.name for field in dataclasses.fields(module.Args)}
     args = module.Args(**{name: value for name, value in flags.items() if name in names}, output=str(output))
-    seen = SimpleNamespace(args=args, steps=[], metrics={}, evaluations={}, rollouts=[], samples=[], orders=[])
+    seen = SimpleNamespace(args=args, steps=[], metrics={}, evaluations={}, rollouts=[], samples=[], orders=[], texts={})
     optimizers = []
 
     def given(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None, greedy=False):
@@ -126,6 +127,10 @@ def record(script, output, rollout=None, frozen=False, **flags):
         else:
             seen.metrics.setdefault(step, {})[name] = value
 
+    def add_text(self, name, text, step=None, **_):
+        if name == "samples":
+            seen.texts[step] = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+
     def sample(*args, real=common.sample, **kwargs):
         seen.samples.append(real(*args, **kwargs))
         return seen.samples[-1]
@@ -137,12 +142,13 @@ def record(script, output, rollout=None, frozen=False, **flags):
     with ExitStack() as stack:
         stack.enter_context(float64())
         stack.enter_context(patch.object(SummaryWriter, "add_scalar", add_scalar))
+        stack.enter_context(patch.object(SummaryWriter, "add_text", add_text))
         stack.enter_context(patch.object(torch, "randperm", randperm))
         stack.enter_context(patch.object(common, "sample", sample))
         if rollout and hasattr(module, "rollout"):
             stack.enter_context(patch.object(module, "rollout", given))
         stack.callback(register_optimizer_step_pre_hook(hook).remove)
-        module.main(args)
+        seen.returned = clone(module.main(args).parameters())
     seen.models = [clone(optimizer.param_groups[0]["params"]) for optimizer in optimizers]
     seen.metrics = [seen.metrics[step] for step in sorted(seen.metrics)]
     return seen

@@ -427,7 +427,10 @@ def pair_loss(chosen, rejected, center=0.0):
 
 
 def train(name, flags, updates, policy, reference=None, critic=None):
-    """Train the policy (and critic) in place. Returns one dict per optimizer step and one of metrics per update."""
+    """Train the policy (and critic) in place. Returns one dict per optimizer step and one of metrics per update.
+
+    For the online algorithms an update's last step also has "samples": score, KL and first advantage of each row.
+    """
     adam = Adam(policy, flags.weight_decay if name in SUPERVISED else 0.0)
     critic_adam = Adam(critic) if name in WITH_CRITIC else None
     past = []  # the mean R of each past update, for reinforce
@@ -530,6 +533,12 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
             order = update["orders"][epoch] if flags.minibatches > 1 else list(range(len(rows)))
             parts.extend(cut(order, flags.minibatches))
 
+    if name == "raft":
+        firsts = [float(i in kept) for i in range(len(rows))]
+    else:
+        firsts = [row_advantages[0] for row_advantages in advantages]
+    samples = [(score, sum(kl), first) for score, kl, first in zip(rollout.scores, rollout.kl, firsts)]
+
     steps, clipped_tokens = [], 0
     for part in parts:
         loss = 0.0
@@ -560,6 +569,7 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
             step["critic"] = gradients
             step["critic_norm"] = norm
         steps.append(step)
+    steps[-1]["samples"] = samples
 
     if name in CLIPPED:
         numbers["policy/clipfrac"] = clipped_tokens / (flags.epochs * rollout.tokens)

@@ -45,6 +45,17 @@ def critic():
     return make_float64_critic(len(tokenizer()), seed=6), tokenizer()
 
 
+def steep(make=policy):
+    """A model whose loss is finite and whose gradient is not."""
+    model, tokens = make()
+    next(model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    return model, tokens
+
+
+def steep_critic():
+    return steep(critic)
+
+
 def reward(prompts, completions, bonus, **_):
     """A score that depends on the prompt, on the response's words and their order, and on the row's own column."""
     return [
@@ -69,6 +80,17 @@ def prompts(split):
 def pairs(split):
     chosen, rejected = ["a d", "c", "d a f b", "f", "e"], ["b", "e e b", "a", "c d e f", "a c"]
     return Dataset.from_dict({**prompts("train").to_dict(), "chosen": chosen, "rejected": rejected})
+
+
+def tied_pairs(split):
+    """Every second pair has the same response twice: neither is better."""
+    return pairs(split).map(lambda row, i: {"rejected": row["chosen"] if i % 2 else row["rejected"]}, with_indices=True)
+
+
+def long_prompt(split):
+    """One prompt of the test split does not fit the models' 16 positions with a response."""
+    rows = pairs(split)
+    return rows if split == "train" else rows.map(lambda row: {"prompt": row["prompt"] + " c" * 10})
 
 
 def enumerable_policy():
