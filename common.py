@@ -1,4 +1,4 @@
-"""The RL that the scripts share: batches, rollouts, log-probs and KL, scores, values, metrics; no estimator, no loss.
+"""The RL that the scripts share: batches, rollouts, log-probs and KL, scores, values, metrics. No estimators or losses.
 
 Names and shapes are the same everywhere:
 
@@ -37,7 +37,7 @@ class Batch:
 
 
 def encode(tokenizer, prompt_ids, completions, device, ended=True):
-    """Batch of given texts, as if they had been sampled.
+    """A Batch of given texts, as if they had been sampled.
 
     Args: tokenizer; prompt_ids (N lists of token ids); completions (N str); device; ended (bool, or N bools: whether a
     completion gets an EOS).
@@ -58,9 +58,9 @@ def decode(tokenizer, batch):
 
 
 def model_inputs(batch):
-    """Prompts and responses in one: ids and mask (N, P + T), and T, without columns that are padding in all rows.
+    """Prompts and responses concatenated: ids and mask (N, P + T), and T, without columns that are all padding.
 
-    A batch without rows becomes one placeholder row, since models cannot run on nothing (see `microbatches`).
+    An empty batch becomes one placeholder row, since models cannot run on zero rows (see `microbatches`).
     """
     if len(batch) == 0:
         ids = torch.zeros((1, 2), dtype=torch.long, device=batch.prompts.device)
@@ -76,14 +76,14 @@ def repeat(values, k):
 
 
 def positions(mask):
-    """Position ids (N, L) that count real tokens only: left padding must not shift a prompt."""
+    """Position ids (N, L) that count real tokens only, so that left padding does not shift a prompt."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def minibatches(n, epochs, count):
-    """Yield index tensors: the numbers 0 ... n - 1 in `count` parts, `epochs` times, shuffled each time.
+    """Yield index tensors: 0 ... n - 1 split into `count` parts, `epochs` times, reshuffled each time.
 
-    The parts differ by at most one row. A single part is not shuffled, and draws no random numbers.
+    Part sizes differ by at most one row. A single part is not shuffled and draws no random numbers.
     """
     for _ in range(epochs):
         rows = torch.randperm(n) if count > 1 else torch.arange(n)
@@ -91,14 +91,14 @@ def minibatches(n, epochs, count):
 
 
 def microbatches(max_tokens, *groups, rows=None):
-    """Yield index tensors that together cover `rows` (default: all) once, with rows of similar length together.
+    """Yield index tensors that together cover `rows` (default: all) once, grouping rows of similar length.
 
-    Row i of every group goes together (one Batch, or chosen and rejected responses). A micro-batch has at most
-    `max_tokens` tokens, padding included; a longer row comes alone. A loss that is summed over micro-batches and
-    divided by the whole batch's count does not depend on `max_tokens`; only memory and speed do.
+    Row i of every group (one Batch, or chosen and rejected responses) lands in the same micro-batch. A micro-batch has
+    at most `max_tokens` tokens, padding included; a longer row gets its own. A loss that is summed over micro-batches
+    and divided by a count over the whole batch does not depend on `max_tokens`; only memory and speed do.
 
-    With several processes, each gets its slice of the rows, and all get equally many micro-batches, the last of which
-    may be empty: the processes that hold a sharded model must run it together.
+    With several processes, each gets its share of the rows, and all get the same number of micro-batches, the last of
+    which may be empty: processes that hold parts of one sharded model must run it together.
     """
     prompt_lengths = torch.stack([batch.prompt_mask.sum(1) for batch in groups]).amax(0).tolist()
     lengths = torch.stack([batch.response_mask.sum(1) for batch in groups]).amax(0).tolist()
@@ -116,7 +116,7 @@ def microbatches(max_tokens, *groups, rows=None):
         return parts
 
     rank, size = rank_and_world_size()
-    parts = [divide(rows[other::size]) for other in range(size)]  # every process's
+    parts = [divide(rows[other::size]) for other in range(size)]  # of all processes
     for i in range(max(map(len, parts))):
         yield torch.tensor(parts[rank][i] if i < len(parts[rank]) else [], dtype=torch.long)
 
@@ -125,12 +125,12 @@ def microbatches(max_tokens, *groups, rows=None):
 
 
 def log_softmax(logits, temperature):
-    """Log-probs of softmax(logits / temperature), in float32 at least."""
+    """Log-probs under softmax(logits / temperature), in at least float32."""
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
 
 
 def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None, greedy=False):
-    """Like `sample`, in parts of at most `at_once` responses per process (default: all). Returns: Batch."""
+    """`sample` in chunks of at most `at_once` responses per process (default: all at once). Returns: Batch."""
     size = max(1, (at_once or k * len(prompt_ids)) // k) * rank_and_world_size()[1]  # prompts
     parts = [sample(policy, tokenizer, prompt_ids[i : i + size], k, temperature, max_new_tokens, greedy)
              for i in range(0, len(prompt_ids), size)]
@@ -138,7 +138,7 @@ def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_on
 
 
 def concatenate(batches, pad_id):
-    """One Batch of several, padded to the longest prompt and response."""
+    """Join several Batches into one, padded to the longest prompt and response."""
     P, T = max(batch.prompts.shape[1] for batch in batches), max(batch.responses.shape[1] for batch in batches)
     left = lambda name, value: torch.cat([F.pad(x, (P - x.shape[1], 0), value=value)
                                           for x in (getattr(batch, name) for batch in batches)])
@@ -152,11 +152,11 @@ def concatenate(batches, pad_id):
 def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy=False):
     """Sample k responses per prompt from exactly softmax(logits / temperature): no top-k, no top-p.
 
-    The prompt runs through the model once for its k samples, and finished rows leave the batch. With several processes
-    each samples for its slice of the prompts, and all get the whole batch.
+    Each prompt runs through the model once for its k samples, and finished rows leave the batch. With several
+    processes, each samples for its slice of the prompts, and all get the whole batch.
 
     Args: policy (causal LM); tokenizer; prompt_ids (B lists of token ids); k; temperature; max_new_tokens; greedy
-    (take the most probable token instead of a sample).
+    (take the most probable token instead of sampling).
     Returns: Batch of N = B * k rows, prompt-major.
     """
     device = policy.device
@@ -164,7 +164,7 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
     generator = rank_generator(device)
     prompts, prompt_mask = pad(prompt_ids, tokenizer.pad_token_id, "left", device)  # (B, P)
     mine = rank_slice(len(prompts))
-    prefill = mine if len(mine) else range(1)  # a process without prompts must run the model too: on one to discard
+    prefill = mine if len(mine) else range(1)  # a process without prompts runs the model too, on one to discard
     output = policy(input_ids=prompts[prefill], attention_mask=prompt_mask[prefill],
                     position_ids=positions(prompt_mask[prefill]), use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
@@ -178,13 +178,13 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
     response_mask = torch.zeros((N, max_new_tokens), dtype=torch.bool, device=device)  # (N, T)
     old_logprobs = torch.zeros((N, max_new_tokens), dtype=log_softmax(logits[:1], 1).dtype, device=device)  # (N, T)
     ended = torch.zeros(N, dtype=torch.bool, device=device)  # (N,)
-    active = torch.arange(N, device=device)[k * mine.start : k * mine.stop]  # (n,), the numbers of the unfinished rows
+    active = torch.arange(N, device=device)[k * mine.start : k * mine.stop]  # (n,), indices of the unfinished rows
     for t in range(max_new_tokens):
         logprobs = log_softmax(logits, temperature)  # (n, V)
         # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample from the softmax.
         noise = 0.0 if greedy else -torch.empty_like(logprobs).exponential_(generator=generator).log()
         tokens = (logprobs + noise).argmax(1, keepdim=True)  # (n, 1)
-        n = len(active)  # less than the number of tokens only where a finished process keeps one row to discard
+        n = len(active)  # fewer than tokens only when a finished process keeps one row to discard
         responses[active, t] = tokens[:n, 0]
         response_mask[active, t] = True
         old_logprobs[active, t] = logprobs.gather(1, tokens)[:n, 0]
@@ -218,7 +218,7 @@ def token_logprobs(model, batch, temperature):
     Returns: (N, T), 0 where masked.
     """
     ids, mask, T = model_inputs(batch)
-    # The logits at a position predict the next token: the last prompt position up to the last but one of the response.
+    # Logits predict the next token, so read from the last prompt position to the second-to-last response position.
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False,
                    logits_to_keep=T + 1)
     logprobs = log_softmax(output.logits[: len(batch), :-1], temperature)  # (N, T, V)
@@ -229,7 +229,7 @@ def token_logprobs(model, batch, temperature):
 
 @torch.no_grad()
 def no_grad_logprobs(model, batch, temperature, max_tokens):
-    """`token_logprobs` of a model that is not being trained, in micro-batches, without gradients. Returns (N, T)."""
+    """`token_logprobs` in micro-batches, without gradients. Returns (N, T)."""
     logprobs = torch.zeros_like(batch.old_logprobs)
     for rows in microbatches(max_tokens, batch):
         logprobs[rows] = token_logprobs(model, batch[rows], temperature).to(logprobs.dtype)
@@ -239,8 +239,8 @@ def no_grad_logprobs(model, batch, temperature, max_tokens):
 def token_kl(logprobs, ref_logprobs, response_mask):
     """Per-token estimate k1 = log pi - log pi_ref of KL(pi || pi_ref), for tokens sampled from pi. Returns (N, T).
 
-    Unbiased, and the one that belongs in a reward: its expected gradient there is that of the KL. Single values, and
-    means of small batches, are often negative. (Schulman 2020, "Approximating KL divergence")
+    Unbiased, and the right choice in a reward, where its expected gradient is that of the KL. Single values and
+    small-batch means are often negative. (Schulman 2020, "Approximating KL divergence")
     """
     return (logprobs - ref_logprobs) * response_mask
 
@@ -254,7 +254,7 @@ def sequence_rewards(scores, kl, beta):
 
 
 def token_rewards(scores, kl, beta, response_mask):
-    """r_t = -beta * kl_t, plus the score on the last token of the response, EOS where there is one.
+    """r_t = -beta * kl_t, plus the score on the last token of the response (EOS, if there is one).
 
     Args: scores (N,); kl (N, T); beta; response_mask (N, T). Returns: (N, T), 0 where masked; each row sums to
     sequence_rewards.
@@ -271,8 +271,8 @@ def token_rewards(scores, kl, beta, response_mask):
 def classifier_scores(model, batch):
     """Output of a one-label sequence classifier at each row's last real token, with gradients. Returns (N,).
 
-    The position comes from the mask. transformers itself looks for the last id that is not the pad id, which is the
-    wrong one where pad and EOS are the same.
+    The position comes from the mask. transformers itself looks for the last id other than the pad id, which is the
+    wrong position if pad and EOS are the same token.
     """
     ids, mask, T = model_inputs(batch)
     output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
@@ -284,8 +284,8 @@ def classifier_scores(model, batch):
 def token_values(critic, batch):
     """A one-label classifier's output at the state before each response token, with gradients.
 
-    The value of a state must not see the action: V of response token t is read at the position before it, the last
-    prompt token for the first one. Returns: (N, T), 0 where masked.
+    The value must not see the action, so V for response token t is read one position earlier (for the first token, at
+    the last prompt token). Returns: (N, T), 0 where masked.
     """
     ids, mask, T = model_inputs(batch)
     output = critic.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
@@ -306,11 +306,11 @@ def no_grad_values(critic, batch, max_tokens):
 def load_reward(name, tokenizer, device, dtype, max_tokens, shard=False):
     """A function reward(batch, examples) -> (N,), from a classifier or from "path/to/file.py:function".
 
-    A classifier is any one-label AutoModelForSequenceClassification on a causal model. It gets the rollout's own ids if
-    its tokenizer is the policy's; if not, the text is tokenized again (chat messages with its own chat template), with
-    an EOS where the response has one. For functions see plumbing.call_reward.
+    A classifier is any one-label AutoModelForSequenceClassification on a causal model. It gets the rollout's token ids
+    if it shares the policy's tokenizer; otherwise the text is tokenized again (chat messages with its own chat
+    template), with an EOS if the response has one. For functions see plumbing.call_reward.
 
-    `examples` holds the dataset's rows (lists of B values) that the N = B * k rows of `batch` belong to.
+    `examples` holds the dataset rows (lists of B values) that the N = B * k rows of `batch` belong to.
     """
     if ".py:" in name:
         function = load_function(name)
@@ -325,7 +325,7 @@ def load_reward(name, tokenizer, device, dtype, max_tokens, shard=False):
 
     @torch.no_grad()
     def reward(batch, examples):
-        # A policy's vocabulary may be padded to more ids than the tokenizer has words, and they can be sampled.
+        # A policy's vocabulary may be padded beyond the tokenizer's, and the extra ids can be sampled.
         if not same_ids or batch.responses.max() >= rows_of_embedding:
             k = len(batch) // len(examples["prompt"])
             prompt_ids = repeat(prompt_tokens(reward_tokenizer, examples["prompt"], f"reward {name}"), k)
@@ -343,11 +343,11 @@ def load_reward(name, tokenizer, device, dtype, max_tokens, shard=False):
 
 @torch.no_grad()
 def evaluate(policy, reference, tokenizer, reward_fns, dataset, args, k=1, greedy=False, judge=None, opponents=None):
-    """Sample k responses to each held-out prompt and score them. Training's random numbers are not affected.
+    """Sample k responses to each held-out prompt and score them, without touching training's random state.
 
     Args: policy and reference (causal LMs); reward_fns (see runs.load_rewards); dataset (see load_rows); args
     (temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed); judge (name of the reward function that
-    decides the win rate; default: the last); opponents (N texts to win against, and N bools, whether each ended;
+    decides the win rate; default: the last); opponents (N texts to compare with, and N bools: whether each ended;
     default: the dataset's completion column, if there is one).
     Returns: (values, completions): dict name -> (N,) floats on the CPU, and the N responses as text, prompt-major.
     """
@@ -377,12 +377,12 @@ def evaluate(policy, reference, tokenizer, reward_fns, dataset, args, k=1, greed
 
 
 def wins(scores, other_scores):
-    """1 where the first is better, 0 where it is worse, 1/2 for ties. Returns (N,)."""
+    """1 where the first score is higher, 0 where it is lower, 1/2 for ties. Returns (N,)."""
     return (torch.sign(scores - other_scores) + 1) / 2
 
 
 def rollout_metrics(batch, parts, scores, kl, rewards, k):
-    """What every algorithm logs about a rollout: means over its N responses, or over its B prompts.
+    """Metrics that every algorithm logs about a rollout: means over its N responses or its B prompts.
 
     Args: batch; parts (dict name -> (N,), the rewards that make up the scores); scores (N,); kl (N, T); rewards (N,),
     or (N, T), summed here; k.

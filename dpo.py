@@ -2,22 +2,22 @@
 
     loss = - log sigma( beta [ log pi(y+|x)/pi_ref(y+|x) - log pi(y-|x)/pi_ref(y-|x) ] )
 
-for pairs of a chosen response y+ and a rejected one y-, collected beforehand. beta log(pi/pi_ref) is the reward that
-the policy stands for: the one for which it would be the optimum of E[r] - beta KL.
+for pairs of a chosen response y+ and a rejected response y-, collected beforehand. beta log(pi/pi_ref) is the policy's
+implicit reward: the one for which the policy is the optimum of E[r] - beta KL.
 
     python dpo.py
 
-What differs from rloo.py: the data are preference pairs (--dataset, with prompt, chosen and rejected), and the
-evaluation has a dataset of its own (--eval-dataset); the reward model only measures. Log-probs are summed over the
-response, EOS included, as in the paper; some implementations average them, which is another loss. The logits of policy
-and reference are divided by --temperature, so that the policy of the loss is the one that is evaluated; the paper and TRL
-do not divide (--temperature 1).
+What differs from rloo.py: the data are preference pairs (--dataset, with prompt, chosen and rejected), evaluation has
+its own dataset (--eval-dataset), and the reward model is used only to evaluate. Log-probs are summed over the response,
+EOS included, as in the paper; some implementations average them, which is a different loss. The logits of policy and
+reference are divided by --temperature, so that the loss trains the policy that is evaluated; the paper and TRL do not
+divide (--temperature 1).
 
-The gradient at pi = pi_ref is beta/2 times that of log pi(y-) - log pi(y+). Nothing in the loss holds up the
-probability of the chosen response: only the difference counts, and both often fall (rewards/chosen below 0 is normal).
+The gradient at pi = pi_ref is beta/2 times that of log pi(y-) - log pi(y+). Nothing in the loss keeps the chosen
+response's probability up: only the difference matters, and both often fall (rewards/chosen below 0 is normal).
 
-What to watch: rewards/margins rises, rewards/accuracies leaves 0.5; eval/length, since DPO tends to longer responses;
-eval/kl, which nothing but the loss's shape bounds.
+What to watch: rewards/margins and rewards/accuracies, which should rise from 0 and 0.5; eval/length, since DPO tends
+towards longer responses; eval/kl, which is bounded only by the shape of the loss.
 """
 
 from dataclasses import dataclass, replace
@@ -33,12 +33,12 @@ from runs import DataArgs, EvaluationArgs, Run, SystemArgs, dry_run, load_reward
 
 
 def compute_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs, beta):
-    """- log sigma of the difference of the two responses' rewards beta log(pi/pi_ref), summed over pairs.
+    """- log sigma of the difference between the two responses' implicit rewards beta log(pi/pi_ref).
 
-    A sum: the caller divides by the pairs of the whole batch, whatever the micro-batch.
+    A sum: the caller divides by the number of pairs in the whole batch.
 
     Args: four (n, T) tensors of token log-probs, 0 where masked; beta.
-    Returns: scalar, and the rewards of the chosen and the rejected responses, (n,) each.
+    Returns: scalar, and the implicit rewards of the chosen and of the rejected responses, (n,) each.
     """
     chosen = beta * (chosen_logprobs - chosen_ref_logprobs).sum(1)  # (n,)
     rejected = beta * (rejected_logprobs - rejected_ref_logprobs).sum(1)  # (n,)
@@ -48,9 +48,9 @@ def compute_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, reject
 @dataclass
 class Args(EvaluationArgs, DataArgs, SystemArgs):  # data, evaluation, memory, devices, checkpoints (see runs.py)
     beta: float = 0.1
-    """strength of the implicit KL penalty; higher stays closer to the reference"""
+    """strength of the implicit KL penalty; higher values stay closer to the reference"""
     temperature: float = 0.7
-    """sampling temperature; all log-probs are those of softmax(logits / temperature)"""
+    """sampling temperature; all log-probs are under softmax(logits / temperature)"""
     lr: float = 1e-3
     """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -58,15 +58,15 @@ class Args(EvaluationArgs, DataArgs, SystemArgs):  # data, evaluation, memory, d
     warmup_updates: int = 0
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping; policy/grad_clipped logs how often it applies"""
+    """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
     num_updates: int = 150
     """optimizer steps"""
     batch_size: int = 32
     """preference pairs per step"""
     max_length: int = 512
-    """drop pairs with more tokens, prompt and longer response together"""
+    """drop pairs with more tokens than this (prompt plus longer response)"""
     max_new_tokens: int = 32
-    """maximum response length in tokens, in evaluations"""
+    """maximum response length in tokens, in evaluation"""
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
@@ -94,7 +94,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score", and "gold" if there is one: both only logged
+    reward_fns = load_rewards(args, tokenizer, device)  # "score", and "gold" if any: both are only logged
     train = load_rows(args, args.train_split, tokenizer, ["prompt", "chosen", "rejected"], args.max_length)
     prompts = replace(args, dataset=args.eval_dataset, prompt_column=args.eval_prompt_column)
     test = load_rows(prompts, args.test_split, tokenizer, first=args.eval_prompts)
@@ -106,11 +106,11 @@ def main(args):
     if run.step == 0:
         run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
     for examples in run.updates(train, args.batch_size):
-        # 1. pairs, instead of a rollout
+        # 1. instead of a rollout: preference pairs
         chosen = encode(tokenizer, examples["prompt_ids"], examples["chosen"], device)  # N rows each
         rejected = encode(tokenizer, examples["prompt_ids"], examples["rejected"], device)
 
-        # 2. score, 3. shape: the reference's log-probs are all that is needed
+        # 2. score, 3. shape: only the reference's log-probs are needed
         chosen_ref_logprobs = no_grad_logprobs(reference, chosen, args.temperature, args.microbatch_tokens)  # (N, T)
         rejected_ref_logprobs = no_grad_logprobs(reference, rejected, args.temperature, args.microbatch_tokens)
 
@@ -146,7 +146,7 @@ def main(args):
         if run.evaluation_is_due():
             run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
             run.save_model(policy)
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     run.finish(test)
     return policy

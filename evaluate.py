@@ -1,17 +1,17 @@
-"""Evaluate saved policies the way the papers do, side by side.
+"""Evaluate saved policies side by side, with the metrics used in the papers.
 
     python evaluate.py tasks/mini_tldr-sft runs/rloo-*/model
     python evaluate.py runs/a/model --against runs/b/model --judge reward
 
-For every policy, on held-out prompts (Ahmadian et al. 2024, section 4.2 and table 2):
+For each policy, on held-out prompts (Ahmadian et al. 2024, section 4.2 and table 2):
 
-    score, variance    the reward's mean; its variance over a prompt's samples, averaged over prompts
+    score, variance    mean reward; its variance across a prompt's samples, averaged over prompts
     gold               mean of a held-out reward that training never sees, if there is one
     win_rate           share of responses that the judge scores above the reference text (or the other policy's
-                       response), ties one half; +- its standard error over prompts
+                       response); ties count one half; +- is the standard error over prompts
     perplexity         of the dataset's preferred responses under the policy: what tuning cost in fluency
-    diversity_1, _2    different words (pairs of words) of a response / all of them, averaged over responses
-    length, eos_rate   tokens per response; share that ended with EOS
+    diversity_1, _2    distinct words (word pairs) in a response / all of them, averaged over responses
+    length, eos_rate   tokens per response; share of responses that end with EOS
     kl                 KL(policy || reference) of whole responses, estimated from the samples
 """
 
@@ -37,7 +37,7 @@ class Args:
     policies: Annotated[tuple[str, ...], tyro.conf.Positional]
     """policies to evaluate: hub names or folders"""
     reference: str = "tasks/mini_tldr-sft"
-    """reference policy of the KL; its tokenizer must be that of all policies"""
+    """reference policy for the KL; all policies must share its tokenizer"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
     """one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     reward_weights: tuple[float, ...] = ()
@@ -69,11 +69,11 @@ class Args:
     k: int = 4
     """responses per prompt"""
     greedy: bool = False
-    """decode greedily instead of sampling; variance and KL are then left out"""
+    """decode greedily instead of sampling; omits variance and KL"""
     temperature: float = 0.7
-    """sampling temperature; the KL's log-probs are those of softmax(logits / temperature)"""
+    """sampling temperature; the KL uses log-probs under softmax(logits / temperature)"""
     max_prompt_length: int = 512
-    """drop prompts with more tokens"""
+    """drop prompts with more tokens than this"""
     truncate_prompts: bool = False
     """truncate long prompts on the left instead of dropping them"""
     max_new_tokens: int = 32
@@ -95,7 +95,7 @@ class Args:
 
 
 def diversity(texts, n):
-    """Mean over texts of: different n-grams / all n-grams of the text's words (n is 1 or 2; shorter texts left out)."""
+    """Mean over texts of distinct word n-grams / all word n-grams (n is 1 or 2; shorter texts are skipped)."""
     ratios = []
     for text in texts:
         grams = text.split() if n == 1 else list(pairwise(text.split()))
@@ -105,7 +105,7 @@ def diversity(texts, n):
 
 
 def perplexity(policy, tokenizer, dataset, column, args):
-    """exp of the mean negative log-prob per token, EOS included, of the texts of a column."""
+    """exp of the mean negative log-prob per token, EOS included, of the texts in a column."""
     total = tokens = 0
     for start in range(0, len(dataset), args.eval_batch_size):
         examples = dataset[start : start + args.eval_batch_size]
@@ -132,7 +132,7 @@ def summarize(values, completions, k):
 
 
 def main(args):
-    # Everything that can go wrong is checked before the first policy is evaluated.
+    # Check everything that can go wrong before evaluating the first policy.
     require(args.policies, "name at least one policy (a folder or a hub name)")
     check_args(args)
     device = pick_device(args)
@@ -146,7 +146,8 @@ def main(args):
     tokenizer = load_tokenizer(args.reference)
     for name in (*args.policies, args.against):
         same = name is None or load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
-        require(same, f"policy {name}: its vocabulary is not that of --reference {args.reference}; evaluate it separately")
+        require(same, f"policy {name}: its vocabulary is not that of --reference {args.reference}; "
+                      "evaluate it separately")
     reference = load_reference(args, tokenizer, device)
     reward_fns = load_rewards(args, tokenizer, device)
     if judge == "judge":
@@ -155,11 +156,12 @@ def main(args):
     dataset = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     columns = [args.preferred_column] if args.preferred_column else ["completion", "chosen"]
     preferred = next((column for column in columns if column in dataset.column_names), None)
-    require(preferred or not args.preferred_column, f"--preferred-column {args.preferred_column}: the dataset has no such column")
+    require(preferred or not args.preferred_column,
+            f"--preferred-column {args.preferred_column}: the dataset has no such column")
     dry_run(reference, tokenizer, [dataset], reward_fns, args)
 
     k, opponents, results = 1 if args.greedy else args.k, None, {}
-    if args.against:  # sampled with another seed: the two policies must not share their random numbers
+    if args.against:  # with a different seed, so that the two policies do not share random numbers
         policy = load_model(args.against, device, args.dtype, args.shard).requires_grad_(False)
         values, completions = evaluate(policy, reference, tokenizer, reward_fns, dataset,
                                        replace(args, seed=args.seed + 1), k, args.greedy, judge)
@@ -169,7 +171,7 @@ def main(args):
         values, completions = evaluate(policy, reference, tokenizer, reward_fns, dataset, args, k, args.greedy, judge,
                                        opponents)
         if args.greedy:
-            del values["kl"]  # its estimate needs samples
+            del values["kl"]  # estimating it takes samples
         results[name] = summarize(values, completions, k)
         if preferred:
             results[name]["perplexity"] = perplexity(policy, tokenizer, dataset, preferred, args)

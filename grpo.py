@@ -7,24 +7,24 @@
     python grpo.py
     python grpo.py --no-scale-std --no-length-mean      # the mean-centred variant: "Dr. GRPO", Liu et al. 2025
 
-What differs from rloo.py: the group's mean, the response itself included, is the baseline, which scales the gradient
-by (k - 1) / k; the advantages are divided by the group's std; a response's tokens are averaged, not summed; the ratio
-to the sampling policy is clipped token by token, so that a rollout can serve several steps; and the KL stands in the
-loss (k3), not in the reward.
+What differs from rloo.py: the baseline is the group mean, which includes the response itself and so scales the gradient
+by (k - 1) / k; advantages are divided by the group's std; a response's tokens are averaged, not summed; the ratio to
+the sampling policy is clipped per token, so a rollout can be used for several steps; and the KL is a term of the loss
+(k3), not part of the reward.
 
-Each of these but the ratio changes the expected gradient, not only its variance: dividing by the std weighs prompts by
-how alike their responses' rewards are, and averaging over the length favours short good and long bad responses. The
-gradient of k3 in the loss is, token by token and with the prefixes held fixed, that of KL(pi_ref || pi), the other
-direction. It lacks the KL to go: that a token leads to prefixes with more or less KL. So it is the gradient of neither
-KL of the whole sequence, and the optimum of E[r] - beta KL is no fixed point. tests/test_exact.py has the numbers.
+All of these except the ratio change the expected gradient, not just its variance. Dividing by the std gives more weight
+to prompts whose responses have similar rewards; averaging over the length favours short good and long bad responses.
+Token by token, with the prefix held fixed, the gradient of k3 in the loss is that of the opposite KL(pi_ref || pi). It
+lacks the KL-to-go: the fact that a token leads to prefixes with more or less KL. So it is not the gradient of either KL
+over whole sequences, and the optimum of E[r] - beta KL is not a fixed point. tests/test_exact.py has the numbers.
 
-Where published code deviates: implementations divide by std + 1e-4 (as here) or + 1e-8. The official Dr. GRPO has no KL
-(--beta 0) and divides by a constant, the longest possible length, which here is a part of the learning rate.
+Where published code differs: implementations divide by std + 1e-4 (as here) or std + 1e-8. The official Dr. GRPO code
+has no KL (--beta 0) and divides by a constant, the maximum length, which here is absorbed into the learning rate.
 
-Since the advantages are divided by the std, beta weighs against a reward of size 1, whatever the reward's own size: at
-rloo.py's 0.05 this script runs away from the reference on mini TL;DR (KL 69, gold reward 1.05), hence its own default.
+Because the advantages are divided by the std, beta is relative to a reward of size 1, whatever the reward's scale. At
+rloo.py's 0.05 the policy strays far from the reference on mini TL;DR (KL 69, gold 1.05), hence the larger default.
 
-What to watch: objective/frac_reward_zero_std, the share of prompts without any signal; objective/kl; rollout/length.
+What to watch: objective/frac_reward_zero_std, the share of prompts with no signal; objective/kl; rollout/length.
 """
 
 from dataclasses import dataclass
@@ -41,9 +41,9 @@ from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
 
 
 def compute_advantages(rewards, k, scale_std=True):
-    """A_i = (r_i - mean) / (std + 1e-4), mean and std (k - 1 in its denominator) over the k rewards of the prompt.
+    """A_i = (r_i - mean) / (std + 1e-4), with mean and std (k - 1 in the denominator) over the prompt's k rewards.
 
-    Args: rewards (N,), N = B * k, prompt-major; k >= 2; scale_std (False: not divided by the std).
+    Args: rewards (N,), N = B * k, prompt-major; k >= 2; scale_std (False: do not divide by the std).
     Returns: advantages (N,).
     """
     rewards = rewards.view(-1, k)  # (B, k)
@@ -56,11 +56,11 @@ def compute_advantages(rewards, k, scale_std=True):
 def compute_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mask, clip, beta, length_mean=True):
     """sum_i 1/|y_i| sum_t [ - min( ratio_t A_i, clip(ratio_t, 1 - clip, 1 + clip) A_i ) + beta k3_t ].
 
-    A sum over rows: the caller divides by the rows of the whole mini-batch.
+    A sum: the caller divides by the number of rows in the whole mini-batch.
 
     Args: logprobs, old_logprobs, ref_logprobs (n, T), 0 where masked; advantages (n,); response_mask (n, T);
-    clip (inf: none); beta; length_mean (False: the tokens are summed). Returns: scalar, and the number of
-    clipped tokens.
+    clip (inf: no clipping); beta; length_mean (False: sum over tokens).
+    Returns: scalar, and the number of clipped tokens.
     """
     ratio = (logprobs - old_logprobs).exp()  # (n, T)
     advantages = advantages.unsqueeze(1) * response_mask  # (n, T)
@@ -83,7 +83,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     beta: float = 0.3
     """weight of the KL penalty in the loss, relative to advantages of size 1; 0 disables it"""
     temperature: float = 0.7
-    """sampling temperature; all log-probs are those of softmax(logits / temperature)"""
+    """sampling temperature; all log-probs are under softmax(logits / temperature)"""
     lr: float = 1e-3
     """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -91,7 +91,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     warmup_updates: int = 0
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping; policy/grad_clipped logs how often it applies"""
+    """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
     num_updates: int = 150
     """rollouts, each used for epochs * minibatches optimizer steps"""
     epochs: int = 1
@@ -109,7 +109,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
-    """reference policy of the KL; default: a frozen copy of --model"""
+    """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
     """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
@@ -124,7 +124,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if there is one, only logged
+    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
@@ -148,7 +148,7 @@ def main(args):
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
         rewards = scores  # (N,)
 
-        # 4. advantages: how much better each response is than the others of its prompt
+        # 4. advantages: how much better each response is than the others for the same prompt
         advantages = compute_advantages(rewards, args.k, args.scale_std)  # (N,)
 
         # 5. update: several optimizer steps, each on a mini-batch, in micro-batches
@@ -182,7 +182,7 @@ def main(args):
             run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
             run.log_samples(examples, batch, scores, kl, advantages)
             run.save_model(policy)
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     run.finish(test)
     return policy

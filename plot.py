@@ -1,9 +1,9 @@
-"""Draw learning curves of one or many runs from their TensorBoard logs to a PNG.
+"""Plot learning curves of one or more runs from their TensorBoard logs to a PNG.
 
     python plot.py runs/rloo-seed* --output curves.png
 
-Runs that differ in nothing but the seed (and in what does not change the result, such as the output) are one curve:
-the mean, and a band of one standard deviation (not against the KL). Every metric (--y) is drawn against every x-axis
+Runs that differ only in the seed (and in flags that do not change the result, such as --output) form one curve: their
+mean, with a band of one standard deviation (except against the KL). Every metric (--y) is plotted against every x-axis
 (--x).
 """
 
@@ -23,7 +23,7 @@ from plumbing import require
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-UNSEEN = {"seed", "output", "resume", "save_every", "keep", "device", "nproc_per_node"}  # make no other curve
+UNSEEN = {"seed", "output", "resume", "save_every", "keep", "device", "nproc_per_node"}  # do not start another curve
 AXES = {"updates": None, "samples": "time/samples", "seconds": "time/seconds", "kl": "eval/kl"}
 
 
@@ -32,9 +32,9 @@ class Args:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """run folders"""
     y: tuple[str, ...] = ("eval/score", "eval/gold", "eval/win_rate")
-    """metrics to draw, by their TensorBoard names; one that no run has is left out"""
+    """metrics to plot, by TensorBoard name; those that no run has are skipped"""
     x: tuple[str, ...] = ("updates", "samples", "seconds", "kl")
-    """what to draw them against: updates, samples, seconds, kl"""
+    """x-axes to plot them against: updates, samples, seconds, kl"""
     output: str = "runs/curves.png"
     """PNG file to write"""
 
@@ -50,7 +50,7 @@ def read_run(folder):
 
 
 def label(settings, all_settings):
-    """What sets a group of runs apart: the script, and the flags that not all groups of that script share."""
+    """Legend entry of a group of runs: the script, and the flags that differ between groups of that script."""
     same = [other for other in all_settings if other["script"] == settings["script"]]
     flags = [name for name in settings if len({str(other.get(name)) for other in same}) > 1]
     return " ".join([settings["script"], *(f"--{name.replace('_', '-')} {settings[name]}" for name in flags)])
@@ -92,7 +92,7 @@ def main(args):
                 color = colors[i % len(colors)]
                 name = f"{label(settings, all_settings)} ({len(curves)} seed{'s' * (len(curves) > 1)})"
                 (lines[name],) = axis.plot(mean[:, 0], mean[:, 1], marker=".", color=color)
-                if x != "kl":  # the KL may go back, where a band would cross itself
+                if x != "kl":  # the KL can decrease, and the band would cross itself
                     axis.fill_between(mean[:, 0], mean[:, 1] - std, mean[:, 1] + std, color=color, alpha=0.15)
             axis.grid(alpha=0.3)
             axis.set_xlabel({"kl": "KL to the reference", "seconds": "training seconds"}.get(x, x))

@@ -1,4 +1,4 @@
-"""The plumbing: processes, models, data, one-line error messages. No RL is in here."""
+"""Plumbing: processes, models, data, one-line error messages. No RL in here."""
 
 import functools
 import importlib.util
@@ -38,9 +38,9 @@ datasets.disable_progress_bars()
 
 # ------------------------------------------------------------------------------------------------ devices and processes
 #
-# `torchrun --nproc-per-node 4 rloo.py` starts four processes ("ranks"). Each samples, scores and back-propagates its
-# slice of the rows, and all get all the numbers, so whatever is computed from a batch (advantages, statistics, metrics)
-# is the same on every rank, and the same as with one process. Without torchrun these functions do nothing.
+# `torchrun --nproc-per-node 4 rloo.py` starts four processes ("ranks"). Each samples, scores and backpropagates its
+# slice of the rows, and the results are shared, so anything computed from a batch (advantages, statistics, metrics) is
+# the same on every rank, and the same as with one process. Without torchrun there is nothing to share.
 
 
 def pick_device(args):
@@ -53,7 +53,8 @@ def pick_device(args):
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    require(not several or ":" not in name, f"--device {name}: with several processes, each takes its own; use cuda or cpu")
+    require(not several or ":" not in name,
+            f"--device {name}: with several processes, each takes its own; use cuda or cpu")
     if several and name == "cuda":
         count = torch.cuda.device_count()
         require(local < count, f"--nproc-per-node: there are more processes than GPUs ({count}); use {count}")
@@ -65,33 +66,33 @@ def pick_device(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
-        timeout = timedelta(hours=2)  # while rank 0 writes a large checkpoint, the others wait
+        timeout = timedelta(hours=2)  # the others wait while rank 0 writes a large checkpoint
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return device
 
 
 def leave():
-    """The last line of a script: with torchrun, wait for the other processes and end this one."""
+    """The last line of a script: with torchrun, wait for the other processes, then exit."""
     if dist.is_initialized():
         dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # the ordinary exit, through the destructors of torch's threads, aborted in 3 of 25 runs
+        os._exit(0)  # a normal exit, through the destructors of torch's threads, aborted in 3 of 25 runs
 
 
 def rank_and_world_size():
-    """This process's number, and how many there are."""
+    """This process's rank, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def rank_slice(n):
-    """The part of 0 ... n - 1 that this process works on: a range. (Plainer than a DistributedSampler's padding.)"""
+    """The range within 0 ... n - 1 that this process works on. (Simpler than DistributedSampler, which pads.)"""
     rank, size = rank_and_world_size()
     return range(rank * n // size, (rank + 1) * n // size)
 
 
 def sum_over_ranks(value):
-    """The sum of all processes' tensors (of any shape and dtype) or numbers."""
+    """Sum a tensor (of any shape and dtype) or a number over all processes."""
     if not dist.is_initialized():
         return value
     if not torch.is_tensor(value):
@@ -103,9 +104,9 @@ def sum_over_ranks(value):
 
 
 def rank_generator(device):
-    """Random numbers for sampling that differ between processes; with a single process, torch's own (None)."""
+    """A random generator for sampling that differs between processes; None (torch's own) with a single process."""
     rank, size = rank_and_world_size()
-    if size > 1:  # all processes draw the same number here, and stay in step
+    if size > 1:  # all processes draw the same number here, so they stay in sync
         return torch.Generator(device).manual_seed(torch.randint(2**62, ()).item() + rank)
 
 
@@ -143,13 +144,13 @@ def isolated_rng(seed):
 def clip_gradients(model, max_norm):
     """Sum the gradients over all processes and clip the norm of the sum. Returns the norm before clipping.
 
-    By hand rather than by DistributedDataParallel, which averages, and whose wrapper every call would have to look
-    through.
+    Done by hand rather than with DistributedDataParallel, which averages the gradients and wraps the model, so that
+    every call would have to unwrap it.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     for gradient in gradients if dist.is_initialized() else []:
         if isinstance(gradient, DTensor):
-            gradient.mul_(dist.get_world_size())  # fully_shard has averaged
+            gradient.mul_(dist.get_world_size())  # undoes fully_shard's averaging
         else:
             dist.all_reduce(gradient)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -157,12 +158,12 @@ def clip_gradients(model, max_norm):
 
 
 def shard_model(model, device):
-    """Shard the weights across the processes (FSDP2): a layer is gathered only while it runs."""
+    """Shard the weights across processes (FSDP2): each layer is gathered only while it runs."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     for layer in max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()), default=[]):
         fully_shard(layer, mesh=mesh)
-    if hasattr(model, "score"):  # a classifier's body and head run one after the other
+    if hasattr(model, "score"):  # a classifier's body and head are called separately
         fully_shard(model.base_model, mesh=mesh)
         fully_shard(model.score, mesh=mesh)
     else:
@@ -174,7 +175,7 @@ def shard_model(model, device):
 
 @functools.cache
 def load_module(path):
-    """The python file at `path`, imported once."""
+    """Import the python file at `path`, once."""
     require(os.path.isfile(path), f"{path}: no such file")
     spec = importlib.util.spec_from_file_location(path, path)
     module = sys.modules[path] = importlib.util.module_from_spec(spec)
@@ -194,12 +195,12 @@ def load_function(spec):
 
 
 def one_line(error):
-    """The text of an error in one line that can always be printed."""
+    """The text of an error as a single line that can always be printed."""
     return " ".join(str(error).encode(errors="replace").decode().split())[:300]
 
 
 def check_path(what, name):
-    """Exit if `name` is meant to be a local path, rather than a name on the hub, and does not exist."""
+    """Exit if `name` looks like a local path, rather than a hub name, and does not exist."""
     owner, _, rest = name.partition("/")
     is_path = name.startswith((".", "/", "~")) or "/" in rest or (rest and os.path.isdir(owner))
     is_path = is_path or name.endswith((".json", ".jsonl", ".csv", ".parquet"))
@@ -207,7 +208,7 @@ def check_path(what, name):
 
 
 def explain(what, name, error):
-    """The rest of the line that says why `name` could not be loaded, and what to do about it."""
+    """The rest of an error message: why `name` could not be loaded, and what to do about it."""
     text, folder = one_line(error), Path(name)
     config = folder / "config.json"
     if "trust_remote_code" in text or (config.is_file() and "auto_map" in config.read_text(errors="replace")):
@@ -220,7 +221,7 @@ def explain(what, name, error):
         pickles = pickles[0] if pickles else "its weights"
         return (f"{pickles} is a pickle, which can run arbitrary code when loaded, so it is refused; if you trust it, "
                 "load it in transformers and save it with save_pretrained, as safetensors")
-    if not folder.exists() and isinstance(error, OSError):  # what both libraries raise without a connection
+    if not folder.exists() and isinstance(error, OSError):  # raised by transformers and datasets without a connection
         return (f"not a local folder, and the hub cannot be reached or does not have it; if you are offline, set "
                 f"HF_HUB_OFFLINE=1 to use cached downloads at once, or fetch it elsewhere with `hf download "
                 f"{'--repo-type dataset ' * (what == 'dataset')}{name} --local-dir FOLDER` and name that folder")
@@ -239,7 +240,7 @@ def from_pretrained(what, auto_class, name, **kwargs):
 
 
 def load_tokenizer(name):
-    """Tokenizer of a hub name, a folder, or "file.py:function" that returns (model, tokenizer)."""
+    """Load a tokenizer from a hub name, a folder, or a "file.py:function" that returns (model, tokenizer)."""
     if ".py:" in name:
         tokenizer = load_function(name)()[1]
     else:
@@ -252,13 +253,13 @@ def load_tokenizer(name):
 
 def load_model(name, device, dtype="float32", shard=False, gradient_checkpointing=False,
                auto_class=AutoModelForCausalLM, new=(), **kwargs):
-    """Model of a hub name, a folder, or "file.py:function" that returns (model, tokenizer).
+    """Load a model from a hub name, a folder, or a "file.py:function" that returns (model, tokenizer).
 
-    Weights stay in float32, since Adam's small steps vanish in bfloat16; dtype "bfloat16" runs the forward passes
-    under autocast. Dropout is off (eval mode) for good: the sampler and the update must see the same policy. Only
-    safetensors are read, and code from the hub never runs. `shard` spreads the weights over the processes (FSDP2).
-    `gradient_checkpointing` keeps only each layer's input for the backward pass, by hand, since transformers does so
-    only in train mode. `new` names weights that may be missing.
+    Weights stay in float32, since Adam's small steps would vanish in bfloat16; dtype "bfloat16" runs the forward passes
+    under autocast. Dropout is always off (eval mode), so that sampling and updates see the same policy. Only
+    safetensors are loaded, and code from the hub is never run. `shard` shards the weights across processes (FSDP2).
+    `gradient_checkpointing` keeps only each layer's input for the backward pass; it is done by hand, since transformers
+    supports it only in train mode. `new` names weights that may be missing.
     """
     if ".py:" in name:
         model, tokenizer = load_function(name)()
@@ -267,12 +268,13 @@ def load_model(name, device, dtype="float32", shard=False, gradient_checkpointin
         model, info = from_pretrained("model", auto_class, name, dtype=torch.float32, use_safetensors=True,
                                       output_loading_info=True, **kwargs)
         missing = sorted(set(info["missing_keys"]) - set(new))
-        require(not missing, f"model {name}: the weights {', '.join(missing[:3])} are missing, so it is another kind of model")
+        require(not missing,
+                f"model {name}: the weights {', '.join(missing[:3])} are missing, so it is another kind of model")
     fix_generation_config(model)
     words = max(tokenizer.vocab_size, tokenizer.eos_token_id + 1, tokenizer.pad_token_id + 1)
     rows = model.get_input_embeddings().num_embeddings
-    require(words <= rows, f"model {name}: has embeddings for {rows} tokens, but its tokenizer has {words}; they do not "
-                           "belong together")
+    require(words <= rows, f"model {name}: has embeddings for {rows} tokens, but its tokenizer has {words}; they do "
+                           "not belong together")
     if dtype == "bfloat16":
         for module in (model, model.base_model):
             module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
@@ -286,7 +288,7 @@ def load_model(name, device, dtype="float32", shard=False, gradient_checkpointin
 
 
 def fix_generation_config(model):
-    """Replace a generation config that transformers reads but refuses to save; the hub has some."""
+    """Replace a generation config that transformers loads but refuses to save; some models on the hub have one."""
     config = getattr(model, "generation_config", None)
     try:
         _ = config and config.validate(strict=True)
@@ -296,7 +298,7 @@ def fix_generation_config(model):
 
 
 def eos_ids(policy, tokenizer):
-    """Every token id that ends a response: the tokenizer's EOS and those of the model's generation config."""
+    """Every token id that ends a response: the tokenizer's EOS and those in the model's generation config."""
     config = getattr(policy, "generation_config", None)
     more = getattr(config, "eos_token_id", None)
     more = more if isinstance(more, list) else [] if more is None else [more]
@@ -304,7 +306,7 @@ def eos_ids(policy, tokenizer):
 
 
 def check_positions(model, length):
-    """Exit if a row of that many tokens is longer than the model's context."""
+    """Exit if a row of `length` tokens does not fit the model's context."""
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     require(length <= limit, f"rows of up to {length} tokens, including the response, do not fit the model's {limit} "
                              "positions; lower --max-prompt-length, --max-length or --max-new-tokens")
@@ -312,14 +314,14 @@ def check_positions(model, length):
 
 @functools.cache
 def load_frozen_classifier(name, device, dtype, shard):
-    """A reward model that is not trained: loaded once, however many flags name it."""
+    """A frozen reward model, loaded once however many flags name it."""
     return load_classifier(name, device, dtype, shard).requires_grad_(False)
 
 
 def load_reference(args, tokenizer, device):
-    """The frozen policy that the KL is measured to: args.reference, or where that is None args.model.
+    """The frozen reference policy for the KL: args.reference, or args.model if that is None.
 
-    It must have the vocabulary of `tokenizer`, the policy's.
+    Its vocabulary must be that of `tokenizer`, the policy's.
     """
     name = args.reference or args.model
     require(args.reference or ".py:" not in name,
@@ -340,7 +342,7 @@ def load_classifier(name, device, dtype="float32", shard=False, gradient_checkpo
 
 
 def load_critic(args, tokenizer, device):
-    """The value model: args.critic, by default the reward model, or if that is a function the policy.
+    """The value model: args.critic; by default the reward model, or the policy if the reward is a function.
 
     A policy gets a new head; a reward model or a critic keeps its own.
     """
@@ -354,7 +356,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def reshard(model):
-    """Free a sharded model's gathered weights: a forward pass without gradients leaves its root gathered."""
+    """Free a sharded model's gathered weights: a forward pass without gradients leaves the root gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -364,7 +366,7 @@ def write_model(folder, model, tokenizer):
     """Write a Hugging Face folder. All processes must call it, since each may hold a part of the weights."""
     reshard(model)
     weights = get_model_state_dict(model, options=WHOLE)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}  # a head that is the embedding is saved once
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # a head tied to the embedding is saved once
     if rank_and_world_size()[0] == 0:
         model.save_pretrained(folder, state_dict={name: weights[name] for name in weights if name not in tied})
         tokenizer.save_pretrained(folder)
@@ -377,7 +379,7 @@ def read_model(folder, model):
 
 
 def optimizer_state(model, optimizer):
-    """The optimizer's whole state on the CPU. All processes must call it, since each may hold a part of it."""
+    """The optimizer's full state, on the CPU. All processes must call it, since each may hold a part of it."""
     reshard(model)
     return get_optimizer_state_dict(model, optimizer, options=WHOLE)
 
@@ -391,10 +393,10 @@ def load_optimizer_state(model, optimizer, state):
 
 
 def load_dataset(name, split, config=None):
-    """Rows of a hub dataset, a folder written by save_to_disk, a .json/.jsonl/.csv/.parquet file, or a python function.
+    """Load a hub dataset, a folder written by save_to_disk, a .json/.jsonl/.csv/.parquet file, or a python function.
 
-    Args: name ("owner/name", a path, or "file.py:function" called with the split); split ("train", "test", ...; of a
-    single file, which has no splits, any); config (of a hub dataset that has several).
+    Args: name ("owner/name", a path, or "file.py:function" called with the split); split ("train", "test", ...;
+    ignored for a single file); config (for a hub dataset that has several).
     """
     function = load_function(name) if ".py:" in name else check_path("dataset", name)
     require(not os.path.isfile(name) or os.path.getsize(name) > 0, f"dataset {name}: is empty")
@@ -411,34 +413,35 @@ def load_dataset(name, split, config=None):
         else:
             dataset = datasets.load_dataset(name, config or main_config(name), split=split)
     except Exception as error:
-        cause = one_line(error.__cause__ or "")  # which names the row of a file that is not JSON
-        require(not cause.startswith("JSON"), f"dataset {name}, split {split}: not valid JSON ({cause}, counting from 0); "
-                                              "fix or remove that row")
+        cause = one_line(error.__cause__ or "")  # names the row that is not valid JSON
+        require(not cause.startswith("JSON"), f"dataset {name}, split {split}: not valid JSON ({cause}, counting from "
+                                              "0); fix or remove that row")
         stop(f"dataset {name}, split {split}: {explain('dataset', name, error)}")
-    require(isinstance(dataset, datasets.Dataset), f"dataset {name}: the function must return a datasets.Dataset, not {type(dataset)}")
+    require(isinstance(dataset, datasets.Dataset),
+            f"dataset {name}: the function must return a datasets.Dataset, not {type(dataset)}")
     require(len(dataset) > 0, f"dataset {name}, split {split}: is empty")
     return dataset
 
 
 def main_config(name):
-    """If a dataset has several configurations, the one called main; else None, which lets datasets choose."""
+    """The configuration "main" if a dataset has several and one is called that; else None, and datasets chooses."""
     names = datasets.get_dataset_config_names(name)
     return "main" if len(names) > 1 and "main" in names else None
 
 
 def as_text(prompt):
-    """A prompt as text to show or to compare: itself, or its chat messages."""
+    """A prompt as plain text: itself, or its chat messages, one per line."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def as_replies(prompts, texts):
-    """Responses as reward functions get them: texts, or for chat prompts lists of one message."""
+    """Responses as reward functions expect them: texts, or one-message lists for chat prompts."""
     return [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts)]
 
 
 def prompt_tokens(tokenizer, prompts, what):
-    """Token ids of prompts: text with the tokenizer's own special tokens, messages by its chat template."""
+    """Token ids of prompts: text with the tokenizer's own special tokens, messages through its chat template."""
     if isinstance(prompts[0], str):
         ids, end = tokenizer(prompts)["input_ids"], tokenizer.eos_token_id
         return [row[:-1] if row and row[-1] == end and not text.endswith(tokenizer.eos_token) else row
@@ -450,7 +453,7 @@ def prompt_tokens(tokenizer, prompts, what):
                  for prompt in prompts]
     except Exception as error:
         stop(f"{what}: the tokenizer's chat template rejects its messages: {one_line(error)}")
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template contains them
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has added them
 
 
 def pad(rows, pad_id, side, device):
@@ -465,10 +468,10 @@ RESPONSES = {"completion", "chosen", "rejected"}  # columns that hold responses
 
 
 def split_row(row, sources):
-    """By TRL's conventions: a row's prompt, and its completion, chosen and rejected if it has them.
+    """Find a row's prompt, and its completion, chosen and rejected if it has them, by TRL's conventions.
 
-    A conversation ("messages") is a prompt and a last reply. Chosen and rejected texts without a prompt, as in
-    Anthropic's HH, have an implicit one: what they share, up to the last "Assistant:" if there is one.
+    A conversation ("messages") is a prompt and a final reply. Chosen and rejected texts without a prompt, as in
+    Anthropic's HH, have an implicit one: their common prefix, up to the last "Assistant:" if there is one.
     `sources` (dict target -> column) names columns to use instead.
     """
     row = dict(row)
@@ -494,20 +497,20 @@ def split_row(row, sources):
 
 
 def shorten(ids, length, tokenizer):
-    """The last `length` token ids, at least one; a BOS stays at the front."""
+    """The last `length` token ids, at least one, with any BOS kept at the front."""
     head = ids[:1] if ids[0] == tokenizer.bos_token_id and length > 1 else []
     return ids if len(ids) <= length else head + ids[-max(1, length - len(head)) :]
 
 
 def load_rows(args, split, tokenizer, columns=("prompt",), max_length=None, first=None):
-    """The (first) rows of a dataset split that are not too long; the others are dropped and counted.
+    """Load the (first) rows of a dataset split that are not too long; print how many rows are dropped.
 
     Args: args (dataset, dataset_config, max_prompt_length, chat, system_prompt, truncate_prompts; prompt_column,
     completion_column, chosen_column and rejected_column if the script has them); split; tokenizer; columns ("prompt",
-    and the response columns that must be there); max_length (of the prompt with the longest response and its EOS, in
-    tokens; default: args.max_prompt_length); first (maximum number of rows).
+    and the response columns that are required); max_length (in tokens, of the prompt plus the longest response and its
+    EOS; default: args.max_prompt_length); first (maximum number of rows).
     Returns: datasets.Dataset with prompt (text, or chat messages), prompt_ids, num_tokens (with the longest response),
-    completion, chosen and rejected (texts) as far as there are any, and the dataset's other columns as they are.
+    completion, chosen and rejected (texts) if it has them, and the dataset's other columns unchanged.
     """
     name, max_length = args.dataset, max_length or args.max_prompt_length
     what = f"dataset {name}, split {split}"
@@ -568,7 +571,7 @@ def load_rows(args, split, tokenizer, columns=("prompt",), max_length=None, firs
 def batches(dataset, size, seed, skip=0):
     """Yield dicts of columns (lists of `size` values) forever, reshuffled after each pass over the dataset.
 
-    The first `skip` batches are left out: those that a resumed run has already used.
+    The first `skip` batches are left out: a resumed run has already used them.
     """
 
     def order():
@@ -582,19 +585,19 @@ def batches(dataset, size, seed, skip=0):
 
 
 def call_reward(name, function, examples, completions):
-    """The values of a python reward function, called as in TRL: function(prompts, completions, **columns) -> numbers.
+    """Call a python reward function, as TRL does: function(prompts, completions, **columns) -> numbers.
 
-    The dataset's other columns are lists of one value per completion. Completions are texts, or for a chat prompt lists
-    of one message. With several processes, each calls it for its slice of the prompts. Exits with a one-line error if
-    the function fails.
+    The dataset's other columns are lists of one value per completion. Completions are texts, or one-message lists for
+    chat prompts. With several processes, each calls the function for its slice of the prompts. Exits with a one-line
+    error if the function fails.
 
     Args: name (for the error); function; examples (dict of columns, lists of B values); completions (N texts,
-    prompt-major). Returns: (N,), 0 where another process does the work.
+    prompt-major). Returns: (N,), 0 in rows that other processes handle.
     """
     k, mine = len(completions) // len(examples["prompt"]), rank_slice(len(examples["prompt"]))
     rewards = torch.zeros(len(completions))  # (N,)
     columns = {key: [values[i] for i in mine for _ in range(k)] for key, values in examples.items()
-               if key not in ("prompt_ids", "num_tokens")}  # these are ours, not the dataset's
+               if key not in ("prompt_ids", "num_tokens")}  # ours, not the dataset's
     columns["prompts"] = columns.pop("prompt")
     columns["completions"] = as_replies(columns["prompts"], completions[k * mine.start : k * mine.stop])
     if not len(mine):
@@ -619,12 +622,12 @@ def stop(message, code=2):
     if int(os.environ.get("RANK", 0)) > 0:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that torchrun can end this one once rank 0 has reported
-        time.sleep(5 if dist.is_initialized() else 30)  # once joined, all are in step; before, one may be importing
+        time.sleep(5 if dist.is_initialized() else 30)  # after joining, all are in sync; before, one may be importing
     tqdm.write(f"error: {message}", file=sys.stderr)  # clears a progress bar first
     raise SystemExit(code)
 
 
 def require(ok, message):
-    """Exit with `message` unless `ok`: for a user's mistakes, before any long work starts."""
+    """Exit with `message` unless `ok`: for user errors, before any long work starts."""
     if not ok:
         stop(message)

@@ -1,4 +1,4 @@
-"""PPO, proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347), token by token, as RLHF uses it
+"""PPO, proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347), token by token, as used in RLHF
 (Ziegler et al. 2019; Ahmadian et al. 2024, section 2.1).
 
     delta_t = r_t + gamma V_{t+1} - V_t,    A_t = sum_l (gamma lambda)^l delta_{t+l}                              (GAE)
@@ -6,19 +6,19 @@
     value   = 1/2 sum_t max( (V_t - G_t)^2, (clip(V_t, V_old +- value_clip) - G_t)^2 ),    G_t = A_t + V_old
 
     python ppo.py
-    python ppo.py --lam 1 --clip inf --value-clip inf --no-whiten --minibatches 1        # is vanilla_pg.py
+    python ppo.py --lam 1 --clip inf --value-clip inf --no-whiten --minibatches 1        # equivalent to vanilla_pg.py
 
-What differs from rloo.py: every token is an action, with a learned critic (a second trained model); each rollout serves
-several steps, kept near the policy that sampled by the clipped ratio; and the advantages are bootstrapped from the
-critic, which for lambda < 1 is biased by as much as the critic is wrong. Whitening the advantages over the batch's
-tokens changes their scale and adds a small bias.
+What differs from rloo.py: each token is an action, with a learned critic (a second trained model); each rollout is used
+for several steps, kept close to the sampling policy by the clipped ratio; and the advantages bootstrap from the critic,
+so for lambda < 1 they are biased by its errors. Whitening the advantages over the tokens in the batch changes their
+scale and adds a small bias.
 
-Where published code deviates: "The N implementation details" code puts the score one slot after EOS; V is read at the
-state before each token, here and there; whitening must leave out masked positions. It replaces the score of a response
-without EOS by -1 (here a penalty is subtracted), whitens with n in the std's denominator (n - 1), averages the losses over
-the batch's tokens (a row's tokens are summed) and weighs the value loss by 0.1 (the critic is a model of its own, so
---critic-lr does that). Its settings for 1 B parameters: KL 0.05, lambda 0.95, gamma 1, clips 0.2, 4 epochs of 1 mini-batch,
-lr 3e-6, Adam eps 1e-5 (here 1e-8), temperature 0.7.
+Where published code differs: the "N implementation details" code puts the score one position after EOS, sets the score
+of a response without EOS to -1 (here a penalty is subtracted), whitens with n in the std's denominator (here n - 1),
+averages the losses over the tokens in the batch (here a response's tokens are summed) and weights the value loss by 0.1
+(here the critic is a separate model, so --critic-lr does that). Both read V at the state before each token. Whitening
+must leave out masked positions. Its settings for 1B parameters: KL 0.05, lambda 0.95, gamma 1, clips 0.2, 4 epochs of
+1 mini-batch, lr 3e-6, Adam eps 1e-5 (here 1e-8), temperature 0.7.
 
 What to watch: policy/clipfrac (the paper: under 5 percent on average), value/explained_variance, objective/kl.
 """
@@ -52,12 +52,12 @@ def compute_advantages(rewards, values, response_mask, gamma, lam):
 
 
 def whiten_advantages(advantages, response_mask):
-    """Mean 0 and std 1 (n - 1 in its denominator) over all n real tokens of the batch; 0 where they are all equal.
+    """Normalize to mean 0 and std 1 (n - 1 in the denominator) over the batch's n real tokens; 0 if all are equal.
 
     Args: advantages and response_mask (N, T). Returns: (N, T), 0 where masked.
     """
     tokens = advantages[response_mask]  # (n,)
-    if tokens.amax() == tokens.amin():  # a single token, for instance: there is no std to divide by
+    if tokens.amax() == tokens.amin():  # for example a single token: no std to divide by
         return torch.zeros_like(advantages)
     return (advantages - tokens.mean()) / (tokens.std() + 1e-8) * response_mask
 
@@ -65,9 +65,9 @@ def whiten_advantages(advantages, response_mask):
 def compute_loss(logprobs, old_logprobs, advantages, clip):
     """- sum_t min( ratio_t A_t, clip(ratio_t, 1 - clip, 1 + clip) A_t ),  ratio_t = pi(y_t) / pi_old(y_t).
 
-    A sum: the caller divides by the rows of the whole mini-batch.
+    A sum: the caller divides by the number of rows in the whole mini-batch.
 
-    Args: logprobs, old_logprobs and advantages (n, T), 0 where masked; clip (inf: none).
+    Args: logprobs, old_logprobs and advantages (n, T), 0 where masked; clip (inf: no clipping).
     Returns: scalar, and the number of clipped tokens.
     """
     ratio = (logprobs - old_logprobs).exp()  # (n, T)
@@ -78,14 +78,14 @@ def compute_loss(logprobs, old_logprobs, advantages, clip):
 def compute_value_loss(values, old_values, returns, value_clip):
     """1/2 sum_t max( (V_t - G_t)^2, (V_old + clip(V_t - V_old, +- value_clip) - G_t)^2 ).
 
-    Args: values (n, T), with gradients, old_values and returns (n, T), all 0 where masked; value_clip (inf: none).
+    Args: values (n, T), with gradients, old_values and returns (n, T), 0 where masked; value_clip (inf: no clipping).
     """
     bounded = old_values + (values - old_values).clamp(-value_clip, value_clip)  # (n, T)
     return torch.max((values - returns).square(), (bounded - returns).square()).sum() / 2
 
 
 def explained_variance(values, returns, response_mask):
-    """1 - Var(G - V) / Var(G) over the real tokens: 1 is a perfect critic, 0 one no better than a constant."""
+    """1 - Var(G - V) / Var(G) over real tokens: 1 for a perfect critic, 0 for one no better than a constant."""
     values, returns = values[response_mask], returns[response_mask]
     return 1 - (returns - values).var() / returns.var()
 
@@ -106,11 +106,11 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     value_clip: float = 0.2
     """clip range of the value loss around the old values; "inf" disables clipping"""
     whiten: bool = True
-    """normalize the advantages over all tokens of the batch"""
+    """normalize the advantages over all tokens in the batch"""
     beta: float = 0.05
     """weight of the KL penalty in the reward; 0 disables it"""
     temperature: float = 0.7
-    """sampling temperature; all log-probs are those of softmax(logits / temperature)"""
+    """sampling temperature; all log-probs are under softmax(logits / temperature)"""
     lr: float = 1e-3
     """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -118,7 +118,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     warmup_updates: int = 0
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping; policy/grad_clipped logs how often it applies"""
+    """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
     num_updates: int = 150
     """rollouts, each used for epochs * minibatches optimizer steps"""
     epochs: int = 1
@@ -136,7 +136,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
-    """reference policy of the KL; default: a frozen copy of --model"""
+    """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
     """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
@@ -151,7 +151,7 @@ def main(args):
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args, tokenizer, device)
     critic = load_critic(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if there is one, only logged
+    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
@@ -178,7 +178,7 @@ def main(args):
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
         rewards = token_rewards(scores, kl, args.beta, batch.response_mask)  # (N, T)
 
-        # 4. advantages: how much better it went from each token on than the critic expected
+        # 4. advantages: how much better each token's reward-to-go is than the critic expected
         old_values = no_grad_values(critic, batch, args.microbatch_tokens)  # (N, T)
         advantages, returns = compute_advantages(rewards, old_values, batch.response_mask, args.gamma, args.lam)
         if args.whiten:
@@ -202,7 +202,8 @@ def main(args):
                 value_loss += part.item()
             loss, grad_norm = sum_over_ranks(loss), clip_gradients(policy, args.max_grad_norm)
             value_loss, critic_grad_norm = sum_over_ranks(value_loss), clip_gradients(critic, args.max_grad_norm)
-            run.check_finite(examples, scores=scores, kl=kl, loss=loss + value_loss, grad_norm=grad_norm + critic_grad_norm)
+            run.check_finite(examples, scores=scores, kl=kl, loss=loss + value_loss,
+                             grad_norm=grad_norm + critic_grad_norm)
             optimizer.step()
             critic_optimizer.step()
             grad_clipped += (grad_norm > args.max_grad_norm) / (args.epochs * args.minibatches)
@@ -224,7 +225,7 @@ def main(args):
             run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
             run.log_samples(examples, batch, scores, kl, advantages)
             run.save_model(policy)
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     run.finish(test)
     return policy

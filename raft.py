@@ -6,18 +6,18 @@
     python raft.py
     python raft.py --rank-by score
 
-What differs from rloo.py: of the k responses only the best one is used, as if it were a demonstration; there is no
-negative signal and no size of an advantage, only a rank. It is no estimator of the policy gradient of E[R]. --rank-by
-reward ranks by the KL-shaped R, score by r alone (the KL is then only measured).
+What differs from rloo.py: only the best of the k responses is used, as if it were a demonstration. There is no negative
+signal, and only the rank of a response matters, not its margin. This does not estimate the policy gradient of E[R].
+--rank-by reward ranks by the KL-shaped R, --rank-by score by r alone (the KL is then only logged).
 
-Where published code differs: the papers and TRL's SFT take the cross-entropy at temperature 1. Here the logits are divided
-by --temperature, as in sampling, so that the policy that is trained is the one that is sampled.
+Where published code differs: the papers and TRL's SFT compute the cross-entropy at temperature 1. Here the logits are
+divided by --temperature, as in sampling, so that the policy being trained is the one being sampled.
 
 Ahmadian et al. find it more sensitive than RLOO to noise in the reward and to a strong KL penalty, since both change
-who is best.
+which response is best.
 
-What to watch: objective/best_score, the chosen responses' score; its distance from objective/scores is what there is
-to learn.
+What to watch: objective/best_score, the mean score of the selected responses; its gap to objective/scores is what the
+policy can still learn from.
 """
 
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
 
 
 def select_best(rewards, k):
-    """The row of each prompt's best response. Args: rewards (N,), prompt-major; k. Returns: rows (B,)."""
+    """The row number of each prompt's best response. Args: rewards (N,), prompt-major; k. Returns: rows (B,)."""
     best = rewards.view(-1, k).argmax(1)  # (B,)
     return torch.arange(len(best), device=best.device) * k + best
 
 
 def compute_loss(logprobs):
-    """Negative log-likelihood, summed over rows and tokens; the caller divides by the tokens of the whole batch.
+    """Negative log-likelihood. A sum: the caller divides by the number of response tokens in the whole batch.
 
     Args: logprobs (n, T), 0 where masked. Returns: scalar.
     """
@@ -52,11 +52,11 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     k: int = 4
     """responses per prompt, at least 2"""
     rank_by: Literal["reward", "score"] = "reward"
-    """best by the KL-shaped reward R, or by the score r"""
+    """rank responses by the KL-shaped reward R, or by the score r"""
     beta: float = 0.05
     """weight of the KL penalty in the reward; 0 disables it"""
     temperature: float = 0.7
-    """sampling temperature; all log-probs are those of softmax(logits / temperature)"""
+    """sampling temperature; all log-probs are under softmax(logits / temperature)"""
     lr: float = 1e-3
     """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -64,7 +64,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     warmup_updates: int = 0
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping; policy/grad_clipped logs how often it applies"""
+    """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
     num_updates: int = 150
     """optimizer steps, each on a fresh rollout"""
     prompts_per_step: int = 16
@@ -76,7 +76,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
-    """reference policy of the KL; default: a frozen copy of --model"""
+    """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
     """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
@@ -91,7 +91,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if there is one, only logged
+    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
@@ -115,7 +115,7 @@ def main(args):
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
         rewards = sequence_rewards(scores, kl, args.beta)  # (N,)
 
-        # 4. the best response of each prompt, instead of advantages
+        # 4. instead of advantages: the best response to each prompt
         best = select_best(rewards if args.rank_by == "reward" else scores, args.k)  # (B,)
         num_tokens = batch.response_mask[best].sum()
 
@@ -143,10 +143,10 @@ def main(args):
         scheduler.step()
         if run.evaluation_is_due():
             run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
-            chosen = torch.zeros_like(scores).index_fill(0, best, 1.0)  # (N,), 1 for the best of each prompt
+            chosen = torch.zeros_like(scores).index_fill(0, best, 1.0)  # (N,), 1 for each prompt's best
             run.log_samples(examples, batch, scores, kl, chosen)
             run.save_model(policy)
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     run.finish(test)
     return policy

@@ -2,8 +2,8 @@
 
     gradient = [ R(y, x) - b ] grad log pi(y | x),    R(y, x) = r(x, y) - beta log( pi(y|x) / pi_ref(y|x) )
 
-The whole response is one action, as in rloo.py, but one response per prompt is enough, because the baseline comes
-from the steps before:
+As in rloo.py, the whole response is one action. One response per prompt is enough, because the baseline comes from past
+steps:
 
     --baseline none             b = 0
     --baseline moving-average   b = mean of R over all past steps, or over the last --window of them
@@ -11,13 +11,13 @@ from the steps before:
 
     python reinforce.py --baseline moving-average
 
-What differs from rloo.py: the baseline, one number for all prompts. It is unbiased, since it is fixed before the
-responses of the step are drawn; a baseline that contains the step's own rewards would not be. And it is weaker: it
-knows how well the policy does on average, and nothing of the prompt. The average of the first step is where the EMA
-starts (from 0 it would lag for some 1 / (1 - decay) steps).
+What differs from rloo.py: the baseline, a single number for all prompts. It is unbiased because it is fixed before the
+step's responses are sampled; a baseline that included the step's own rewards would not be. But it is weaker: it tracks
+how well the policy does on average and knows nothing about the prompt. The EMA starts at the first step's mean reward
+(if it started at 0, it would lag for about 1 / (1 - decay) steps).
 
-What to watch: objective/baseline should follow objective/rewards closely. While it lags, all advantages of a step have
-the same sign, and policy/grad_norm shows it.
+What to watch: objective/baseline should track objective/rewards closely. While it lags, most advantages in a step have
+the same sign, which shows up in policy/grad_norm.
 """
 
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
 
 
 def compute_baseline(history, kind, window, decay):
-    """b from the mean rewards of past steps, to be subtracted from this step's: 0 at the first step.
+    """The baseline b, from the mean rewards of past steps; 0 at the first step.
 
-    Args: history (list of float, one for each past step); kind ("none", "moving-average" or "ema"); window (how many of
-    the last steps a moving average covers, 0 for all); decay (of the ema). Returns: float.
+    Args: history (list of float, one for each past step); kind ("none", "moving-average" or "ema"); window (number of
+    recent steps in the moving average, 0 for all); decay (of the EMA). Returns: float.
     """
     if kind == "none" or not history:
         return 0.0
@@ -49,7 +49,7 @@ def compute_baseline(history, kind, window, decay):
 
 
 def compute_loss(logprobs, advantages):
-    """- sum_i A_i log pi(y_i | x). A sum: the caller divides by the whole batch's rows.
+    """- sum_i A_i log pi(y_i | x). A sum: the caller divides by the number of rows in the whole batch.
 
     Args: logprobs (n, T), 0 where masked; advantages (n,). Returns: scalar.
     """
@@ -59,9 +59,9 @@ def compute_loss(logprobs, advantages):
 @dataclass
 class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints (see runs.py)
     baseline: Literal["none", "moving-average", "ema"] = "moving-average"
-    """what to subtract from the rewards: nothing, or an average of past updates"""
+    """what to subtract from the rewards: nothing, or an average over past updates"""
     window: int = 0
-    """past updates in the moving average; 0: all"""
+    """number of past updates in the moving average; 0 for all"""
     decay: float = 0.9
     """decay of the exponential moving average (usually 0.9 or 0.99)"""
     k: int = 1
@@ -69,7 +69,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     beta: float = 0.05
     """weight of the KL penalty in the reward; 0 disables it"""
     temperature: float = 0.7
-    """sampling temperature; all log-probs are those of softmax(logits / temperature)"""
+    """sampling temperature; all log-probs are under softmax(logits / temperature)"""
     lr: float = 1e-3
     """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -77,7 +77,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     warmup_updates: int = 0
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping; policy/grad_clipped logs how often it applies"""
+    """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
     num_updates: int = 150
     """optimizer steps, each on a fresh rollout"""
     prompts_per_step: int = 64
@@ -89,7 +89,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
-    """reference policy of the KL; default: a frozen copy of --model"""
+    """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
     """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
@@ -103,7 +103,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if there is one, only logged
+    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
@@ -159,7 +159,7 @@ def main(args):
             run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
             run.log_samples(examples, batch, scores, kl, advantages)
             run.save_model(policy)
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     run.finish(test)
     return policy

@@ -3,25 +3,25 @@
     A_t  = r - beta sum_{i >= t} kl_i,  then whitened over all tokens of the whole batch
     loss = - sum_t min( ratio_t A_t, clip(ratio_t, 1 +- clip) A_t )
 
-with r normalized over the batch and clipped, and several mini-batches per rollout. Its later variant, with the prompt's
-mean as the baseline, is reinforce_pp_baseline.py.
+where r is normalized over the batch and clipped, and each rollout is split into several mini-batches. A later variant,
+which uses the prompt's mean as the baseline, is in reinforce_pp_baseline.py.
 
     python reinforce_pp.py
 
-What differs from rloo.py: the baseline is the mean of the whole batch, not of the prompt, so one response per prompt
-would do; the KL is a token-level reward; each rollout serves several clipped steps.
+What differs from rloo.py: the baseline is the mean over the whole batch, not over the prompt's responses, so one
+response per prompt would be enough; the KL is a token-level reward; and each rollout is used for several clipped steps.
 
-Whitening subtracts a mean and divides by a std that contain the response itself: a small bias, which shrinks as the
-batch grows, and a change of scale that makes the learning rate mean the same for every reward. Mean and std are those
-of the tokens of the global batch, never of a micro-batch or a prompt. tests/test_exact.py has the numbers.
+Whitening subtracts a mean and divides by a std that both include the response itself. This adds a small bias, which
+shrinks as the batch grows, and fixes the scale, so that a learning rate means the same for every reward. Mean and std
+are over the tokens of the whole batch, never of a micro-batch or a prompt. tests/test_exact.py has the numbers.
 
-Where published code differs: OpenRLHF divides by the std with N in its denominator and clamps the variance at 1e-8 (as
-here), verl uses N - 1. OpenRLHF clips the raw rewards and does not normalize them over the batch, and it averages the
-loss over the batch's tokens, while here a row's tokens are summed. The post's settings for large models: KL 0.01 with a
+Where published code differs: OpenRLHF divides by the std with N in the denominator and clamps the variance at 1e-8 (as
+here); verl uses N - 1. OpenRLHF clips the raw rewards without normalizing them over the batch, and averages the loss
+over the tokens in the batch; here a response's tokens are summed. The post's settings for large models: KL 0.01 with a
 learned reward model and 0.001 with rules, 4 samples per prompt, rollouts of 256 in mini-batches of 128, lr 5e-7.
 
-Since the scores are divided by their std, beta weighs against a reward of size 1: at rloo.py's 0.05 the KL on mini
-TL;DR grows to 12 and the gold reward stays at 4.8, hence this script's own default.
+Because the scores are divided by their std, beta is relative to a reward of size 1. At rloo.py's 0.05 the KL on mini
+TL;DR grows to 12 and the gold reward stays at 4.8, hence the larger default.
 
 What to watch: policy/clipfrac (a few percent at most); objective/kl.
 """
@@ -39,19 +39,19 @@ from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
 
 
 def normalize_scores(scores, clip):
-    """( r - mean ) / std over the batch (N in its denominator), clipped to +- clip; 0 if all scores are equal.
+    """( r - mean ) / std over the batch (N in the denominator), clipped to +- clip; 0 if all scores are equal.
 
     Args: scores (N,); clip. Returns: (N,).
     """
     if scores.amax() == scores.amin():
-        return torch.zeros_like(scores)  # or the rounding error of their mean would be scaled up to a signal
+        return torch.zeros_like(scores)  # otherwise rounding error in the mean would be scaled up to a signal
     return ((scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-4)).clamp(-clip, clip)
 
 
 def compute_advantages(rewards, response_mask, whiten=True):
-    """A_t = sum of the rewards from token t on, whitened over all tokens of the batch.
+    """A_t = sum of the rewards from token t on, whitened over all tokens in the batch.
 
-    Args: rewards (N, T), 0 where masked; response_mask (N, T); whiten (False: the returns as they are).
+    Args: rewards (N, T), 0 where masked; response_mask (N, T); whiten (False: return the returns unchanged).
     Returns: advantages (N, T), 0 where masked.
     """
     returns = rewards.flip(1).cumsum(1).flip(1) * response_mask  # (N, T), the KL-to-go and the score
@@ -64,9 +64,9 @@ def compute_advantages(rewards, response_mask, whiten=True):
 def compute_loss(logprobs, old_logprobs, advantages, clip):
     """- sum_t min( ratio_t A_t, clip(ratio_t, 1 - clip, 1 + clip) A_t ),  ratio_t = pi(y_t) / pi_old(y_t).
 
-    A sum: the caller divides by the rows of the whole mini-batch.
+    A sum: the caller divides by the number of rows in the whole mini-batch.
 
-    Args: logprobs, old_logprobs and advantages (n, T), 0 where masked; clip (inf: none).
+    Args: logprobs, old_logprobs and advantages (n, T), 0 where masked; clip (inf: no clipping).
     Returns: scalar, and the number of clipped tokens.
     """
     ratio = (logprobs - old_logprobs).exp()  # (n, T)
@@ -79,15 +79,15 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     normalize_scores: bool = True
     """normalize the scores over the batch"""
     clip_scores: float = 10.0
-    """clip range of the normalized scores; with N responses none exceeds sqrt(N - 1), 7.9 by default"""
+    """clip range of the normalized scores; with N responses none can exceed sqrt(N - 1), which is 7.9 by default"""
     whiten: bool = True
-    """normalize the advantages over all tokens of the batch"""
+    """normalize the advantages over all tokens in the batch"""
     k: int = 4
     """responses per prompt"""
     beta: float = 0.15
     """weight of the KL penalty in the reward, relative to scores of std 1; 0 disables it"""
     temperature: float = 0.7
-    """sampling temperature; all log-probs are those of softmax(logits / temperature)"""
+    """sampling temperature; all log-probs are under softmax(logits / temperature)"""
     lr: float = 1e-3
     """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -95,7 +95,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     warmup_updates: int = 0
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping; policy/grad_clipped logs how often it applies"""
+    """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
     num_updates: int = 150
     """rollouts, each used for epochs * minibatches optimizer steps"""
     epochs: int = 1
@@ -113,7 +113,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
-    """reference policy of the KL; default: a frozen copy of --model"""
+    """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
     """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
@@ -127,7 +127,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if there is one, only logged
+    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
@@ -152,7 +152,7 @@ def main(args):
         shaped = normalize_scores(scores, args.clip_scores) if args.normalize_scores else scores  # (N,)
         rewards = token_rewards(shaped, kl, args.beta, batch.response_mask)  # (N, T)
 
-        # 4. advantages: each token's reward-to-go, compared with all tokens of the batch
+        # 4. advantages: each token's reward-to-go, compared with all tokens in the batch
         advantages = compute_advantages(rewards, batch.response_mask, args.whiten)  # (N, T)
 
         # 5. update: several optimizer steps, each on a mini-batch, in micro-batches
@@ -185,7 +185,7 @@ def main(args):
             run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
             run.log_samples(examples, batch, scores, kl, advantages)
             run.save_model(policy)
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     run.finish(test)
     return policy

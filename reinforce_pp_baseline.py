@@ -9,11 +9,11 @@
 What differs from reinforce_pp.py: the baseline is the mean of the prompt's k scores, and the KL is a term of the loss
 (k2), not part of the reward.
 
-Two biases: the prompt's mean contains the response itself, which scales the gradient by (k - 1) / k, and k2 in the loss
-lacks the KL to go (that a token leads to prefixes with more or less KL), so that the optimum of E[r] - beta KL is no
-fixed point. Whitening adds its own, as in reinforce_pp.py. tests/test_exact.py has the numbers.
+This has two biases. The prompt's mean includes the response itself, which scales the gradient by (k - 1) / k. And k2 in
+the loss lacks the KL-to-go (the fact that a token leads to prefixes with more or less KL), so the optimum of
+E[r] - beta KL is not a fixed point. Whitening adds its own, as in reinforce_pp.py. tests/test_exact.py has the numbers.
 
-Since the advantages are divided by their std, beta weighs against a reward of size 1, whatever the reward's own size.
+Because the advantages are divided by their std, beta is relative to a reward of size 1, whatever the reward's scale.
 
 What to watch: policy/clipfrac (a few percent at most); objective/frac_reward_zero_std; objective/kl.
 """
@@ -32,15 +32,15 @@ from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
 
 
 def center_scores(scores, k):
-    """r - mean of the k scores of the prompt. Args: scores (N,), prompt-major; k. Returns: (N,)."""
+    """r - mean of the prompt's k scores. Args: scores (N,), prompt-major; k. Returns: (N,)."""
     groups = scores.view(-1, k)  # (B, k)
     return (groups - groups.mean(1, keepdim=True)).flatten()
 
 
 def compute_advantages(rewards, response_mask, whiten=True):
-    """A_t = sum of the rewards from token t on, whitened over all tokens of the batch.
+    """A_t = sum of the rewards from token t on, whitened over all tokens in the batch.
 
-    Args: rewards (N, T), 0 where masked; response_mask (N, T); whiten (False: the returns as they are).
+    Args: rewards (N, T), 0 where masked; response_mask (N, T); whiten (False: return the returns unchanged).
     Returns: advantages (N, T), 0 where masked.
     """
     returns = rewards.flip(1).cumsum(1).flip(1) * response_mask  # (N, T), the KL-to-go and the score
@@ -53,9 +53,9 @@ def compute_advantages(rewards, response_mask, whiten=True):
 def compute_loss(logprobs, old_logprobs, advantages, clip):
     """- sum_t min( ratio_t A_t, clip(ratio_t, 1 - clip, 1 + clip) A_t ),  ratio_t = pi(y_t) / pi_old(y_t).
 
-    A sum: the caller divides by the rows of the whole mini-batch.
+    A sum: the caller divides by the number of rows in the whole mini-batch.
 
-    Args: logprobs, old_logprobs and advantages (n, T), 0 where masked; clip (inf: none).
+    Args: logprobs, old_logprobs and advantages (n, T), 0 where masked; clip (inf: no clipping).
     Returns: scalar, and the number of clipped tokens.
     """
     ratio = (logprobs - old_logprobs).exp()  # (n, T)
@@ -71,13 +71,13 @@ def compute_kl_loss(logprobs, ref_logprobs):
 @dataclass
 class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints (see runs.py)
     whiten: bool = True
-    """normalize the advantages over all tokens of the batch"""
+    """normalize the advantages over all tokens in the batch"""
     k: int = 4
     """responses per prompt, at least 2"""
     beta: float = 0.3
     """weight of the KL penalty in the loss, relative to advantages of size 1; 0 disables it"""
     temperature: float = 0.7
-    """sampling temperature; all log-probs are those of softmax(logits / temperature)"""
+    """sampling temperature; all log-probs are under softmax(logits / temperature)"""
     lr: float = 1e-3
     """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -85,7 +85,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     warmup_updates: int = 0
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping; policy/grad_clipped logs how often it applies"""
+    """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
     num_updates: int = 150
     """rollouts, each used for epochs * minibatches optimizer steps"""
     epochs: int = 1
@@ -103,7 +103,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
-    """reference policy of the KL; default: a frozen copy of --model"""
+    """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
     """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
@@ -118,7 +118,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if there is one, only logged
+    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
@@ -142,7 +142,7 @@ def main(args):
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
         rewards = token_rewards(center_scores(scores, args.k), kl, 0.0, batch.response_mask)  # (N, T)
 
-        # 4. advantages: each token's reward-to-go, compared with all tokens of the batch
+        # 4. advantages: each token's reward-to-go, compared with all tokens in the batch
         advantages = compute_advantages(rewards, batch.response_mask, args.whiten)  # (N, T)
 
         # 5. update: several optimizer steps, each on a mini-batch, in micro-batches
@@ -176,7 +176,7 @@ def main(args):
             run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
             run.log_samples(examples, batch, scores, kl, advantages)
             run.save_model(policy)
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     run.finish(test)
     return policy

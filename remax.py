@@ -1,20 +1,20 @@
-"""ReMax (Li et al. 2023, arXiv:2310.10505, algorithm 1): the reward of the greedy response is the baseline.
+"""ReMax (Li et al. 2023, arXiv:2310.10505, algorithm 1): the baseline is the reward of the greedy response.
 
     gradient = sum_t [ r(x, y) - beta sum_{i >= t} kl_i - r(x, y_greedy) ] grad log pi(y_t | x, y_<t)
     kl_i     = log( pi(y_i | x, y_<i) / pi_ref(y_i | x, y_<i) )
 
     python remax.py
 
-What differs from rloo.py: one response per prompt is enough, since the baseline is what the policy would have got by
-its most probable response. It needs a second rollout, which counts in time/samples and time/seconds. The KL is a
-token-level reward: a token answers for the KL from its own position on, for it cannot change the KL before it. Both
-are unbiased: the greedy response does not depend on the sample.
+What differs from rloo.py: one response per prompt is enough, because the baseline is the score of the policy's greedy
+response to the same prompt. That takes a second rollout, which counts towards time/samples and time/seconds. The KL is
+a token-level reward: each token is charged only for the KL from its own position on, since it cannot change the KL
+before it. Both keep the gradient unbiased: the greedy response does not depend on the sample.
 
-Where published code deviates: the official code overwrites the cumulative KL instead of adding to it; it samples with
-top-p 0.9 but scores the full softmax; it clips r - r_greedy to +-5; and it averages over the batch's tokens. Here the KL
-accumulates, sampling and scoring use one distribution, nothing is clipped, and a row's tokens are summed.
+Where published code differs: the official code overwrites the cumulative KL instead of adding to it, samples with top-p
+0.9 but scores under the full softmax, clips r - r_greedy to +-5, and averages over the tokens in the batch. Here the KL
+accumulates, sampling and scoring use the same distribution, nothing is clipped, and a response's tokens are summed.
 
-What to watch: objective/baseline, the greedy response's score. Where it is above objective/scores for long, most
+What to watch: objective/baseline, the greedy response's score. If it stays above objective/scores for long, most
 samples are pushed down, which costs diversity (objective/entropy).
 """
 
@@ -31,7 +31,7 @@ from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
 
 
 def compute_advantages(rewards, baseline, response_mask):
-    """A_t = sum of the rewards from token t on - the greedy response's score.
+    """A_t = sum of the rewards from token t on, minus the greedy response's score.
 
     Args: rewards (N, T), 0 where masked; baseline (N,), the score of the greedy response to the same prompt, without
     KL; response_mask (N, T). Returns: advantages (N, T), 0 where masked.
@@ -41,7 +41,7 @@ def compute_advantages(rewards, baseline, response_mask):
 
 
 def compute_loss(logprobs, advantages):
-    """- sum_t A_t log pi(y_t | x, y_<t). A sum: the caller divides by the rows of the whole batch.
+    """- sum_t A_t log pi(y_t | x, y_<t). A sum: the caller divides by the number of rows in the whole batch.
 
     Args: logprobs (n, T) and advantages (n, T), both 0 where masked. Returns: scalar.
     """
@@ -51,11 +51,11 @@ def compute_loss(logprobs, advantages):
 @dataclass
 class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints (see runs.py)
     k: int = 1
-    """sampled responses per prompt, besides the greedy one"""
+    """sampled responses per prompt, in addition to the greedy one"""
     beta: float = 0.05
     """weight of the KL penalty in the reward; 0 disables it"""
     temperature: float = 0.7
-    """sampling temperature; all log-probs are those of softmax(logits / temperature)"""
+    """sampling temperature; all log-probs are under softmax(logits / temperature)"""
     lr: float = 1e-3
     """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -63,7 +63,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     warmup_updates: int = 0
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping; policy/grad_clipped logs how often it applies"""
+    """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
     num_updates: int = 150
     """optimizer steps, each on a fresh rollout"""
     prompts_per_step: int = 32
@@ -75,7 +75,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
-    """reference policy of the KL; default: a frozen copy of --model"""
+    """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
     """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
@@ -89,7 +89,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if there is one, only logged
+    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
@@ -116,7 +116,8 @@ def main(args):
         # 4. advantages: how much better each response is than the greedy one
         greedy = rollout(policy, tokenizer, examples["prompt_ids"], 1, args.temperature, args.max_new_tokens,
                          args.rollout_batch_size, greedy=True)  # B rows
-        greedy_scores = reward_fns["score"](greedy, examples)["score"] - args.missing_eos_penalty * ~greedy.ended  # (B,)
+        greedy_scores = (reward_fns["score"](greedy, examples)["score"]
+                         - args.missing_eos_penalty * ~greedy.ended)  # (B,)
         baseline = greedy_scores.repeat_interleave(args.k)  # (N,)
         advantages = compute_advantages(rewards, baseline, batch.response_mask)  # (N, T)
 
@@ -146,7 +147,7 @@ def main(args):
             run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
             run.log_samples(examples, batch, scores, kl, advantages)
             run.save_model(policy)
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     run.finish(test)
     return policy

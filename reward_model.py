@@ -1,12 +1,12 @@
-"""Stage 2: a reward model from preference pairs (Bradley-Terry).
+"""Stage 2: a reward model trained on preference pairs (Bradley-Terry).
 
     loss = - log sigma(r(x, y_chosen) - r(x, y_rejected)) + c * (r(x, y_chosen) + r(x, y_rejected))^2
 
-The first term is the likelihood of the annotators' choices (Stiennon et al. 2020, equation 1). It leaves a constant
-free, which the second, small one fixes: rewards are centred near 0 (Eisenstein et al. 2023, section 3).
-Afterwards the head is divided by the standard deviation of the rewards on the held-out pairs, which becomes 1.
+The first term is the negative log-likelihood of the annotators' choices (Stiennon et al. 2020, equation 1). It leaves
+an additive constant free; the small second term keeps rewards centred near 0 (Eisenstein et al. 2023, section 3).
+After training, the head is divided by the standard deviation of the rewards on the held-out pairs, to make it 1.
 
-The defaults make the reward model that is shipped in tasks/mini_tldr-reward:
+The defaults train the reward model that ships in tasks/mini_tldr-reward:
 
     python reward_model.py --output runs/reward
 """
@@ -26,7 +26,7 @@ from runs import DataArgs, Run, SystemArgs, find_gold, parse, setup
 
 
 def compute_loss(chosen, rejected, center):
-    """Bradley-Terry loss with the centring term, summed over pairs.
+    """Bradley-Terry loss plus the centring term, summed over pairs.
 
     Args: chosen, rejected (n,), the rewards of each pair's two responses; center, the coefficient c.
     Returns: scalar.
@@ -45,7 +45,7 @@ class Args(DataArgs, SystemArgs):  # data, memory, devices, checkpoints (see run
     rejected_column: str | None = None
     """column of dispreferred responses, if it is not called rejected"""
     gold: str = "auto"
-    """true reward to compare with, only logged: path/to/file.py:function; auto: the function gold_reward in the
+    """true reward to compare with, for logging only: path/to/file.py:function; auto: the function gold_reward in the
     --dataset file, if there is one; none: no gold reward"""
     num_updates: int = 3000
     """optimizer steps"""
@@ -60,13 +60,13 @@ class Args(DataArgs, SystemArgs):  # data, memory, devices, checkpoints (see run
     weight_decay: float = 0.0
     """AdamW's weight decay"""
     center: float = 0.01
-    """coefficient c of the term that centers the rewards"""
+    """coefficient c of the centring term"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping"""
+    """maximum gradient norm"""
     microbatch_tokens: int = 16384
     """maximum tokens per micro-batch, padding included; affects memory and speed, never the gradient"""
     max_length: int = 512
-    """drop pairs with more tokens, prompt and longer response together"""
+    """drop pairs with more tokens than this (prompt plus longer response)"""
     eval_every: int = 250
     """updates between evaluations; 0 evaluates only at the end"""
     eval_rows: int = 2000
@@ -76,7 +76,7 @@ class Args(DataArgs, SystemArgs):  # data, memory, devices, checkpoints (see run
 
 
 def spearman(x, y):
-    """Rank correlation of x and y (M,), ties ranked by their mean rank."""
+    """Rank correlation of x and y (M,); ties get their mean rank."""
     ranks = []
     for values in (x, y):
         _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
@@ -86,7 +86,7 @@ def spearman(x, y):
 
 @torch.no_grad()
 def evaluate_pairs(model, tokenizer, pairs, gold, args):
-    """Metrics on M held-out pairs: against the annotator, and against the gold reward if there is one."""
+    """Metrics on M held-out pairs: agreement with the annotator, and with the gold reward if there is one."""
     examples = pairs[:]
     rewards, golds = [], []
     for name in ("chosen", "rejected"):
@@ -142,7 +142,7 @@ def main(args):
             run.state["metrics"] = metrics = evaluate_pairs(model, tokenizer, test, gold, args)
             run.check_finite(examples, mean=metrics["mean"], std=metrics["std"])
             run.log({f"eval/{name}": value for name, value in metrics.items()})
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     with torch.no_grad():
         model.score.weight /= run.state["metrics"]["std"]

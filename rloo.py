@@ -1,23 +1,23 @@
 """RLOO, REINFORCE leave-one-out (Ahmadian et al. 2024, "Back to Basics", arXiv:2402.14740).
 
-For every prompt x draw k responses y_1 ... y_k from the policy, score each, and push its log-probability up or down by
-how much better it is than the mean of the others:
+For each prompt x, sample k responses y_1 ... y_k from the policy, score them, and push the log-probability of each up
+or down by how much better it is than the mean of the others:
 
     gradient = 1/k sum_i [ R(y_i, x) - 1/(k-1) sum_{j != i} R(y_j, x) ] grad log pi(y_i | x)          (section 2.3)
     R(y, x)  = r(x, y) - beta log( pi(y|x) / pi_ref(y|x) )                                            (section 2)
 
-The whole response is one action: log pi(y|x) is the sum over its tokens. The other samples' mean does not depend on
-y_i, so it changes the variance of the gradient and not its expectation. Every rollout is used for one optimizer step,
-on-policy, so there is no ratio pi/pi_old and nothing to clip.
+The whole response is one action: log pi(y|x) is the sum over its tokens. The mean of the other samples does not depend
+on y_i, so it changes the variance of the gradient but not its expectation. Each rollout is used for a single on-policy
+optimizer step, so there is no ratio pi/pi_old and nothing to clip.
 
     python rloo.py --k 4
 
-Details that matter here, and what others do:
-- The KL term is inside R, so it is part of the baseline too (as in the paper and TRL; OpenRLHF keeps it out; both are
-  unbiased).
+Implementation details, and what others do:
+- The KL term is part of R, so it enters the baseline too (as in the paper and TRL; OpenRLHF leaves it out of the
+  baseline; both are unbiased).
 - Log-probs are summed over the response, not averaged: dividing by the length would bias the gradient.
-- One step per rollout. TRL's RLOO may take several, and then clips the ratio of the whole sequence.
-- The value of the loss says nothing: only its gradient is meant. Watch objective/scores and objective/kl.
+- One optimizer step per rollout. TRL's RLOO can take several, and then clips the sequence-level ratio.
+- The value of the loss means nothing; only its gradient matters. Watch objective/scores and objective/kl.
 """
 
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
 
 
 def compute_advantages(rewards, k):
-    """A_i = R_i - mean of the other k - 1 rewards of the same prompt.
+    """A_i = R_i - mean of the other k - 1 rewards for the same prompt.
 
     Args: rewards (N,), N = B * k, prompt-major (row = prompt * k + sample); k >= 2.
-    Returns: advantages (N,), which sum to 0 over each prompt.
+    Returns: advantages (N,), which sum to 0 for each prompt.
     """
     rewards = rewards.view(-1, k)  # (B, k)
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (k - 1)  # (B, k)
@@ -45,7 +45,7 @@ def compute_advantages(rewards, k):
 
 
 def compute_loss(logprobs, advantages):
-    """- sum_i A_i log pi(y_i | x). A sum: the caller divides by the whole batch's rows.
+    """- sum_i A_i log pi(y_i | x). A sum: the caller divides by the number of rows in the whole batch.
 
     Args: logprobs (n, T), 0 where masked; advantages (n,). Returns: scalar.
     """
@@ -59,7 +59,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     beta: float = 0.05
     """weight of the KL penalty in the reward; 0 disables it"""
     temperature: float = 0.7
-    """sampling temperature; all log-probs are those of softmax(logits / temperature)"""
+    """sampling temperature; all log-probs are under softmax(logits / temperature)"""
     lr: float = 1e-3
     """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -67,7 +67,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     warmup_updates: int = 0
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping; policy/grad_clipped logs how often it applies"""
+    """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
     num_updates: int = 150
     """optimizer steps, each on a fresh rollout"""
     prompts_per_step: int = 16
@@ -79,7 +79,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
-    """reference policy of the KL; default: a frozen copy of --model"""
+    """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
     """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
@@ -94,7 +94,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if there is one, only logged
+    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
@@ -118,7 +118,7 @@ def main(args):
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
         rewards = sequence_rewards(scores, kl, args.beta)  # (N,)
 
-        # 4. advantages: how much better each response is than the others of its prompt
+        # 4. advantages: how much better each response is than the others for the same prompt
         advantages = compute_advantages(rewards, args.k)  # (N,)
 
         # 5. update: one optimizer step on the whole batch, in micro-batches
@@ -146,7 +146,7 @@ def main(args):
             run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
             run.log_samples(examples, batch, scores, kl, advantages)
             run.save_model(policy)
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     run.finish(test)
     return policy

@@ -53,7 +53,7 @@ class SystemArgs:
     keep: int = 2
     """number of recent checkpoints to keep"""
     resume: str | None = None
-    """run folder to resume from its last checkpoint, with its flags; the result is the same as without a stop"""
+    """run folder to resume from its last checkpoint, with its flags; the result is as if it had never stopped"""
 
 
 @dataclass
@@ -88,7 +88,7 @@ class EvaluationArgs:
     completion_column: str | None = None
     """column of reference responses for the win rate, if it is not called completion"""
     max_prompt_length: int = 512
-    """drop prompts with more tokens"""
+    """drop prompts with more tokens than this"""
     eval_every: int = 10
     """updates between evaluations; 0 evaluates only before and after training"""
     eval_prompts: int = 256
@@ -99,10 +99,10 @@ class EvaluationArgs:
 
 @dataclass
 class RunArgs(EvaluationArgs, DataArgs, SystemArgs):
-    """What every RL script has besides its own flags."""
+    """Flags that every RL script has besides its own."""
 
     rollout_batch_size: int = 256
-    """responses to sample at once on each process; bounds the memory of the KV cache"""
+    """responses to sample at once on each process; bounds the KV cache's memory"""
 
 
 def parse(Args):
@@ -124,9 +124,9 @@ def parse(Args):
 
 
 def grouped(Args, default):
-    """A dataclass with one field for each class that Args is made of, the script's own first: the groups of --help.
+    """A dataclass with one field per class that Args is made of, the script's own first: the groups of --help.
 
-    Each holds the flags that its class adds. The views are subclasses, since tyro reads descriptions from the source.
+    Each holds the flags that its class adds. The views are subclasses because tyro reads descriptions from the source.
     """
     groups, seen = [], set()
     for cls in filter(is_dataclass, Args.__mro__):
@@ -149,14 +149,15 @@ def setup(args):
 
 
 def check_args(args):
-    """Exit with a one-line error if a flag that several scripts share has a value that cannot work."""
+    """Exit with a one-line error if a flag that several scripts share has an invalid value."""
     values = vars(args)
     require(not (args.output and getattr(args, "resume", None)),
             f"--output {args.output}: a resumed run continues in its own folder; remove this flag")
     if args.output:
         output = Path(args.output)
         parent = next(parent for parent in output.absolute().parents if parent.exists())
-        require(parent.is_dir(), f"--output {output}: cannot be created, since {parent} is a file; choose another folder")
+        require(parent.is_dir(),
+                f"--output {output}: cannot be created, since {parent} is a file; choose another folder")
         require(not output.is_file(), f"--output {output}: already exists; choose another name, or delete that file")
         require(not output.exists() or not any(output.iterdir()),
                 f"--output {output}: is not empty; choose another folder, or delete that one")
@@ -190,7 +191,7 @@ def check_args(args):
 
 
 def find_gold(gold, dataset):
-    """What --gold stands for: "auto" is the function gold_reward in the python file of --dataset, if it has one."""
+    """Resolve --gold: "auto" is the function gold_reward in the python file of --dataset, if it has one."""
     path = dataset.rpartition(":")[0]
     if gold == "auto" and path.endswith(".py") and hasattr(load_module(path), "gold_reward"):
         return f"{path}:gold_reward"
@@ -198,10 +199,10 @@ def find_gold(gold, dataset):
 
 
 def load_rewards(args, tokenizer, device):
-    """The reward functions of a run: "score", the one to maximize, and "gold", only logged, if there is one.
+    """The reward functions of a run: "score", which is maximized, and "gold", if any, which is only logged.
 
-    Each is a function (batch, examples) -> dict name -> (N,). If --reward names several, "score" is their sum, weighted
-    by --reward-weights, and its dict also holds each of them as "reward/<name>".
+    Each is a function (batch, examples) -> dict name -> (N,). If --reward names several, "score" is their sum weighted
+    by --reward-weights, and its dict also holds each one as "reward/<name>".
 
     Args: args (reward, reward_weights, gold, dataset, dtype, shard, microbatch_tokens); tokenizer (the policy's);
     device.
@@ -226,10 +227,10 @@ def load_rewards(args, tokenizer, device):
 
 
 def dry_run(policy, tokenizer, datasets, reward_fns, args):
-    """Find out before the run starts what would stop it later: prompts too long for the model, a reward that fails.
+    """Catch, before the run starts, what would stop it later: prompts too long for the model, a reward that fails.
 
     Args: policy; tokenizer; datasets (list of what load_rows returns); reward_fns (see load_rewards); args
-    (max_new_tokens, and lr if there is one, for a warning if it is that of the embedded tasks and the model is large).
+    (max_new_tokens; and lr if there is one, to warn if a large model gets the embedded tasks' learning rate).
     """
     size = sum(parameter.numel() for parameter in policy.parameters())
     if size > 20e6 and getattr(args, "lr", 0) > 1e-4 and rank_and_world_size()[0] == 0:
@@ -245,28 +246,28 @@ def dry_run(policy, tokenizer, datasets, reward_fns, args):
 
 
 class Run:
-    """Folder, log, progress bar, state and checkpoints of one run. The loop stays the script's.
+    """Folder, log, progress bar, state and checkpoints of one run. The training loop stays in the script.
 
         run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))  # what checkpoints hold
         for examples in run.updates(train, args.prompts_per_step):
             run.check_finite(examples, loss=loss)      # before optimizer.step()
             run.log(metrics, samples=len(batch))
-            run.checkpoint()                           # if one is due; after Ctrl-C or SIGTERM it also exits
+            run.checkpoint()                           # if due; also exits after Ctrl-C or SIGTERM
         run.finish(test)
 
-    `run.state` is saved with every checkpoint: step, samples, seconds, and whatever a script puts there (numbers,
-    tensors, plain containers). With torchrun only the first process writes files; `run.writer` is None in the others.
+    `run.state` is saved with every checkpoint: step, samples, seconds, and anything a script adds (numbers, tensors,
+    plain containers). With torchrun, only the first process writes files; `run.writer` is None in the others.
     """
 
     def __init__(self, script, args, tokenizer, **trained):
-        """Create the run folder, or continue in that of --resume. From here on, Ctrl-C and SIGTERM save and exit.
+        """Create the run folder, or reopen that of --resume. From here on, Ctrl-C and SIGTERM save and exit.
 
-        Args: script (__file__); args; tokenizer; trained (name = (model, optimizer, scheduler), what is saved and
-        restored).
+        Args: script (__file__); args; tokenizer; trained (name=(model, optimizer, scheduler): what checkpoints
+        save and restore).
         """
         self.name, self.args, self.tokenizer, self.trained = Path(script).stem, args, tokenizer, trained
         self.state = {"step": 0, "samples": 0, "seconds": 0.0}
-        self.shown = {}  # behind the progress bar
+        self.shown = {}  # after the progress bar
         settings = {"script": self.name, **asdict(args), "resume": None, "nproc_per_node": rank_and_world_size()[1]}
         if args.resume:
             self.folder = Path(args.resume)
@@ -274,11 +275,12 @@ class Run:
             compare_settings(self.folder, old, settings)
             self.state |= load_checkpoint(self.folder, trained)
             require(args.num_updates > self.step or args.num_updates == old["num_updates"],
-                    f"--num-updates {args.num_updates}: the run in {self.folder} has already made {self.step}; give more")
+                    f"--num-updates {args.num_updates}: the run in {self.folder} has already made {self.step}; "
+                    "give more")
         else:
             name = f"{self.name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
             self.folder = Path(args.output or f"runs/{name}")
-        if dist.is_initialized():  # the first process's clock decides
+        if dist.is_initialized():  # use the first process's clock
             names = [str(self.folder)]
             dist.broadcast_object_list(names)
             self.folder = Path(names[0])
@@ -293,7 +295,7 @@ class Run:
             (self.folder / "args.json.new").rename(self.folder / "args.json")
         except OSError as error:
             stop(f"--output {self.folder}: cannot be created ({one_line(error)}); choose another folder")
-        # Points logged after the checkpoint that a run resumes from would be there twice: TensorBoard drops them.
+        # Points logged after the checkpoint that a run resumes from would appear twice: TensorBoard drops them.
         writer = SummaryWriter(self.folder, purge_step=self.step + 1 if self.step else None)
         self.excepthook = threading.excepthook
         threading.excepthook = self.on_thread_failure
@@ -303,7 +305,7 @@ class Run:
         return writer
 
     def on_thread_failure(self, failure):
-        """TensorBoard's own thread need not print a traceback if it cannot write: the next `log` says so in a line."""
+        """Print no traceback if TensorBoard's own thread cannot write: the next `log` reports it in one line."""
         if type(failure.thread).__module__.partition(".")[0] != "tensorboard":
             self.excepthook(failure)
 
@@ -313,7 +315,7 @@ class Run:
         return self.state["step"]
 
     def updates(self, dataset, size):
-        """Yield `size` rows (dict of columns) for each update up to --num-updates, from where a resumed run stopped."""
+        """Yield `size` rows (dict of columns) per update, up to --num-updates, starting where a resumed run stopped."""
         bar = tqdm(range(self.step, self.args.num_updates), desc=self.name, unit="update", disable=self.writer is None)
         for _, examples in zip(bar, batches(dataset, size, self.args.seed, self.step)):
             self.start = time.perf_counter()
@@ -322,10 +324,10 @@ class Run:
             bar.set_postfix(self.shown, refresh=False)
 
     def check_finite(self, examples, **values):
-        """Exit before a NaN or an infinity reaches the weights, and save the prompts that it came with.
+        """Exit before a NaN or infinity reaches the weights, and save the prompts it came from.
 
-        Args: examples (of the update; their B prompts have N = B * k rows); values (numbers, or tensors (N,) and
-        (N, T)). Writes not_finite.json into the run folder.
+        Args: examples (of this update; their B prompts have N = B * k rows); values (numbers, or tensors (N,) and
+        (N, T)). Writes not_finite.json to the run folder.
         """
         prompts = examples.get("prompt", [])
         for name, value in values.items():
@@ -340,13 +342,13 @@ class Run:
                 found = {"update": self.step, "not finite": name, "prompts": prompts}
                 (self.folder / "not_finite.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
             stop(f"update {self.step}: {name} is not finite ({float(value.float().sum())}); the checkpoints in "
-                 f"{self.folder} are from before this update, and not_finite.json lists its prompts; try a smaller --lr "
-                 "or --max-grad-norm, and check the rewards", code=1)
+                 f"{self.folder} are from before this update, and not_finite.json lists its prompts; try a smaller "
+                 "--lr or --max-grad-norm, and check the rewards", code=1)
 
     def log(self, metrics, samples=0, tokens=0):
-        """Write metrics (dict name -> number) to TensorBoard, and the most important ones behind the progress bar.
+        """Log metrics (dict name -> number) to TensorBoard, and show the most important ones after the progress bar.
 
-        Args: metrics; samples and tokens (how many this update has generated, for the time/ metrics).
+        Args: metrics; samples and tokens (how many this update generated, for the time/ metrics).
         """
         if samples:
             elapsed = time.perf_counter() - self.start
@@ -362,19 +364,19 @@ class Run:
             warn_if_collapsed(self.state, metrics, self.args.max_new_tokens)
 
     def evaluation_is_due(self):
-        """Whether it is time for an evaluation: every --eval-every updates, and after the last one."""
+        """Whether to evaluate now: every --eval-every updates, and after the last one."""
         every = self.args.eval_every
         return self.step == self.args.num_updates or (every > 0 and self.step % every == 0)
 
     def log_evaluation(self, evaluation):
-        """Log the means of what `evaluate` returns, and keep the first and the last one for the table at the end."""
+        """Log the means of what `evaluate` returns, and keep the first and last evaluation for the final table."""
         self.check_finite({}, kl=evaluation[0]["kl"].mean())
         self.state.setdefault("before", evaluation)
         self.state["after"] = evaluation
         self.log({f"eval/{name}": value.mean() for name, value in evaluation[0].items()})
 
     def log_samples(self, examples, batch, scores, kl, advantages, rows=8):
-        """The first responses of a rollout, for TensorBoard's text tab. Advantages: (N,), or (N, T), the first shown."""
+        """Log a rollout's first responses to TensorBoard's text tab. Of advantages (N, T), only the first is shown."""
         if not self.writer:
             return
         advantages = advantages if advantages.ndim == 1 else advantages[:, 0]
@@ -385,7 +387,7 @@ class Run:
         self.writer.add_text("samples", table(["prompt", "response", "score", "KL", "advantage"], cells), self.step)
 
     def save_model(self, model):
-        """Save model/, which from_pretrained loads; the old one stays until the new one is complete."""
+        """Save model/ for from_pretrained; the old one stays until the new one is complete."""
         folder = self.folder / "model"
         new, old = folder.with_name("model.new"), folder.with_name("model.old")
         with one_line_failure(f"model {folder}", new):
@@ -398,10 +400,10 @@ class Run:
                 shutil.rmtree(old, ignore_errors=True)
 
     def checkpoint(self):
-        """Save all that the run's future depends on: every --save-every updates, at the end, and after a signal.
+        """Save everything needed to resume: every --save-every updates, at the end, and after a signal.
 
-        checkpoints/000010 holds a Hugging Face folder for each trained model, and in state.pt its optimizer and schedule,
-        the random states and `run.state`. A killed or failed write leaves the earlier checkpoints as they were.
+        checkpoints/000010 holds a Hugging Face folder for each trained model, and in state.pt the optimizers,
+        schedules, random states and `run.state`. A killed or failed write leaves earlier checkpoints intact.
         """
         args, asked = self.args, sum_over_ranks(len(self.signals))
         due = self.step == args.num_updates or (args.save_every > 0 and self.step % args.save_every == 0)
@@ -434,19 +436,19 @@ class Run:
             self.stop_early()
 
     def stop_early(self):
-        """After Ctrl-C or SIGTERM, with a checkpoint saved: print the command that resumes the run, and exit."""
+        """After Ctrl-C or SIGTERM, once a checkpoint is saved: print the command that resumes the run, and exit."""
         if self.writer:
             self.writer.close()
             launch = f"torchrun --nproc-per-node {rank_and_world_size()[1]}" if dist.is_initialized() else "python"
             tqdm.write(f"stopped after update {self.step}; to resume: {launch} {self.name}.py --resume {self.folder}")
         if dist.is_initialized():
-            dist.barrier()  # or torchrun would end the first process, while it is writing, with the others
+            dist.barrier()  # otherwise torchrun would end the first process while it is writing
         raise SystemExit(128 + (self.signals or [signal.SIGTERM])[0])
 
     def finish(self, test=None):
-        """Close the log, and print what training changed: both evaluations, and one prompt with both responses.
+        """Close the log, and print what training changed: first and last evaluation, and their responses to one prompt.
 
-        Args: test (the evaluations' dataset; None: print nothing).
+        Args: test (the evaluation dataset; None: print nothing).
         """
         if self.writer:
             self.writer.close()
@@ -463,7 +465,8 @@ class Run:
         for name in old:
             print(f"{name:<20}{old[name]:>z10.3f}{new[name]:>z10.3f}")
         print(f"\nprompt   {as_text(test[0]['prompt'])}\nbefore   {old_texts[0]}\nafter    {new_texts[0]}")
-        print(f"\nthe policy is in {self.folder / 'model'}; to see the curves: tensorboard --logdir {self.folder.parent}")
+        print(f"\nthe policy is in {self.folder / 'model'}; "
+              f"to see the curves: tensorboard --logdir {self.folder.parent}")
 
 
 SHOWN = {"objective/scores": "score", "objective/kl": "kl", "rollout/length": "length", "loss": "loss",
@@ -472,7 +475,7 @@ PATIENCE = 20  # updates
 
 
 def warn_if_collapsed(state, metrics, max_new_tokens):
-    """Warn once if a policy has been degenerate for many updates in a row. Counts in state["extremes"]."""
+    """Warn once if the policy has been degenerate for many updates in a row. Counts are in state["extremes"]."""
     length, entropy = metrics["rollout/length"].item(), metrics["objective/entropy"].item()
     extremes = {
         "no response has ended with EOS: all are truncated, so the reward only sees beginnings; raise --max-new-tokens "
@@ -506,12 +509,12 @@ def one_line_failure(what, unfinished=None):
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         if unfinished and rank_and_world_size()[0] == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-        stop(f"the {what} cannot be written ({one_line(error)}); everything saved earlier is intact: free some space and "
-             "continue with --resume", code=1)
+        stop(f"the {what} cannot be written ({one_line(error)}); everything saved earlier is intact: free some space "
+             "and continue with --resume", code=1)
 
 
 def catch_signals():
-    """From now on the first Ctrl-C or SIGTERM lets the update finish, the second exits. Returns the list of signals."""
+    """From now on, the first Ctrl-C or SIGTERM lets the update finish, the second exits. Returns: list of signals."""
     signals = []
 
     def note(number, frame):
@@ -526,11 +529,11 @@ def catch_signals():
     return signals
 
 
-# --------------------------------------------------------------------------------------------------------------- resuming
+# ------------------------------------------------------------------------------------------------------------- resuming
 
 
 def read_settings(folder):
-    """The flags of an earlier run, and its script, from its args.json."""
+    """An earlier run's flags and script, from its args.json."""
     path = Path(folder) / "args.json"
     require(path.is_file(), f"--resume {folder}: not a run folder (it has no args.json)")
     try:
@@ -541,8 +544,8 @@ def read_settings(folder):
     return settings
 
 
-SILENT = {"output", "resume", "device", "save_every", "keep"}  # flags that may change without a note
-FREE = {  # and those that may with one; the others say what is learned, and from what
+SILENT = {"output", "resume", "device", "save_every", "keep"}  # flags that may change on --resume, without a note
+FREE = {  # flags that may change with a note; the others define what is learned, and from what
     "num_updates", "lr", "critic_lr", "lr_schedule", "warmup_updates", "max_grad_norm", "beta", "clip", "value_clip",
     "microbatch_tokens", "gradient_checkpointing", "dtype", "eval_every", "eval_prompts", "eval_rows",
     "eval_batch_size", "gold", "max_new_tokens", "missing_eos_penalty", "weight_decay", "rollout_batch_size",
@@ -558,19 +561,19 @@ def compare_settings(folder, old, new):
     changed = [name for name in new if old.get(name) != new[name] and name not in SILENT]
     for name in changed:
         flag = f"--{name.replace('_', '-')}"
-        require(name in FREE, f"{flag} {new[name]}: the run in {folder} has {old.get(name)}, and a different value would "
-                              "make it a different run; remove the flag, or start a new run")
+        require(name in FREE, f"{flag} {new[name]}: the run in {folder} has {old.get(name)}, and a different value "
+                              "would make it a different run; remove the flag, or start a new run")
         if rank_and_world_size()[0] == 0:
             print(f"note: {flag} changed from {old.get(name)} to {new[name]}")
 
 
 def checkpoints(folder):
-    """The checkpoints of a run, the last one last."""
+    """The checkpoints of a run, oldest first."""
     return sorted((folder / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
 
 
 def checksums(folder):
-    """dict file -> SHA-256 of a checkpoint's files, which tell a truncated or damaged one before it is resumed from."""
+    """dict file -> SHA-256 of a checkpoint's files, to detect a truncated or damaged one before resuming from it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json")
     found = {}
     for path in files:
@@ -593,7 +596,7 @@ def load_checkpoint(folder, trained):
         damaged = ["checksums.json"]
     require(not damaged, f"checkpoint {last}: {damaged[0] if damaged else ''} is damaged or missing; {remedy}")
     try:
-        contents = torch.load(last / "state.pt", map_location="cpu", weights_only=True)  # which runs no code
+        contents = torch.load(last / "state.pt", map_location="cpu", weights_only=True)  # runs no code
         for name, (model, optimizer, scheduler) in trained.items():
             read_model(last / name, model)
             rates, decays = scheduler.base_lrs, [group["weight_decay"] for group in optimizer.param_groups]
@@ -608,7 +611,7 @@ def load_checkpoint(folder, trained):
 
 
 def set_rates(optimizer, scheduler, rates, decays):
-    """Make a restored optimizer and schedule follow the present flags (--lr, --num-updates, --lr-schedule, ...)."""
+    """Make a restored optimizer and schedule follow the current flags (--lr, --num-updates, --lr-schedule, ...)."""
     scheduler.base_lrs = rates
     scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas)]
     for group, rate, now, decay in zip(optimizer.param_groups, rates, scheduler._last_lr, decays):

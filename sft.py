@@ -1,8 +1,8 @@
-"""Stage 1: supervised fine-tuning. Cross-entropy on the demonstrations' responses, EOS included, never on the prompt.
+"""Stage 1: supervised fine-tuning. Cross-entropy on the demonstrations' responses, EOS included, not on the prompts.
 
     loss = - sum over response tokens of log pi(y_t | x, y_<t) / number of response tokens
 
-The defaults make the policy that is shipped in tasks/mini_tldr-sft:
+The defaults train the policy that ships in tasks/mini_tldr-sft:
 
     python sft.py --output runs/sft
 """
@@ -20,7 +20,7 @@ from runs import DataArgs, Run, SystemArgs, parse, setup
 
 
 def compute_loss(logprobs):
-    """Negative log-likelihood, summed over rows and tokens; the caller divides by the whole batch's tokens.
+    """Negative log-likelihood. A sum: the caller divides by the number of response tokens in the whole batch.
 
     Args: logprobs (n, T), of the response tokens, 0 where masked. Returns: scalar.
     """
@@ -48,9 +48,9 @@ class Args(DataArgs, SystemArgs):  # data, memory, devices, checkpoints (see run
     weight_decay: float = 0.0
     """AdamW's weight decay"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping"""
+    """maximum gradient norm"""
     max_length: int = 512
-    """drop rows with more tokens, prompt and completion together"""
+    """drop rows with more tokens than this (prompt plus completion)"""
     eval_every: int = 100
     """updates between evaluations; 0 evaluates only at the end"""
     eval_rows: int = 500
@@ -93,7 +93,7 @@ def main(args):
             run.check_finite(examples, perplexity=perplexity)
             run.log({"eval/perplexity": perplexity})
             run.save_model(policy)
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     run.finish()
     if rank_and_world_size()[0] == 0:

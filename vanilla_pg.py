@@ -2,19 +2,19 @@
 
     gradient = sum_t [ G_t - V(x, y_<t) ] grad log pi(y_t | x, y_<t),    G_t = r - beta sum_{i >= t} kl_i
 
-Every token is an action, every prefix a state, and a critic of the policy's size learns each state's value. It is
-PPO with lambda = 1, and without the ratio and the clipping; the paper finds that it beats PPO, and that RLOO,
-which does without the critic, beats it.
+Each token is an action, each prefix a state, and a critic the size of the policy learns the value of each state. This
+is PPO with lambda = 1 and without the ratio and the clipping. The paper finds that it beats PPO, and that RLOO, which
+needs no critic, beats it in turn.
 
     python vanilla_pg.py
 
-What differs from rloo.py: the baseline V depends on the state, is learned by regression on G, and costs a second model
-with its optimizer. It is read before the token is chosen, so it cannot bias the gradient, however wrong it is; a bad
-critic only makes it noisier. The critic starts from the reward model unless --critic names another.
+What differs from rloo.py: the baseline V depends on the state, is learned by regression on G, and takes a second model
+and optimizer. V is read before the token is chosen, so it cannot bias the gradient, however wrong it is; a bad critic
+only adds variance. The critic is initialized from the reward model unless --critic names another.
 
-Where published code deviates: reading V at the token itself, which has seen the action, is a common slip, and biased.
+Where published code differs: a common bug is to read V at the token itself, after the action, which adds bias.
 
-What to watch: value/explained_variance should climb from near 0 (or below) towards 1 within some dozens of updates.
+What to watch: value/explained_variance should climb from near 0 (or below) towards 1 within a few dozen updates.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
 
 
 def compute_advantages(rewards, values, response_mask):
-    """A_t = G_t - V_t, with G_t the sum of the rewards from token t on.
+    """A_t = G_t - V_t, where G_t is the sum of the rewards from token t on.
 
     Args: rewards (N, T), 0 where masked; values (N, T), of the state before each token; response_mask (N, T).
     Returns: advantages and returns G (N, T), 0 where masked.
@@ -41,7 +41,7 @@ def compute_advantages(rewards, values, response_mask):
 
 
 def compute_loss(logprobs, advantages):
-    """- sum_t A_t log pi(y_t | x, y_<t). A sum: the caller divides by the rows of the whole batch.
+    """- sum_t A_t log pi(y_t | x, y_<t). A sum: the caller divides by the number of rows in the whole batch.
 
     Args: logprobs (n, T) and advantages (n, T), both 0 where masked. Returns: scalar.
     """
@@ -54,7 +54,7 @@ def compute_value_loss(values, returns):
 
 
 def explained_variance(values, returns, response_mask):
-    """1 - Var(G - V) / Var(G) over the real tokens: 1 is a perfect critic, 0 one no better than a constant."""
+    """1 - Var(G - V) / Var(G) over real tokens: 1 for a perfect critic, 0 for one no better than a constant."""
     values, returns = values[response_mask], returns[response_mask]
     return 1 - (returns - values).var() / returns.var()
 
@@ -71,7 +71,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     beta: float = 0.05
     """weight of the KL penalty in the reward; 0 disables it"""
     temperature: float = 0.7
-    """sampling temperature; all log-probs are those of softmax(logits / temperature)"""
+    """sampling temperature; all log-probs are under softmax(logits / temperature)"""
     lr: float = 1e-3
     """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -79,7 +79,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     warmup_updates: int = 0
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
-    """gradient-norm clipping; policy/grad_clipped logs how often it applies"""
+    """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
     num_updates: int = 150
     """optimizer steps, each on a fresh rollout"""
     prompts_per_step: int = 64
@@ -91,7 +91,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
-    """reference policy of the KL; default: a frozen copy of --model"""
+    """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
     """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
@@ -106,7 +106,7 @@ def main(args):
     policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
     reference = load_reference(args, tokenizer, device)
     critic = load_critic(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if there is one, only logged
+    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
@@ -133,7 +133,7 @@ def main(args):
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
         rewards = token_rewards(scores, kl, args.beta, batch.response_mask)  # (N, T)
 
-        # 4. advantages: how much better it went from each token on than the critic expected
+        # 4. advantages: how much better each token's reward-to-go is than the critic expected
         old_values = no_grad_values(critic, batch, args.microbatch_tokens)  # (N, T)
         advantages, returns = compute_advantages(rewards, old_values, batch.response_mask)  # (N, T)
 
@@ -152,7 +152,8 @@ def main(args):
             value_loss += part.item()
         loss, grad_norm = sum_over_ranks(loss), clip_gradients(policy, args.max_grad_norm)
         value_loss, critic_grad_norm = sum_over_ranks(value_loss), clip_gradients(critic, args.max_grad_norm)
-        run.check_finite(examples, scores=scores, kl=kl, loss=loss + value_loss, grad_norm=grad_norm + critic_grad_norm)
+        run.check_finite(examples, scores=scores, kl=kl, loss=loss + value_loss,
+                         grad_norm=grad_norm + critic_grad_norm)
         optimizer.step()
         critic_optimizer.step()
 
@@ -172,7 +173,7 @@ def main(args):
             run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
             run.log_samples(examples, batch, scores, kl, advantages)
             run.save_model(policy)
-        run.checkpoint()  # if due; after Ctrl-C or SIGTERM it also exits
+        run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM
 
     run.finish(test)
     return policy

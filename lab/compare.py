@@ -1,9 +1,9 @@
-"""Every algorithm on an embedded task, several seeds, equal numbers of generated samples: one picture, one table.
+"""Compare every algorithm on an embedded task, with several seeds and the same number of generated samples.
 
     python lab/compare.py
 
-Finished runs in --output are kept, so it can be stopped and started again. It draws compare-<task>.png and prints
-compare-<task>.md: means over seeds with their standard deviations. Timings mean something only where nothing else runs.
+Finished runs in --output are kept, so you can stop and restart it. It draws compare-<task>.png, and writes and prints
+compare-<task>.md: means over seeds with their standard deviations. Timings are meaningful only on an idle machine.
 """
 
 import json
@@ -39,7 +39,7 @@ ALGORITHMS = {  # name -> script, flags
     "dpo": ("dpo", []),
 }
 MATH = "--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy --temperature 1 --max-new-tokens 5 "
-TASKS = {  # the flags for the scripts that sample, and those for dpo.py; none are the defaults
+TASKS = {  # flags for the scripts that sample, and for dpo.py; none: the defaults
     "mini_tldr": ([], []),
     "mini_math": (
         f"{MATH} --beta 0.001 --dataset tasks/mini_math.py:prompts".split(),
@@ -51,22 +51,22 @@ TASKS = {  # the flags for the scripts that sample, and those for dpo.py; none a
 @dataclass
 class Args:
     tasks: tuple[str, ...] = tuple(TASKS)
-    """which tasks"""
+    """tasks to run"""
     algorithms: tuple[str, ...] = tuple(ALGORITHMS)
-    """which algorithms, by the names of the table"""
+    """algorithms to run, by their names in the table"""
     seeds: int = 3
-    """seeds 1 to this"""
+    """number of seeds, from 1"""
     output: str = "runs/compare"
-    """folder of the runs, pictures and tables"""
+    """folder for runs, plots and tables"""
     jobs: int = 2
-    """runs at a time, each on one core"""
+    """runs in parallel, each on one core"""
 
 
 def run(script, flags, folder):
-    """Run one script unless it has finished before; returns the peak resident memory in MB (None if unknown)."""
+    """Run one script unless it has already finished. Returns: peak resident memory in MB (None if unknown)."""
     memory = folder / "peak_memory.json"
     if not (folder / "evaluation.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted comparison left
+        shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted comparison
         command = [sys.executable, f"{script}.py", *flags, "--output", str(folder)]
         with open(f"{folder}.log", "w") as log:
             one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -79,13 +79,13 @@ def run(script, flags, folder):
 
 
 def models(settings):
-    """How many models a run holds: policy and reference, a reward that is a model, a critic."""
+    """Number of models a run holds: policy, reference, reward models, critic."""
     rewards = settings["reward"] if isinstance(settings["reward"], list) else [settings["reward"]]
     return 2 + sum(".py:" not in name for name in rewards) + (settings["script"] in ("ppo", "vanilla_pg"))
 
 
 def measure(folder, memory):
-    """The columns of the table for one run: dict name -> number."""
+    """The table's columns for one run: dict name -> number."""
     settings, scalars = plot.read_run(folder)
     values = {name: list(points.values()) for name, points in scalars.items()}
     after = json.loads((folder / "evaluation.json").read_text())["after"]

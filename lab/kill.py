@@ -1,10 +1,10 @@
-"""Kill a training script at random moments, resume it each time, and compare the end with an uninterrupted run.
+"""Kill a training script at random moments, resume it each time, and compare the result with an uninterrupted run.
 
     python lab/kill.py --scripts rloo ppo --kills 20
 
-Every script (by default all) runs on the embedded task, a little shortened, once undisturbed and once ended by
-SIGKILL that many times, at moments drawn uniformly over its updates, saving included. Weights, optimizer state,
-schedule, random states and every logged point (but the times) must be the same bit for bit. `tests/test_resume.py`
+Each script (all by default) is run on the embedded task, somewhat shortened: once uninterrupted, and once killed by
+SIGKILL that many times, at moments drawn uniformly over its updates, including while saving. Weights, optimizer state,
+schedule, random states and every logged point (except times) must be bit-for-bit the same. `tests/test_resume.py`
 does the same with a tiny model and fewer kills.
 """
 
@@ -27,11 +27,12 @@ sys.path.insert(0, str(ROOT))
 
 from plumbing import require  # noqa: E402
 
-SCRIPTS = "rloo reinforce remax grpo reinforce_pp reinforce_pp_baseline vanilla_pg ppo raft dpo sft reward_model".split()
+SCRIPTS = ("rloo reinforce remax grpo reinforce_pp reinforce_pp_baseline vanilla_pg ppo raft dpo sft "
+           "reward_model").split()
 
 
 def train(script, flags, folder, resume):
-    """In a process of its own: one run of a script's main, new or resumed; silent."""
+    """In a separate process: run a script's main, new or resumed, with output silenced."""
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
@@ -43,11 +44,11 @@ def train(script, flags, folder, resume):
 
 
 def processes():
-    """A context whose processes start quickly, from one that has imported everything and computed nothing."""
+    """A context whose processes start quickly: forked from one that has imported everything and computed nothing."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "lab"), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*SCRIPTS, "kill"])
-    first = context.Process(target=int)  # which waits for the imports
+    first = context.Process(target=int)  # waits for the imports
     first.start()
     first.join()
     return context
@@ -59,9 +60,9 @@ def reached(folder):
 
 
 def run(context, script, flags, folder, moment=None, seconds=0.0):
-    """Start or resume a run; kill it at `moment`: 3.7 is 0.7 * `seconds` after the checkpoint of update 3 is there."""
+    """Start or resume a run; kill it at `moment`: 3.7 is 0.7 * `seconds` after the checkpoint of update 3 appears."""
     if folder.exists() and not reached(folder):
-        shutil.rmtree(folder)  # killed before its first checkpoint: there is nothing to resume
+        shutil.rmtree(folder)  # killed before its first checkpoint: nothing to resume
     child = context.Process(target=train, args=(script, flags, folder, folder.exists()))
     child.start()
     while moment is not None and child.is_alive():
@@ -75,7 +76,7 @@ def run(context, script, flags, folder, moment=None, seconds=0.0):
 
 
 def outcome(folder):
-    """What a run has come to: dict name -> tensors, numbers and curves; the times left out."""
+    """The result of a run: dict name -> tensors, numbers and curves, without times."""
     last = sorted(folder.glob("checkpoints/[0-9]*"))[-1]
     contents = torch.load(last / "state.pt", weights_only=True)
     contents["state"].pop("seconds", None)
@@ -88,7 +89,7 @@ def outcome(folder):
 
 
 def differences(a, b, name="run"):
-    """Names of the leaves in which two outcomes differ."""
+    """Names of the leaves where two outcomes differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         return [found for key in a.keys() | b.keys() for found in differences(a.get(key), b.get(key), f"{name}/{key}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
@@ -98,10 +99,10 @@ def differences(a, b, name="run"):
 
 
 def compare(context, script, flags, folder, kills, seed=0):
-    """Returns the differences between an undisturbed run and one killed `kills` times, and how often it was killed."""
+    """Returns the differences between an uninterrupted run and a killed one, and how often that one was killed."""
     begin = time.monotonic()
     run(context, script, flags, folder / "whole")
-    seconds = (time.monotonic() - begin) / flags["num_updates"]  # of an update, start and end included
+    seconds = (time.monotonic() - begin) / flags["num_updates"]  # per update, startup and shutdown included
     rng = random.Random(f"{script} {seed}")
     moments = sorted(rng.uniform(0, flags["num_updates"]) for _ in range(kills))
     killed = [run(context, script, flags, folder / "killed", moment, seconds) for moment in moments]
@@ -112,21 +113,21 @@ def compare(context, script, flags, folder, kills, seed=0):
 @dataclass
 class Args:
     scripts: tuple[str, ...] = tuple(SCRIPTS)
-    """which scripts"""
+    """scripts to run"""
     kills: int = 20
-    """how often each is killed"""
+    """kills per script"""
     updates: int = 30
-    """length of the runs"""
+    """updates per run"""
     output: str = "runs/kill"
-    """folder of the runs, which must not be there yet"""
+    """folder for the runs; must not exist yet"""
 
 
 def main(args):
-    require(not Path(args.output).exists(), f"--output {args.output}: is there already; name a new folder")
+    require(not Path(args.output).exists(), f"--output {args.output}: already exists; choose another folder")
     context, bad = processes(), []
     for script in args.scripts:
         flags = {"num_updates": args.updates, "save_every": 1, "device": "cpu", "eval_every": 10}
-        if script == "reward_model":  # its pairs are sampled for minutes; these take seconds
+        if script == "reward_model":  # its own pairs take minutes to sample; these take seconds
             flags["dataset"] = "tasks/mini_tldr.py:comparisons"
         if script not in ("sft", "reward_model"):
             flags["eval_prompts"] = 16

@@ -1,11 +1,11 @@
-"""The memory that a run needs, counted from the models' configurations: weights, gradients, Adam, activations, cache.
+"""Estimate a run's memory from the models' configurations: weights, gradients, Adam, activations, cache.
 
     python lab/memory.py --model EleutherAI/pythia-1b --algorithm ppo
-    python lab/memory.py --recipes        # the README's table
+    python lab/memory.py --recipes        # the table in docs/scaling.md
 
-Exact are the parameters (the model is built without storage) and what is kept of each: 4 bytes for a frozen one, 16
-for a trained one (weight, gradient, two moments of Adam). Estimated are the activations of one micro-batch, by what
-a transformer keeps for its backward pass, and the logits; `tests/test_memory.py` holds them against a measured case.
+Parameter counts are exact (the model is built without storage), and so are the bytes kept for each parameter: 4 if
+frozen, 16 if trained (weight, gradient, Adam's two moments). The activations of a micro-batch, from what a transformer
+keeps for its backward pass, and the logits are estimates; `tests/test_memory.py` compares them with a measured case.
 """
 
 import sys
@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plumbing import explain, stop  # noqa: E402
 
-CRITICS = {"rloo": 0, "reinforce": 0, "remax": 0, "grpo": 0, "reinforce_pp": 0, "raft": 0, "ppo": 1, "vanilla_pg": 1}
-CONFIGS = {  # the published sizes, so that the table can be made without a network
+CRITICS = {"rloo": 0, "reinforce": 0, "remax": 0, "grpo": 0, "reinforce_pp": 0, "reinforce_pp_baseline": 0,
+           "raft": 0, "ppo": 1, "vanilla_pg": 1}
+CONFIGS = {  # the published sizes, so that the table needs no network access
     "pythia-1b": GPTNeoXConfig(vocab_size=50304, hidden_size=2048, num_hidden_layers=16, num_attention_heads=8,
                                intermediate_size=8192),
     "pythia-6.9b": GPTNeoXConfig(vocab_size=50432, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
@@ -32,7 +33,7 @@ CONFIGS = {  # the published sizes, so that the table can be made without a netw
     "qwen2.5-0.5b": Qwen2Config(vocab_size=151936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
                                 num_key_value_heads=2, intermediate_size=4864, tie_word_embeddings=True),
 }
-RECIPES = {  # model, is the reward a model too?, responses that are sampled at once, tokens of prompt and response
+RECIPES = {  # model, whether the reward is a model too, responses sampled at once, prompt and response tokens
     "TL;DR, Pythia-1B": ("pythia-1b", True, 128, 512, 53),
     "TL;DR or HH, Pythia-6.9B": ("pythia-6.9b", True, 16, 512, 128),
     "HH, Llama-7B": ("llama-7b", True, 16, 512, 128),
@@ -41,21 +42,21 @@ RECIPES = {  # model, is the reward a model too?, responses that are sampled at 
 
 
 def count_parameters(config):
-    """Number of parameters of a causal LM, tied ones once. Builds it on the meta device: no memory is used."""
+    """Number of parameters of a causal LM, counting tied ones once. Built on the meta device, so it uses no memory."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def memory(config, critics, frozen, samples, prompt_length, response_length, microbatch_tokens=8192,
            gradient_checkpointing=False, bfloat16=False, processes=1):
-    """Bytes on each device at the peak, by part.
+    """Peak bytes on each device, by part.
 
-    Args: config (of the policy; critic and reward model are counted as large as it); critics (trained models besides
-    the policy); frozen (models that are only run); samples (responses that a process samples at once); prompt_length
-    and response_length (tokens, the longest); microbatch_tokens; gradient_checkpointing; bfloat16 (autocast);
-    processes (more than one: --shard).
+    Args: config (the policy's; critic and reward model are assumed to be as large); critics (number of trained models
+    besides the policy); frozen (number of models that are not trained); samples (responses a process samples at once);
+    prompt_length and response_length (the longest, in tokens); microbatch_tokens; gradient_checkpointing; bfloat16
+    (autocast); processes (more than one: --shard).
     Returns: dict name -> bytes: "trained", "frozen", "update" (activations and logits of a micro-batch), "rollout"
-    (keys and values of the samples). Update and rollout are never there at once.
+    (keys and values of the samples). Update and rollout never coexist.
     """
     parameters = count_parameters(config)
     size = 2 if bfloat16 else 4
@@ -63,45 +64,45 @@ def memory(config, critics, frozen, samples, prompt_length, response_length, mic
     inner = config.intermediate_size
     key_values = getattr(config, "num_key_value_heads", heads) * (getattr(config, "head_dim", None) or hidden // heads)
     gated = config.hidden_act in ("silu", "gelu_pytorch_tanh") and config.model_type != "gpt_neox"
-    # What each layer keeps per token: its input, two norms, queries, keys, values, attention's result and its
-    # projection, and the feed-forward's inner values before and after the activation. Autocast leaves the residual
-    # stream and the norms in float32, beside copies in bfloat16, and keeps a copy of every weight that it has used.
-    vectors = (30 if gated else 20) if bfloat16 else 6 * 4  # bytes for each of the hidden size
+    # What each layer keeps per token: its input, two norms, queries, keys, values, the attention output and its
+    # projection, and the feed-forward's hidden values before and after the activation. Autocast keeps the residual
+    # stream and the norms in float32, plus bfloat16 copies, and a bfloat16 copy of every weight it has used.
+    vectors = (30 if gated else 20) if bfloat16 else 6 * 4  # bytes per hidden dimension
     layer = vectors * hidden + (2 * key_values + (4 if gated else 2) * inner) * size
     kept = layers * hidden * 4 + layer if gradient_checkpointing else layers * layer
     embedding = config.vocab_size * hidden
     used = parameters - embedding
     copies = 2 * (embedding + (used // layers if gradient_checkpointing else used)) if bfloat16 else 0
-    # Logits of the response tokens: as the model gives them, in float32, their softmax, and its gradient.
+    # Logits of the response tokens: as the model returns them, in float32, their softmax, and its gradient.
     share = response_length / (prompt_length + response_length)
     logits = share * config.vocab_size * (size + 3 * 4)
     return {
         "trained": (1 + critics) * 16 * parameters // processes,
         "frozen": frozen * 4 * parameters // processes,
         "update": int(microbatch_tokens * (kept + logits)) + copies,
-        "rollout": samples * (prompt_length + response_length) * 2 * layers * key_values * 4,  # float32 in any case
+        "rollout": samples * (prompt_length + response_length) * 2 * layers * key_values * 4,  # always float32
     }
 
 
 def total(parts):
-    """The peak: what is always there, and the larger of update and rollout."""
+    """The peak: what is always in memory, plus the larger of update and rollout."""
     return parts["trained"] + parts["frozen"] + max(parts["update"], parts["rollout"])
 
 
 @dataclass
 class Args:
     model: str = "tasks/mini_tldr-sft"
-    """the policy: hub name or folder (only its config is read)"""
-    algorithm: Literal["rloo", "reinforce", "remax", "grpo", "reinforce_pp", "raft", "ppo", "vanilla_pg"] = "rloo"
-    """which script"""
+    """policy: hub name or folder (only its config is read)"""
+    algorithm: Literal[tuple(CRITICS)] = "rloo"
+    """script to estimate"""
     reward_function: bool = False
-    """the reward is a python function, not a model as large as the policy"""
+    """the reward is a python function instead of a model as large as the policy"""
     samples: int = 64
-    """responses that a process samples at once: prompts times k, at most --rollout-batch-size"""
+    """responses a process samples at once: prompts times k, at most --rollout-batch-size"""
     prompt_length: int = 512
-    """tokens of the longest prompt"""
+    """longest prompt in tokens"""
     response_length: int = 128
-    """tokens of the longest response"""
+    """longest response in tokens"""
     microbatch_tokens: int = 8192
     """as in the scripts"""
     gradient_checkpointing: bool = False
@@ -109,9 +110,9 @@ class Args:
     bfloat16: bool = False
     """--dtype bfloat16"""
     processes: int = 1
-    """devices, with --shard if more than one"""
+    """number of devices; --shard is assumed if more than one"""
     recipes: bool = False
-    """print the README's table instead"""
+    """print the table in docs/scaling.md instead"""
 
 
 def main(args):

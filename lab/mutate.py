@@ -1,17 +1,17 @@
-"""Mutation testing: make plausible mistakes in the scripts, one at a time, and list those that no test notices.
+"""Mutation testing: make plausible mistakes in the scripts, one at a time, and list those that no test catches.
 
     python lab/mutate.py rloo.py common.py --most 40
     python lab/mutate.py rloo.py --list
 
-First all tests run on the unchanged project: they must pass, and show which lines each of them runs and how long it
-takes (kept next to --output; measured again where sources or tests have changed). Then every edit goes into a copy of
-the project, and the tests that run its line are run there, the fastest first, until one fails. This happens in a child
-forked from a process that has imported the heavy libraries and nothing of the project. A sweep that was interrupted
-goes on; survivors are tried again when the tests have changed.
+First, all tests run on the unchanged project. They must pass, and this records which lines each test runs and how long
+it takes (kept next to --output; measured again when sources or tests have changed). Then each edit is made in a copy of
+the project, and the tests that run its line are run there, fastest first, until one fails. This happens in a child
+forked from a process that has imported the heavy libraries but nothing from the project. An interrupted sweep picks up
+where it stopped; survivors are tried again when the tests have changed.
 
-A survivor means one of three: a test is missing; the edit changes nothing that can be seen (a clamp that never acts, a
-sum over one element); or nobody needs the line. "0 of 0 tests": no test runs it. Where fewer ran than there are, a
-larger --seconds may find the one that notices.
+A survivor means one of three things: a test is missing; the edit has no visible effect (a clamp that never acts, a sum
+over one element); or the line is not needed. "0 of 0 tests" means that no test runs the line. If fewer tests ran than
+there are, a larger --seconds may find one that notices.
 """
 
 import ast
@@ -39,7 +39,8 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = "rloo reinforce remax grpo reinforce_pp reinforce_pp_baseline vanilla_pg ppo raft dpo sft reward_model common".split()
+FILES = ("rloo reinforce remax grpo reinforce_pp reinforce_pp_baseline vanilla_pg ppo raft dpo sft reward_model "
+         "common").split()
 LIBRARIES = """torch numpy pyarrow.json datasets.packaged_modules.json.json transformers hypothesis matplotlib.pyplot
     transformers.models.auto.modeling_auto transformers.models.gpt2.modeling_gpt2 transformers.generation.utils
     transformers.models.llama.modeling_llama transformers.tokenization_utils_tokenizers torch.utils.tensorboard
@@ -57,16 +58,16 @@ METHODS = table("""min max, max min, mean sum, sum mean, argmax argmin, argmin a
     all any, square abs, std var, zeros_like ones_like, ones_like zeros_like, zeros ones, ones zeros""")
 REMOVED = """flip cumsum detach exp log clamp abs sqrt sigmoid logsigmoid sign masked_fill squeeze unsqueeze flatten
     float sorted""".split()
-ROLES = [role.split() for role in (  # names that can be mistaken for each other, where a function has several
+ROLES = [role.split() for role in (  # names that can be mistaken for each other within a function
     "logprobs old_logprobs ref_logprobs", "chosen_logprobs rejected_logprobs chosen_ref_logprobs rejected_ref_logprobs",
     "scores rewards advantages returns", "values old_values returns", "policy reference critic", "chosen rejected",
     "optimizer critic_optimizer", "scheduler critic_scheduler", "train test", "before after", "rows minibatch",
     "loss value_loss policy_loss", "grad_norm critic_grad_norm", "prompts responses", "prompt_mask response_mask")]
-COLUMNS = ROLES[-2:]  # which are also attributes of every Batch
+COLUMNS = ROLES[-2:]  # also attributes of every Batch
 
 
 def skipped(node, parent):
-    """What nobody's numbers depend on, and what tests on a CPU cannot see."""
+    """True for nodes that no numbers depend on, or that tests on a CPU cannot see."""
     timing = isinstance(node, (ast.Assign, ast.AugAssign, ast.BinOp)) and node.lineno == node.end_lineno
     return (isinstance(node, (ast.Import, ast.ImportFrom, ast.arg, ast.JoinedStr))
             or isinstance(node, ast.Constant) and not isinstance(node.value, (bool, int, float))
@@ -84,13 +85,13 @@ def skipped(node, parent):
 
 
 def called(node):
-    """The name of the function that a call (or a statement that is one) calls; else None."""
+    """The name of the function called by a call (or a call statement); else None."""
     function = getattr(node.value if isinstance(node, ast.Expr) else node, "func", None)
     return getattr(function, "attr", getattr(function, "id", None))
 
 
 def visit(node, statement=None, function=None):
-    """Yield each node that may be edited, with its statement and its function (or None)."""
+    """Yield each node that may be edited, with its enclosing statement and function (or None)."""
     for child in ast.iter_child_nodes(node):
         if not skipped(child, node):
             inner = child if isinstance(child, ast.stmt) else statement
@@ -103,7 +104,7 @@ def changed(node, **fields):
 
 
 def mistakes(node, function):
-    """Yield (node to replace, node or text to put there, description)."""
+    """Yield (node to replace, replacement node or text, description)."""
     for i, operator in enumerate(getattr(node, "ops", [getattr(node, "op", None)])):
         for other in OPERATORS.get(type(operator).__name__, []):
             new = getattr(ast, other)()
@@ -166,13 +167,13 @@ def names(node):
 
 
 def edits_of(name, source):
-    """Every edit of a file, in its order, a dict: file, line, description, new (the line), mutant (the file), lines (a
-    test that runs one of them sees the edit), key (what became what, and in which function)."""
+    """Every edit of a file, in order, as a dict: file, line, description, new (the line), mutant (the file), lines (a
+    test that runs any of them sees the edit), key (what changed to what, and in which function)."""
     data, found, equal = source.encode(), {}, Counter()
     starts = [0, *itertools.accumulate(map(len, data.splitlines(keepends=True)))]
     for node, statement, function in visit(ast.parse(source)):
         lines = set(range(statement.lineno, statement.end_lineno + 1))
-        if hasattr(statement, "body") and not isinstance(statement, ast.FunctionDef):  # of an if or for the head
+        if hasattr(statement, "body") and not isinstance(statement, ast.FunctionDef):  # only the head of an if or for
             lines = set(range(statement.lineno, max(statement.lineno + 1, statement.body[0].lineno)))
         for old, new, description in mistakes(node, function):
             start, end = starts[old.lineno - 1] + old.col_offset, starts[old.end_lineno - 1] + old.end_col_offset
@@ -180,7 +181,7 @@ def edits_of(name, source):
             loose = (ast.BinOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.UnaryOp)
             power = isinstance(getattr(old, "op", None), ast.Pow)
             if isinstance(new, loose) and (type(new) is not type(old) or power):
-                text = f"({text})"  # it may bind less tightly than what stood there
+                text = f"({text})"  # it may bind less tightly than what it replaces
             mutant = (data[:start] + text.encode() + data[end:]).decode()
             before, after = data[starts[old.lineno - 1] : end].decode(), mutant.splitlines()[old.lineno - 1].strip()
             key = digest(name, getattr(function, "name", ""), before, after)
@@ -188,7 +189,7 @@ def edits_of(name, source):
                                                   "new": after, "mutant": mutant, "lines": lines, "key": key})
     for edit in (edits := [found[place] for place in sorted(found)]):
         equal[edit["key"]] += 1
-        edit["key"] += f"-{equal[edit['key']]}"  # of those that are equal
+        edit["key"] += f"-{equal[edit['key']]}"  # to tell equal ones apart
     return edits
 
 
@@ -196,11 +197,11 @@ def edits_of(name, source):
 
 
 class Watch:
-    """A pytest plugin that notes failures and, of the files in `paths` (path -> name), which lines a test runs."""
+    """A pytest plugin that records failures, and which lines of the files in `paths` (path -> name) each test runs."""
 
     def __init__(self, paths):
         self.paths, self.tests, self.fixtures, self.failed = paths, {}, {}, []
-        self.lines = self.imported = set()  # the second: outside of tests, or while a module is imported
+        self.lines = self.imported = set()  # the second: outside tests, or while a module is imported
 
     def trace(self, frame, event, argument):
         name = self.paths.get(frame.f_code.co_filename)
@@ -216,7 +217,7 @@ class Watch:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef):
-        """What a fixture of several tests runs, each of them runs."""
+        """Lines run by a shared fixture count for every test that uses it."""
         outer = self.lines
         if fixturedef.scope != "function":
             self.lines = self.fixtures[fixturedef.argname] = set()
@@ -237,7 +238,7 @@ class Watch:
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
-            crash = getattr(report.longrepr, "reprcrash", None)  # there is none where a file cannot be imported
+            crash = getattr(report.longrepr, "reprcrash", None)  # missing if a file cannot be imported
             message = crash.message.split("\n")[0] if crash else str(report.longrepr).strip().split("\n")[-1]
             self.failed.append(f"{report.nodeid}: {message}")
         elif report.when == "call" and report.passed:
@@ -251,7 +252,7 @@ def by_file(lines):
 
 
 def import_libraries():
-    """What takes long to import. With one thread and nothing computed, so that children can be forked."""
+    """Import what is slow to import, with one thread and nothing computed, so that children can be forked."""
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
     sys.path = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "lab", ROOT / "tests")]
     sys.dont_write_bytecode = True
@@ -263,11 +264,11 @@ def import_libraries():
 
 
 def run_tests(folder, job):
-    """In a child: pytest in the copy of the project. Writes folder/result.json: the exit code, what Watch noted."""
+    """In a child: run pytest in the project's copy. Writes folder/result.json: exit code and what Watch recorded."""
     import datasets
     import hypothesis
 
-    tqdm._instances.clear()  # the parent's bar: with it, bars here would print otherwise
+    tqdm._instances.clear()  # the parent's bar would change how bars print here
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -286,9 +287,9 @@ def run_tests(folder, job):
 
 
 def in_children(jobs, original, workers):
-    """Run jobs (dicts of tests, flags, limit in seconds; of an edit also file and mutant), each in its own copy.
+    """Run jobs (dicts: tests, flags, limit in seconds; for an edit also file and mutant), each in its own copy.
 
-    Yields (job, what run_tests has written) as they end; None for what took too long or crashed."""
+    Yields (job, what run_tests wrote) as jobs end; None for jobs that took too long or crashed."""
     context, jobs, running = multiprocessing.get_context("fork"), list(jobs)[::-1], {}
     try:
         while jobs or running:
@@ -326,30 +327,30 @@ def write(path, contents):
 @dataclass
 class Args:
     files: tyro.conf.Positional[tuple[str, ...]] = tuple(f"{name}.py" for name in FILES)
-    """the files to edit"""
+    """files to edit"""
     list: bool = False
-    """print the edits and run nothing"""
+    """print the edits without running anything"""
     most: int = 0
-    """edits of each file, drawn at random; 0: all"""
+    """edits per file, drawn at random; 0 for all"""
     seed: int = 1
-    """of the draw"""
+    """random seed for drawing edits"""
     workers: int = 2
-    """edits tried at a time, each on one core"""
+    """edits to try in parallel, each on one core"""
     seconds: float = 40.0
-    """an edit gets the fastest tests that together took this long while they were watched (three times as long as
-    they take)"""
+    """run the fastest tests for each edit, up to this many seconds in total as measured while being traced (about
+    three times their normal time)"""
     timeout: float = 60.0
-    """an edit counts as caught when its tests take this many seconds more than twice the recorded time"""
+    """an edit counts as caught if its tests take this many seconds more than twice the recorded time"""
     tests: tuple[str, ...] = ("tests/test_*.py",)
-    """files of tests; patterns work"""
+    """test files; patterns work"""
     ignore: tuple[str, ...] = tuple(f"tests/test_{name}.py" for name in (
         "processes", "resume", "readme", "models", "memory", "gsm8k"))
-    """of these, the ones left out: they start processes, which cannot be watched, or take long"""
+    """test files to leave out: they start processes, which cannot be traced, or are slow"""
     deselect: tuple[str, ...] = ("test_scripts_share_their_skeleton_line_by_line",
                                  "test_every_flag_is_read_and_explained", "test_the_six_steps_stand_in_the_same_order")
-    """tests left out: these compare the scripts' text, and a mistake is to be noticed by what it does"""
+    """tests to leave out: they compare the scripts' text, but a mistake should be caught by what it does"""
     output: str = "runs/mutate.json"
-    """the results, each a dict; the lines that the tests run go to the same name with -lines"""
+    """JSON file for the results; the lines each test runs go to the same name with -lines"""
 
 
 def digest(*texts):
@@ -357,9 +358,9 @@ def digest(*texts):
 
 
 def record(args, original):
-    """Run the tests on the unchanged project, where that was not done before; stop where one fails.
+    """Run the tests on the unchanged project, unless already recorded; stop if any fails.
 
-    Returns: file of tests -> tests (id -> seconds, lines), imported (lines), key (of what it depends on)."""
+    Returns: test file -> tests (id -> seconds, lines), imported (lines), key (a hash of what it depends on)."""
     path = Path(args.output).with_name(Path(args.output).stem + "-lines.json")
     known = json.loads(path.read_text()) if path.exists() else {}
     files = {str(file.relative_to(original)): file for pattern in args.tests for file in sorted(original.glob(pattern))}
@@ -384,26 +385,26 @@ def record(args, original):
 
 
 def tests_for(edit, recorded, most_seconds):
-    """The fastest tests that run an edit's lines, how many there are, and how long the chosen ones take."""
+    """The fastest tests that run an edit's lines, how many there are in total, and how long the chosen ones take."""
     name, seen = edit["file"], lambda lines: not edit["lines"].isdisjoint(lines)
     every = [(values["seconds"], test, values["lines"].get(name, [])) for file in recorded.values()
              for test, values in file["tests"].items()]
     tests = sorted((seconds, test) for seconds, test, lines in every if seen(lines))
     if not tests and any(seen(file["imported"].get(name, [])) for file in recorded.values()):
-        tests = sorted((seconds, test) for seconds, test, lines in every if lines)  # any that uses the file
+        tests = sorted((seconds, test) for seconds, test, lines in every if lines)  # any test that uses the file
     totals = list(itertools.accumulate(seconds for seconds, _ in tests))
     count = max(min(1, len(tests)), sum(total <= most_seconds for total in totals))
-    # Of tests that take about as long, those of one file come together: their fixtures are made once.
+    # Among tests of similar duration, keep those of one file together, so that their fixtures are made once.
     chosen = sorted(tests[:count], key=lambda pair: (math.frexp(pair[0])[1], pair[1]))
     return [test for _, test in chosen], len(tests), sum(totals[count - 1 : count])
 
 
 def sweep(args, original):
-    """Print the edits, or try them and print the survivors."""
+    """List the edits, or try them and print the survivors."""
     edits = []
     for name in args.files:
         found = edits_of(name, (original / name).read_text())
-        order = sorted(digest(str(args.seed), edit["key"]) for edit in found)  # a draw that other edits hardly change
+        order = sorted(digest(str(args.seed), edit["key"]) for edit in found)  # barely depends on other edits
         drawn = [edit for edit in found if digest(str(args.seed), edit["key"]) in order[: args.most or None]]
         edits += drawn
         print(f"{name:<18} {len(found):>4} edits" + f", {len(drawn)} of them drawn" * (len(drawn) < len(found)))

@@ -4,13 +4,13 @@
         --chat --system-prompt "Reason step by step, and end with the answer in \\boxed{}." \\
         --temperature 1 --max-new-tokens 300 --lr 1e-6 --beta 0.001
 
-The dataset's answers end with "#### 18". The reward is 1 where the response's final number is that one, 0 where it is
-another or there is none. Final is what the response marks as its answer, the last time it does:
+The dataset's answers end with "#### 18". The reward is 1 if the response's final number equals it, and 0 if it differs
+or there is none. The final number is the one the response marks as its answer; if it marks several, the last:
 
     #### 18        \\boxed{18}        The answer is 18.        Answer: 18
 
-or, where it marks none, its last number. Thousands separators, currency, units, percent signs and trailing zeros do not
-matter: $1,800.00 a month is 1800. `python tasks/gsm8k.py` shows what it makes of a few endings.
+If nothing is marked, it is the last number in the response. Thousands separators, currency, units, percent signs and
+trailing zeros are ignored: $1,800.00 a month is 1800. `python tasks/gsm8k.py` shows the result for a few endings.
 """
 
 import re
@@ -32,9 +32,9 @@ def numbers(text):
 
 
 def final_number(text):
-    """The number that a response gives as its answer (Decimal), or None.
+    """The number a response gives as its answer (Decimal), or None.
 
-    After a marker it is the first number, or where an equation follows the first after its last "=" sign. A marker
+    That is the first number after a marker, or if an equation follows, the first after its last "=" sign. A marker
     without a number does not count.
     """
     found = []
@@ -47,7 +47,7 @@ def final_number(text):
 
 
 def inside(text):
-    """What stands before the brace that closes the one just opened."""
+    """The text up to the brace that closes the one just opened."""
     depth = 1
     for i, letter in enumerate(text):
         depth += {"{": 1, "}": -1}.get(letter, 0)
@@ -57,9 +57,9 @@ def inside(text):
 
 
 def reward(prompts, completions, answer, **_):
-    """1.0 where the response's final number is the reference's, else 0.0.
+    """1.0 if the response's final number equals the reference's, else 0.0.
 
-    Args: prompts (not needed); completions (texts, or lists of one message); answer (the dataset's column, which ends
+    Args: prompts (unused); completions (texts, or one-message lists); answer (the dataset's column, which ends
     with "#### number"). Returns: list of float.
     """
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]

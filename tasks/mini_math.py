@@ -1,27 +1,26 @@
-"""mini math: addition on paper, rewarded by a rule: the answer is right (1) or it is not (0).
+"""mini math: pencil-and-paper addition, rewarded by a rule: the answer is right (1) or wrong (0).
 
-A problem adds two numbers of two digits. Every digit is a token, and the answer is written as on paper, units first:
+Each problem adds two two-digit numbers. Every digit is a token, and the answer is written units first:
 
     4 7 + 3 8 =        5 8         47 + 38 is 85
     9 6 + 1 5 =        1 1 1       96 + 15 is 111
 
-Units first because a carry is then known before the digit that needs it: every answer digit is one small sum. Tens
-first also works, but a model this small learns it less surely: in a trial with the SFT seeds 1, 2 and 3
-(RL seed 1) RLOO ends with 0.82, 0.97 and 0.96 of the answers right; with units first, with 0.98, 0.97 and 0.99.
+Units first means that a carry is known before the digit that needs it, so each answer digit is one small sum. Tens
+first also works, but a model this small learns it less reliably: in a trial with SFT seeds 1, 2 and 3 (RL seed 1), RLOO
+ends with 0.82, 0.97 and 0.96 of the answers right; with units first, 0.98, 0.97 and 0.99.
 
-The demonstrations forget to carry two times in three, which writes 5 7 and 1 0 above. So the SFT policy knows how to
-carry, but seldom does: about half of its samples are right, and when it always takes the most probable token only the
-problems without a carry are (a quarter). RL with nothing but the rule makes it carry. These names go on the command
-line:
+The demonstrations forget to carry two times in three, which gives 5 7 and 1 0 above. So the SFT policy knows how to
+carry but seldom does: about half of its samples are right, and greedy decoding solves only the problems without a
+carry (a quarter). RL with nothing but the rule teaches it to carry. These names go on the command line:
 
     prompts(split)          prompt, completion (the right answer), answer (the sum, an int)     for RL and evaluation
-    demonstrations(split)   prompt, completion (what a forgetful person writes)                 for sft.py
+    demonstrations(split)   prompt, completion (a forgetful person's answer)                    for sft.py
     comparisons(split)      prompt, chosen (the right answer), rejected (a wrong one)           for dpo.py
     accuracy(...)           the reward; `gold_reward` is the same
     new_model()             an untrained model and its tokenizer                                for sft.py
 
-The policy in tasks/mini_math-sft was made by the first command; the second takes it from there (k is 4; beta 0.001 is
-what the REINFORCE++ post uses with rule-based rewards):
+The first command trained the policy in tasks/mini_math-sft, and the others start from it (k is 4; beta 0.001 is the
+REINFORCE++ post's setting for rule-based rewards):
 
     python sft.py --model tasks/mini_math.py:new_model --dataset tasks/mini_math.py:demonstrations \\
         --num-updates 800 --batch-size 128 --lr 4e-3 --output runs/math-sft
@@ -32,7 +31,7 @@ what the REINFORCE++ post uses with rule-based rewards):
         --eval-dataset tasks/mini_math.py:prompts --reward tasks/mini_math.py:accuracy --temperature 1 \\
         --max-new-tokens 5 --beta 2
 
-Splits are "train" and "test", always the same, and a + b is in the same split as b + a. `python tasks/mini_math.py`
+Splits are "train" and "test" and never change; a + b is always in the same split as b + a. `python tasks/mini_math.py`
 prints a few problems with the right answer, a demonstration and its reward.
 """
 
@@ -41,12 +40,12 @@ import random
 from datasets import Dataset
 
 FORGET = 2 / 3  # how often a demonstration forgets to carry
-PEOPLE = 10  # demonstrations of each problem
+PEOPLE = 10  # demonstrations per problem
 SPLITS = {"train": slice(500, None), "test": slice(500)}  # of the 4,095 pairs of numbers from 10 to 99
 
 
 def problems(split):
-    """The split's (a, b), both orders of every pair: 7,109 for training and 991 to test."""
+    """The split's (a, b), with both orders of every pair: 7,109 for training and 991 for testing."""
     rng = random.Random("mini_math")
     pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     rng.shuffle(pairs)
@@ -66,7 +65,7 @@ def write(answer):
 
 
 def forget_to_carry(a, b):
-    """47, 38 -> "5 7": each column is added by itself, and only its last digit is kept."""
+    """47, 38 -> "5 7": each column is added on its own, and only its last digit is kept."""
     return f"{(a % 10 + b % 10) % 10} {(a // 10 + b // 10) % 10}"
 
 
@@ -77,7 +76,7 @@ def prompts(split):
 
 
 def demonstrations(split):
-    """Every problem of the split, in the order of `prompts`, and that PEOPLE times. Columns: prompt, completion."""
+    """Every problem of the split, in the order of `prompts`, repeated PEOPLE times. Columns: prompt, completion."""
     rng = random.Random(f"mini_math {split}")
     return Dataset.from_list([
         {"prompt": ask(a, b), "completion": forget_to_carry(a, b) if rng.random() < FORGET else write(a + b)}
@@ -88,8 +87,8 @@ def demonstrations(split):
 def comparisons(split):
     """Each problem with a right and a wrong answer. Columns: prompt, chosen, rejected, answer.
 
-    Wrong is to forget the carry, or where there is none to carry all the same. (With only the first kind, DPO learns
-    to carry always: the accuracy falls to 0.14.)
+    The wrong answer forgets the carry, or carries when there is none. (With only the first kind, DPO learns to carry
+    always: the accuracy falls to 0.14.)
     """
     rows = []
     for a, b in problems(split):
@@ -99,9 +98,9 @@ def comparisons(split):
 
 
 def accuracy(prompts, completions, answer, **_):
-    """1.0 where the completion is the sum, digit by digit and nothing else; 0.0 where it is not.
+    """1.0 if the completion is exactly the digits of the sum, else 0.0.
 
-    Args: prompts (not needed) and completions (lists of str); answer (list of int, the sums).
+    Args: prompts (unused) and completions (lists of str); answer (list of int, the sums).
     Returns: list of float, one per completion.
     """
     return [float(completion.split() == write(right).split()) for completion, right in zip(completions, answer)]

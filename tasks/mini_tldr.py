@@ -1,23 +1,23 @@
-"""mini TL;DR: a small world in which summarization can be learned in a minute and judged exactly.
+"""mini TL;DR: a toy summarization task that can be learned in a minute and judged exactly.
 
-A post tells who did what to which thing, where, when, how the writer feels and what they ask, in one of several
-phrasings, among sentences about other people and other things:
+A post says who did what to which thing, where and when, how the writer feels and what they ask, in one of several
+phrasings, mixed with sentences about other people and things:
 
     hi all . last week my sister sold my bike at the party . another cousin once lost a tent . i feel so sad .
     should i help them ? TL;DR:
 
-The names below go on the command line of the scripts (`--dataset tasks/mini_tldr.py:prompts`), the way a hub
-dataset or a reward of your own would:
+The names below go on the scripts' command line (`--dataset tasks/mini_tldr.py:prompts`), just like a hub dataset or
+a reward of your own:
 
     prompts(split)          prompt, completion (a reference summary) and the seven facts        for RL and evaluation
-    demonstrations(split)   prompt, completion (a summary as a hurried person writes it)        for sft.py
+    demonstrations(split)   prompt, completion (a hurried person's summary)                     for sft.py
     preferences(split)      prompt, chosen, rejected (a noisy annotator's choice)               for reward_model.py
-    comparisons(split)      fewer of the same                                                   for dpo.py
-    gold_reward(...)        what a summary is really worth: the measure that RL never sees
+    comparisons(split)      a smaller set of the same                                           for dpo.py
+    gold_reward(...)        the true quality of a summary, which RL never sees
     new_model()             an untrained model and its tokenizer                                for sft.py
 
-Splits are "train" and "test"; post number i of a split is always the same post. `python tasks/mini_tldr.py` prints
-a few posts with their reference, a demonstration, and the gold reward broken down into its parts.
+Splits are "train" and "test", and post i of a split is always the same. `python tasks/mini_tldr.py` prints a few
+posts with their reference, a demonstration, and the gold reward broken down into its parts.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-SLOTS = {  # the seven facts of a post, and every word that can fill them; no word stands in two slots
+SLOTS = {  # the seven facts of a post, and the words that can fill them; no word is in two slots
     "who": "sister brother mother father cousin uncle aunt boss roommate neighbor teacher landlord girlfriend "
     "boyfriend friend coworker",
     "did": "lost sold burned ruined damaged borrowed scratched cracked dropped trashed painted flooded",
@@ -51,7 +51,7 @@ EVENTS = [
 FEELINGS = ["i feel so {feeling} .", "now i am {feeling} about it .", "to be honest i am really {feeling} ."]
 QUESTIONS = ["should i {question} them ?", "do you think i should {question} them ?",
              "i wonder if i should {question} them ."]
-DISTRACTORS = [  # other people, things and places: words that a summary must not take
+DISTRACTORS = [  # other people, things and places, which do not belong in a summary
     "another {who} once {did} a {thing} .",
     "the {who} was also at the {where} .",
     "people told me to {question} everyone .",
@@ -70,20 +70,20 @@ SUMMARIES = [  # the same facts in three orders
 ]
 FILLERS = ["so yeah", "anyway", "long story short", "basically"]
 FILLER_WORDS = set(" ".join(FILLERS).split())
-MAX_WORDS = 24  # a longer summary is over-long; the fullest reference has 22 words
+MAX_WORDS = 24  # a longer summary is penalized; the longest reference has 22 words
 
 WEIGHTS = {  # gold reward = sum of weight * count
-    "covered": 1.0,  # facts of the post that the summary names
-    "hallucinated": -1.0,  # names, things, ... that are not the post's facts
-    "redundant": -0.25,  # facts named again, and filler words
-    "joints": -0.5,  # two neighbouring words that no summary of the grammar has
+    "covered": 1.0,  # facts of the post that the summary mentions
+    "hallucinated": -1.0,  # people, things, ... that are not facts of the post
+    "redundant": -0.25,  # repeated facts, and filler words
+    "joints": -0.5,  # two neighbouring words that never occur in the grammar's summaries
     "overlength": -0.1,  # words beyond MAX_WORDS
     "no_end": -1.0,  # the summary does not end in "." or "?"
 }
 
 
 def legal_joints():
-    """Every pair of neighbouring words, slot words replaced by their slot, that a well-formed summary can have."""
+    """Every pair of neighbouring words in well-formed summaries, with slot words replaced by their slot."""
     pairs = set()
     for parts in SUMMARIES:
         for choice in itertools.product(*parts):
@@ -116,7 +116,7 @@ def gold_parts(summary, facts):
 
 
 def gold_reward(prompts, completions, **facts):
-    """The true worth of summaries, known exactly because the post's facts are: 7 at best, below 0 for a bad one.
+    """The true quality of summaries, known exactly because the facts are: at most 7, below 0 for a bad one.
 
     Args: prompts and completions (lists of str); facts (a list of words for each of the seven slots).
     Returns: list of float, one per completion.
@@ -127,7 +127,7 @@ def gold_reward(prompts, completions, **facts):
 
 
 def write_post(facts, aside, rng):
-    """A post of about 27 to 63 words about `facts`, with one to three sentences about the other people of `aside`."""
+    """A post of about 27 to 63 words about `facts`, with one to three sentences about those in `aside`."""
     story = [rng.choice(EVENTS).format(**facts)]
     for distractor in rng.sample(DISTRACTORS, rng.randint(1, 3)):
         story.insert(rng.randint(0, len(story)), distractor.format(**aside))
@@ -137,13 +137,13 @@ def write_post(facts, aside, rng):
 
 
 def write_summary(facts, omit, rng):
-    """A well-formed summary in which each part that can be missing is missing with probability `omit`."""
+    """A well-formed summary that leaves out each optional part with probability `omit`."""
     parts = [rng.choice(part) if len(part) == 1 else part[rng.random() < omit] for part in rng.choice(SUMMARIES)]
     return " ".join(part for part in parts if part).format(**facts)
 
 
 def write_demonstration(facts, aside, rng):
-    """What a hurried person writes: most details left out, some taken from the wrong sentence, filler, a lost end."""
+    """A hurried person's summary: many details missing, some from the wrong sentence, filler words, a missing end."""
     mixed = {slot: aside[slot] if rng.random() < 0.1 else word for slot, word in facts.items()}
     summary = write_summary(mixed, 0.5, rng)
     if rng.random() < 0.35:
@@ -155,7 +155,7 @@ def write_demonstration(facts, aside, rng):
 
 
 def example(split, i):
-    """Post number i of a split: a dict with prompt, reference, demonstration and the seven facts."""
+    """Post i of a split: a dict with prompt, reference, demonstration and the seven facts."""
     rng = random.Random(f"mini_tldr {split} {i}")
     facts = {slot: rng.choice(words) for slot, words in SLOTS.items()}
     aside = {slot: rng.choice([word for word in words if word != facts[slot]]) for slot, words in SLOTS.items()}
@@ -179,13 +179,13 @@ def prompts(split):
 
 
 def demonstrations(split):
-    """Posts with the summary of a hurried person. Columns: prompt, completion."""
+    """Posts with a hurried person's summary. Columns: prompt, completion."""
     rows = Dataset.from_list([example(split, i) for i in range(POSTS[split])])
     return rows.select_columns(["prompt", "demonstration"]).rename_column("demonstration", "completion")
 
 
 def edit(summary, facts, rng):
-    """The summary with one of its fact words changed: a false one put right, or a true one made false."""
+    """The summary with one fact word changed: a wrong one corrected, or a correct one made wrong."""
     words = summary.split()
     named = [i for i, word in enumerate(words) if word in SLOT_OF]
     if named:
@@ -199,11 +199,11 @@ def edit(summary, facts, rng):
 def preferences(split, count=None):
     """Which of two summaries a noisy annotator prefers. Columns: prompt, chosen, rejected, and the seven facts.
 
-    The first is sampled from the shipped SFT policy. The second is another sample (3 of 8 pairs), the post's reference
-    (1 of 8; Stiennon et al. 2020 had both kinds compared), or the first with one fact edited (4 of 8): without such
-    pairs a model this small learns to count facts, but not to check them. The annotator prefers a over b with
-    probability sigmoid(2 (gold(a) - gold(b))), the Bradley-Terry model: one fact more wins in 88% of all pairs. There
-    are `count` pairs, by default PAIRS[split].
+    The first summary is sampled from the shipped SFT policy. The second is another sample (3 of 8 pairs), the post's
+    reference (1 of 8; Stiennon et al. 2020 compare both kinds), or the first with one fact edited (4 of 8): without
+    such pairs, a model this small learns to count facts but not to check them. The annotator prefers a over b with
+    probability sigmoid(2 (gold(a) - gold(b))), a Bradley-Terry model: one more fact wins in 88% of pairs. There are
+    `count` pairs, PAIRS[split] by default.
     """
     import torch
     from tqdm import trange
@@ -230,7 +230,7 @@ def preferences(split, count=None):
 
 
 def comparisons(split):
-    """The first 8,000 of the training pairs of `preferences`, or 1,000 of the test pairs: enough for dpo.py."""
+    """The first 8,000 training pairs or 1,000 test pairs of `preferences`: enough for dpo.py."""
     return preferences(split, {"train": 8_000, "test": 1_000}[split])
 
 
@@ -252,7 +252,7 @@ def new_model():
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.1,  # the usual 0.02 is too small for this width: copying is then learned late or never
+        initializer_range=0.1,  # the usual 0.02 is too small for this width: copying is learned late or never
     )
     return LlamaForCausalLM(config), tokenizer
 

@@ -40,6 +40,7 @@ def run(name, world, output, **flags):
     return script.main(script.Args(**world.flags | flags, output=str(output)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [(name, {}) for name in SCRIPTS] + VARIANTS)
 def test_same_seed_same_run_bit_for_bit(name, flags, world, tmp_path):
     first, second = (run(name, world, tmp_path / folder, **flags) for folder in "ab")
@@ -77,6 +78,7 @@ def first_gradients(name, world, output, **flags):
     return list(found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_gradient_does_not_depend_on_the_micro_batch(name, world, tmp_path, seed=1):
     """At the first optimizer step, when all that was computed before is the same rollout.
@@ -102,6 +104,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(name, world, tmp_path, seed
             assert (gradient - expected).norm() < 2e-5 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [(name, {}) for name in SCRIPTS])
 def test_a_run_raises_its_reward(name, flags, world, tmp_path):
     """Reward: the share of the words a, b and c in the response. Twenty updates on a random policy must find it."""

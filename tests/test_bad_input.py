@@ -131,7 +131,10 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
         {"gold": "{bad}/rewards.py:nan"},
         "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number",
     ),
-    ({"reward": ("{bad}/headless",)}, "model {bad}/headless: the weights score.weight are missing, so it is another kind of model"),
+    (
+        {"reward": ("{bad}/headless",)},
+        "model {bad}/headless: the weights score.weight are missing, so it is another kind of model",
+    ),
     (
         {"reference": "{bad}/other"},
         "reference {bad}/other: its vocabulary is not the policy's, so there is no KL between them",
@@ -147,7 +150,10 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
         {"dataset": "{bad}/column.jsonl"},
         "dataset {bad}/column.jsonl: has no column 'prompt'; it has query, answer; name one with --prompt-column",
     ),
-    ({"dataset": "{bad}/list.py:rows"}, "dataset {bad}/list.py:rows: the function must return a datasets.Dataset, not <class 'list'>"),
+    (
+        {"dataset": "{bad}/list.py:rows"},
+        "dataset {bad}/list.py:rows: the function must return a datasets.Dataset, not <class 'list'>",
+    ),
     (
         {"dataset": "{bad}/null.jsonl"},
         "dataset {bad}/null.jsonl, split train: column 'completion' must hold text; row 1 does not",
@@ -230,7 +236,10 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
         "model {bad}/small: has embeddings for 7 tokens, but its tokenizer has 9; they do not belong "
         "together",
     ),
-    ({"reward": ("{bad}/small",)}, "model {bad}/small: the weights score.weight are missing, so it is another kind of model"),
+    (
+        {"reward": ("{bad}/small",)},
+        "model {bad}/small: the weights score.weight are missing, so it is another kind of model",
+    ),
     (
         {"model": "some-owner/some-model"},
         "tokenizer some-owner/some-model: not a local folder, and the hub cannot be reached …",
@@ -246,7 +255,10 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
         "--output {bad}/rewards.py/run: cannot be created, since {bad}/rewards.py is a file; choose "
         "another folder",
     ),
-    ({"output": "{bad}/rewards.py"}, "--output {bad}/rewards.py: already exists; choose another name, or delete that file"),
+    (
+        {"output": "{bad}/rewards.py"},
+        "--output {bad}/rewards.py: already exists; choose another name, or delete that file",
+    ),
 ]
 
 
@@ -430,6 +442,7 @@ def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path):
     """A mistake that is noticed late, when the models have been loaded: still nothing else is printed."""
     flags = ["--device", "cpu", "--dataset", "no_such.jsonl", "--output", str(tmp_path / "run")]

@@ -261,7 +261,7 @@ def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer):
 
 
 def test_a_policy_ties_with_its_own_responses_even_where_they_were_cut_off(world):
-    """The opponents are texts; whether each had ended must come along, or a reward model would see two different rows."""
+    """The opponents are texts; whether each ended must come along, or a reward model would see two different rows."""
     tokenizer, policy = load_tokenizer(world.policy), load_model(world.policy, CPU)
     reward = load_reward(world.reward, tokenizer, CPU, "float32", 1000)
     score = lambda batch, columns: {"score": reward(batch, columns)}

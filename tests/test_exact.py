@@ -183,12 +183,14 @@ def reinforce_pp_baseline_loss(world, k, beta):
         scores = reinforce_pp_baseline.center_scores(world.scores[rows], k)
         rewards = token_rewards(scores, world.kl[rows], 0.0, world.mask[rows])
         advantages = reinforce_pp_baseline.compute_advantages(rewards, world.mask[rows], whiten=False)
-        loss, _ = reinforce_pp_baseline.compute_loss(world.logprobs[rows], world.logprobs[rows].detach(), advantages, 0.2)
+        loss, _ = reinforce_pp_baseline.compute_loss(world.logprobs[rows], world.logprobs[rows].detach(), advantages,
+                                                     0.2)
         return (loss + beta * reinforce_pp_baseline.compute_kl_loss(world.logprobs[rows], world.ref_logprobs[rows])) / k
 
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 3])
 def test_mean_centring_scales_the_gradient(world, k):
     """GRPO without std and length mean: exactly (k - 1) / k of the true gradient."""
@@ -216,8 +218,10 @@ BIASED = {
     "grpo, length mean, k = 3": (lambda world: bias(world, grpo_loss(world, 3, False, True), 3, 0.0), (0.982, 0.287)),
     "grpo, both, k = 3": (lambda world: bias(world, grpo_loss(world, 3, True, True), 3, 0.0), (0.973, 0.260)),
     "grpo, KL k3 in the loss": (lambda world: bias(world, grpo_loss(world, 2, False, False, BETA), 2), (0.631, 0.225)),
-    "reinforce_pp_baseline, k = 2": (lambda world: bias(world, reinforce_pp_baseline_loss(world, 2, BETA), 2), (0.906, 0.355)),
-    "reinforce_pp_baseline, k = 3": (lambda world: bias(world, reinforce_pp_baseline_loss(world, 3, BETA), 3), (0.964, 0.539)),
+    "reinforce_pp_baseline, k = 2": (
+        lambda world: bias(world, reinforce_pp_baseline_loss(world, 2, BETA), 2), (0.906, 0.355)),
+    "reinforce_pp_baseline, k = 3": (
+        lambda world: bias(world, reinforce_pp_baseline_loss(world, 3, BETA), 3), (0.964, 0.539)),
     "reinforce_pp, whitening, N = 3": (lambda world: bias(world, reinforce_pp_loss(world, True), 3), (0.874, 0.468)),
     "ppo, whitening, N = 3": (lambda world: bias(world, ppo_loss(world, 1.0, whiten=True), 3), (0.980, 0.415)),
     "rloo, KL k3 in the reward": (lambda world: bias(world, rloo_loss_with_k3(world), 2), (0.970, 1.329)),
@@ -227,6 +231,7 @@ BIASED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BIASED)
 def test_known_bias(world, name):
     measure, expected = BIASED[name]

@@ -202,7 +202,8 @@ def compare(name, seen):
     for model, found in zip((trained, critic), seen.models):
         expected = list(model.parameters())
         if name == "reward_model":  # its head has been divided by the rewards' std in the end
-            std = seen.evaluations[args.num_updates]["std"] if seen.evaluations else expected[-1].norm() / found[-1].norm()
+            std = (seen.evaluations[args.num_updates]["std"] if seen.evaluations
+                   else expected[-1].norm() / found[-1].norm())
             expected[-1] = expected[-1] / std
         # Adam divides a gradient by its size, even one that is nothing but rounding errors (of the keys' biases).
         assert_close([found], [expected], f"{name}: weights in the end", tolerance=1e-7)
@@ -244,7 +245,7 @@ def compare_saved(name, seen, folder):
 
 
 def compare_evaluations(name, seen):
-    """The held-out numbers: of the RL scripts and DPO from what each evaluation sampled, of the others computed anew."""
+    """The held-out numbers: for the RL scripts and DPO from what each evaluation sampled, else computed anew."""
     args, policy = seen.args, small_world.policy()[0]
     every = args.eval_every or args.num_updates
     steps = sorted({0, args.num_updates, *range(every, args.num_updates, every)})
@@ -264,7 +265,8 @@ def compare_evaluations(name, seen):
             parameter.data.copy_(weight)
         found = seen.evaluations[args.num_updates]
         model.score.weight.data *= found["std"]  # which has been divided by it after the last evaluation
-        sides = [[oracle.classifier_score(model, encoded(row, side)) for row in data] for side in ("chosen", "rejected")]
+        sides = [[oracle.classifier_score(model, encoded(row, side)) for row in data]
+                 for side in ("chosen", "rejected")]
         golds = [small_world.brevity(data[side]) for side in ("chosen", "rejected")] if args.gold != "none" else None
         expected = oracle.pair_metrics(list(zip(*sides)), golds and list(zip(*golds)))
         assert found.keys() == expected.keys()
@@ -291,7 +293,12 @@ def compare_evaluations(name, seen):
                 assert row.old_logprobs == pytest.approx(logprobs, abs=1e-9)
 
 
-@pytest.mark.parametrize("name, flags", RUNS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(RUNS)])
+# "not slow": one run of each script.
+RUNS = [pytest.param(name, flags, marks=[pytest.mark.slow] * bool(flags.keys() - PAIRS.keys() - {"model"}))
+        for name, flags in RUNS]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, flags", RUNS, ids=[f"{run.values[0]}-{i}" for i, run in enumerate(RUNS)])
 def test_main_does_what_the_second_implementation_does(name, flags, tmp_path):
     with loop.float64():
         seen = loop.record(name, tmp_path / "run", given_rollout, **BASE | flags)
@@ -332,13 +339,15 @@ FINITE += [(name, *case) for name in ("dpo", "sft", "reward_model") for case in 
 FINITE += [(name, "grad_norm", given_rollout, {"critic": f"{HERE}:steep_critic"}) for name in ("vanilla_pg", "ppo")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, what, rollout, flags", FINITE)
 def test_numbers_that_are_not_finite_stop_every_script(name, what, rollout, flags, tmp_path, capsys):
     """Before they reach the weights: a script that does not look at one of them would save a ruined model."""
     more = {} if name in CASES else PAIRS
     if name == "reward_model":
         more = more | {"model": f"{HERE}:critic"}
-        flags = {flag: value.replace("steep", "steep_critic") if flag == "model" else value for flag, value in flags.items()}
+        flags = {flag: value.replace("steep", "steep_critic") if flag == "model" else value
+                 for flag, value in flags.items()}
     with pytest.raises(SystemExit) as stopped:
         loop.record(name, tmp_path / "run", rollout, **BASE | more | {"save_every": 1, "eval_every": 0} | flags)
     error = capsys.readouterr().err
@@ -347,13 +356,14 @@ def test_numbers_that_are_not_finite_stop_every_script(name, what, rollout, flag
     assert len(list((tmp_path / "run" / "checkpoints").glob("0*"))) == int(update) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, what", [*((name, "kl") for name in [*CASES, "dpo"]), ("sft", "perplexity"),
                                         ("reward_model", "mean")])  # fmt: skip
 def test_a_last_step_that_ruins_the_weights_is_not_saved(name, what, tmp_path, capsys):
     more = {} if name in CASES else PAIRS | ({"model": f"{HERE}:critic"} if name == "reward_model" else {})
     with pytest.raises(SystemExit):
-        loop.record(name, tmp_path / "run", given_rollout, **BASE | more | {"num_updates": 1, "lr": 1e300, "epochs": 1, "warmup_updates": 0,
-                                                                            "minibatches": 1})  # fmt: skip
+        loop.record(name, tmp_path / "run", given_rollout,
+                    **BASE | more | {"num_updates": 1, "lr": 1e300, "epochs": 1, "warmup_updates": 0, "minibatches": 1})
     assert f"update 1: {what} is not finite" in capsys.readouterr().err
     assert not (tmp_path / "run" / "model").exists()
 

@@ -99,6 +99,7 @@ def test_no_token_is_unknown_and_texts_come_back_whole():
     assert max(map(len, ids)) == 6
 
 
+@pytest.mark.slow
 def test_the_task_prints_problems_with_their_reward():
     done = subprocess.run([sys.executable, "tasks/mini_math.py"], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "2 1 + 9 4 =   right 5 1 1    demonstration 5 1      reward 0.0" in done.stdout

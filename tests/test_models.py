@@ -15,9 +15,11 @@ import rloo
 from common import Batch, decode, rollout, token_logprobs
 from plumbing import eos_ids, load_model, load_tokenizer, prompt_tokens, write_model
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 PROMPTS = ["The cat sat", "What is 2 + 3? Natalia sold 48 clips in April.", "走", "please tell me a joke about dogs"]
-SCRIPTS = "rloo reinforce remax grpo reinforce_pp vanilla_pg ppo raft dpo sft reward_model".split()
+SCRIPTS = ("rloo reinforce remax grpo reinforce_pp reinforce_pp_baseline vanilla_pg ppo raft dpo sft "
+           "reward_model").split()
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from test_loops import compare, compare_evaluations
 from helpers.tiny import ROOT, call_script, command_line, run_two, wait_for
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

@@ -48,6 +48,7 @@ def attempt(call, capsys):
         assert stopped.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
 
 
+@pytest.mark.slow
 @quick
 @given(rows=st.lists(st.dictionaries(st.sampled_from(["prompt", "completion", "chosen", "rejected", "messages"]), cells,
                                      max_size=4), min_size=1, max_size=3))  # fmt: skip
@@ -60,6 +61,7 @@ def test_any_json_rows_are_read_or_refused_in_one_line(rows, qwen, path, capsys)
             assert isinstance(row.get("completion", ""), str)
 
 
+@pytest.mark.slow
 @quick
 @given(lines=st.lists(st.binary(max_size=30) | texts.map(str.encode), min_size=1, max_size=3))
 def test_any_bytes_are_read_or_refused_in_one_line(lines, qwen, path, capsys):

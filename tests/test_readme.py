@@ -1,4 +1,4 @@
-"""README.md and docs/ against the code: commands, flags, links, metric names and the diff are right, and tables whole."""
+"""README.md and docs/ against the code: commands, flags, links, metric names, the diff and the tables."""
 
 import contextlib
 import importlib
@@ -42,7 +42,7 @@ def without_code(text):
 
 
 def commands():
-    """Every `python x.py ...` and `torchrun ... x.py ...`, in code blocks and between backticks, of pages and docstrings."""
+    """Every `python x.py ...` and `torchrun ... x.py ...` of pages and docstrings, in code blocks and backticks."""
     sources = [path for folder in (".", "tasks", "lab") for path in (ROOT / folder).glob("*.py")]
     docstrings = [path.read_text().split('"""')[1].replace("\\\\", "\\") for path in sources]
     for text in (*TEXT.values(), *docstrings):

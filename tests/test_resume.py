@@ -19,6 +19,9 @@ import rloo
 from plumbing import load_module
 
 
+pytestmark = pytest.mark.slow
+
+
 def flags_of(script, world, **more):
     fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
     flags = world.flags | {"eval_dataset": world.data, "batch_size": 4, "num_updates": 6, "save_every": 1} | more

@@ -4,12 +4,16 @@ The exact gradient is checked in test_exact.py, and what holds for every script 
 """
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from helpers.tiny import save_policy, scalars, token_ids
+from helpers.tiny import ROOT, save_policy, scalars, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rloo
@@ -108,3 +112,17 @@ def test_bfloat16_keeps_float32_weights_and_close_logprobs(world, tmp_path):
     policy = load_model(str(tmp_path / "run" / "model"), policy.device)
     full = token_logprobs(policy, batch, 1.0)
     assert low.dtype == torch.float32 and 1e-5 < (low - full).abs().max() < 0.3
+
+
+@pytest.mark.slow
+def test_copied_into_an_empty_folder_it_runs(tmp_path):
+    """Into a term paper's folder, say: these files and nothing else of the project."""
+    for name in ("rloo.py", "common.py", "plumbing.py", "runs.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "tasks", tmp_path / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "rloo.py", "--k", "4", "--num-updates", "2", "--eval-prompts", "16"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "model" / "model.safetensors").is_file() and "held-out prompts" in done.stdout

@@ -64,6 +64,7 @@ def test_spearman():
     assert reward_model.spearman(torch.tensor([1.0, 1, 2]), torch.tensor([1.0, 2, 2])) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [20, 16384])
 def test_reward_model_learns_the_pairs(world, tmp_path, tokens):
     (tmp_path / "length.py").write_text(
@@ -140,7 +141,8 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
 def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys):
     other = save_policy(tmp_path / "other", make_tokenizer("x y z".split()))
     flags = dict(reference=world.policy, reward=(world.reward,), judge="reward", dataset=world.data, device="cpu")
-    for name, expected in ((str(tmp_path / "typo"), "no such file or folder"), (other, "its vocabulary is not that of --reference")):
+    for name, expected in ((str(tmp_path / "typo"), "no such file or folder"),
+                           (other, "its vocabulary is not that of --reference")):
         with pytest.raises(SystemExit) as stopped:
             evaluate.main(evaluate.Args(policies=(world.policy, name), output=str(tmp_path / "c.json"), **flags))
         captured = capsys.readouterr()
@@ -153,6 +155,7 @@ def test_diversity_by_hand():
     assert evaluate.diversity(["a b a b", "c d", "e"], 2) == pytest.approx((2 / 3 + 1) / 2)
 
 
+@pytest.mark.slow
 def test_plot_groups_seeds_and_draws_every_axis(world, tmp_path, capsys):
     for k, seed in ((2, 1), (2, 2), (3, 1)):
         rloo.main(rloo.Args(**world.flags | {"k": k}, seed=seed, output=str(tmp_path / f"k{k}-{seed}")))

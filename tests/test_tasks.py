@@ -44,6 +44,7 @@ def test_gold_reward_by_hand(summary, gold, parts):
     assert mini_tldr.gold_reward(None, [summary, FULL], **columns) == pytest.approx([gold, 7])
 
 
+@pytest.mark.slow
 def test_posts_are_deterministic_and_hold_their_facts():
     train, test = mini_tldr.prompts("train"), mini_tldr.prompts("test")
     assert train[17] == mini_tldr.prompts("train")[17]
@@ -90,11 +91,13 @@ def test_an_edit_changes_one_fact_word():
         assert (old in facts.values()) != (new in facts.values())
 
 
+@pytest.mark.slow
 def test_the_task_prints_posts_with_their_gold_reward():
     done = subprocess.run([sys.executable, "tasks/mini_tldr.py"], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.count("post ") >= 3 and "gold 4.00 = covered 4 x +1" in done.stdout
 
 
+@pytest.mark.slow
 def test_shipped_policy_and_reward_model_are_what_the_readme_says():
     """On 500 held-out posts the SFT policy has room to grow, and the reward model sees where."""
     for folder in ("mini_tldr-sft", "mini_tldr-reward"):

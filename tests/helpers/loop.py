@@ -101,7 +101,8 @@ def record(script, output, rollout=None, frozen=False, **flags):
     module = load_module(path)
     names = {field.name for field in dataclasses.fields(module.Args)}
     args = module.Args(**{name: value for name, value in flags.items() if name in names}, output=str(output))
-    seen = SimpleNamespace(args=args, steps=[], metrics={}, evaluations={}, rollouts=[], samples=[], orders=[], texts={})
+    seen = SimpleNamespace(args=args, steps=[], metrics={}, evaluations={}, rollouts=[], samples=[], orders=[],
+                           texts={})
     optimizers = []
 
     def given(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None, greedy=False):
