@@ -136,10 +136,8 @@ def main(args):
             "rewards/rejected": rejected_rewards.mean(),
             "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
             "rewards/accuracies": (chosen_rewards > rejected_rewards).float().mean(),
-            "policy/loss": loss,
-            "policy/grad_norm": grad_norm,
-            "policy/grad_clipped": grad_norm > args.max_grad_norm,
-            "policy/lr": scheduler.get_last_lr()[0],
+            "policy/loss": loss, "policy/grad_norm": grad_norm,
+            "policy/grad_clipped": grad_norm > args.max_grad_norm, "policy/lr": scheduler.get_last_lr()[0],
         }
         run.log(metrics, samples=2 * len(chosen))
         scheduler.step()

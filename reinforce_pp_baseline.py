@@ -164,11 +164,9 @@ def main(args):
 
         # 6. log, evaluate, save
         metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
-            "policy/loss": loss,
+            "policy/loss": loss, "policy/grad_norm": grad_norm,
+            "policy/grad_clipped": grad_clipped, "policy/lr": scheduler.get_last_lr()[0],
             "policy/clipfrac": sum_over_ranks(clipped) / (args.epochs * batch.response_mask.sum()),
-            "policy/grad_norm": grad_norm,
-            "policy/grad_clipped": grad_clipped,
-            "policy/lr": scheduler.get_last_lr()[0],
         }
         run.log(metrics, samples=len(batch), tokens=batch.response_mask.sum())
         scheduler.step()

@@ -135,10 +135,8 @@ def main(args):
 
         # 6. log, evaluate, save
         metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
-            "policy/loss": loss,
-            "policy/grad_norm": grad_norm,
-            "policy/grad_clipped": grad_norm > args.max_grad_norm,
-            "policy/lr": scheduler.get_last_lr()[0],
+            "policy/loss": loss, "policy/grad_norm": grad_norm,
+            "policy/grad_clipped": grad_norm > args.max_grad_norm, "policy/lr": scheduler.get_last_lr()[0],
         }
         run.log(metrics, samples=len(batch), tokens=batch.response_mask.sum())
         scheduler.step()

@@ -161,10 +161,8 @@ def main(args):
         metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
             "value/loss": value_loss,
             "value/explained_variance": explained_variance(old_values, returns, batch.response_mask),
-            "policy/loss": loss,
-            "policy/grad_norm": grad_norm,
-            "policy/grad_clipped": grad_norm > args.max_grad_norm,
-            "policy/lr": scheduler.get_last_lr()[0],
+            "policy/loss": loss, "policy/grad_norm": grad_norm,
+            "policy/grad_clipped": grad_norm > args.max_grad_norm, "policy/lr": scheduler.get_last_lr()[0],
         }
         run.log(metrics, samples=len(batch), tokens=batch.response_mask.sum())
         scheduler.step()
