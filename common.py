@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from plumbing import (call_reward, eos_ids, isolated_rng, load_frozen_classifier, load_function, load_tokenizer, pad,
-                      prompt_tokens, rank_and_world_size, rank_generator, rank_slice, sum_over_ranks)
+from plumbing import (eos_ids, isolated_rng, pad, rank_and_world_size, rank_generator, rank_slice, select_rows,
+                      sum_over_ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------- batch
@@ -57,22 +57,14 @@ def decode(tokenizer, batch):
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def model_inputs(batch):
-    """Prompts and responses concatenated: ids and mask (N, P + T), and T, without columns that are all padding.
-
-    An empty batch becomes one placeholder row, since models cannot run on zero rows (see `microbatches`).
-    """
-    if len(batch) == 0:
-        ids = torch.zeros((1, 2), dtype=torch.long, device=batch.prompts.device)
-        return ids, ids == 0, 1
-    P, T = batch.prompt_mask.sum(1).max().item(), batch.response_mask.sum(1).max().item()
-    ids = torch.cat([batch.prompts[:, -P:], batch.responses[:, :T]], 1)
-    return ids, torch.cat([batch.prompt_mask[:, -P:], batch.response_mask[:, :T]], 1), T
-
-
 def repeat(values, k):
     """[a, b] -> [a, a, ..., b, b, ...]: one value per prompt -> one per row."""
     return [value for value in values for _ in range(k)]
+
+
+def prompt_numbers(batch):
+    """Which prompt each row has: equal numbers for equal prompts, from 0. Returns (N,)."""
+    return batch.prompts.masked_fill(~batch.prompt_mask, -1).unique(dim=0, return_inverse=True)[1]
 
 
 def positions(mask):
@@ -91,7 +83,7 @@ def minibatches(n, epochs, count):
 
 
 def microbatches(max_tokens, *groups, rows=None):
-    """Yield index tensors that together cover `rows` (default: all) once, grouping rows of similar length.
+    """Yield index tensors that together cover `rows` (default: all) once, grouping rows of a prompt and similar length.
 
     Row i of every group (one Batch, or chosen and rejected responses) lands in the same micro-batch. A micro-batch has
     at most `max_tokens` tokens, padding included; a longer row gets its own. A loss that is summed over micro-batches
@@ -102,8 +94,10 @@ def microbatches(max_tokens, *groups, rows=None):
     """
     prompt_lengths = torch.stack([batch.prompt_mask.sum(1) for batch in groups]).amax(0).tolist()
     lengths = torch.stack([batch.response_mask.sum(1) for batch in groups]).amax(0).tolist()
+    prompts = prompt_numbers(groups[0]).tolist()
+    longest = dict(sorted(zip(prompts, zip(lengths, prompt_lengths))))  # of each prompt's rows, which stay together
     rows = range(len(lengths)) if rows is None else rows.tolist()
-    rows = sorted(rows, key=lambda row: (lengths[row], prompt_lengths[row]))
+    rows = sorted(rows, key=lambda row: (longest[prompts[row]], prompts[row], lengths[row]))
 
     def divide(rows):
         parts, P, T = [[]], 0, 0
@@ -116,7 +110,8 @@ def microbatches(max_tokens, *groups, rows=None):
         return parts
 
     rank, size = rank_and_world_size()
-    parts = [divide(rows[other::size]) for other in range(size)]  # of all processes
+    turn = {prompt: i % size for i, prompt in enumerate(dict.fromkeys(prompts[row] for row in rows))}
+    parts = [divide([row for row in rows if turn[prompts[row]] == other]) for other in range(size)]  # of all processes
     for i in range(max(map(len, parts))):
         yield torch.tensor(parts[rank][i] if i < len(parts[rank]) else [], dtype=torch.long)
 
@@ -152,7 +147,7 @@ def concatenate(batches, pad_id):
 def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy=False):
     """Sample k responses per prompt from exactly softmax(logits / temperature): no top-k, no top-p.
 
-    Each prompt runs through the model once for its k samples, and finished rows leave the batch. With several
+    Each prompt runs through the model once for its k samples, and finished rows leave the batch soon. With several
     processes, each samples for its slice of the prompts, and all get the whole batch.
 
     Args: policy (causal LM); tokenizer; prompt_ids (B lists of token ids); k; temperature; max_new_tokens; greedy
@@ -167,9 +162,8 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
     prefill = mine if len(mine) else range(1)  # a process without prompts runs the model too, on one to discard
     output = policy(input_ids=prompts[prefill], attention_mask=prompt_mask[prefill],
                     position_ids=positions(prompt_mask[prefill]), use_cache=True, logits_to_keep=1)
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(k)
-    logits = output.logits[:, -1].repeat_interleave(k, 0)  # (n, V)
+    rows = torch.arange(len(prefill), device=device).repeat_interleave(k)  # (n,)
+    cache, logits = select_rows(output.past_key_values, rows, room=max_new_tokens), output.logits[rows, -1]  # (n, V)
     mask = prompt_mask[prefill].repeat_interleave(k, 0)  # (n, P), the context of the n unfinished rows
     prompts, prompt_mask = prompts.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0)  # (N, P)
 
@@ -178,28 +172,27 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
     response_mask = torch.zeros((N, max_new_tokens), dtype=torch.bool, device=device)  # (N, T)
     old_logprobs = torch.zeros((N, max_new_tokens), dtype=log_softmax(logits[:1], 1).dtype, device=device)  # (N, T)
     ended = torch.zeros(N, dtype=torch.bool, device=device)  # (N,)
-    active = torch.arange(N, device=device)[k * mine.start : k * mine.stop]  # (n,), indices of the unfinished rows
+    active = torch.arange(N, device=device)[k * prefill.start : k * prefill.stop]  # (n,), the rows in the cache
+    finished = torch.full_like(active, not len(mine), dtype=torch.bool)  # (n,)
     for t in range(max_new_tokens):
         logprobs = log_softmax(logits, temperature)  # (n, V)
         # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample from the softmax.
         noise = 0.0 if greedy else -torch.empty_like(logprobs).exponential_(generator=generator).log()
-        tokens = (logprobs + noise).argmax(1, keepdim=True)  # (n, 1)
-        n = len(active)  # fewer than tokens only when a finished process keeps one row to discard
-        responses[active, t] = tokens[:n, 0]
-        response_mask[active, t] = True
-        old_logprobs[active, t] = logprobs.gather(1, tokens)[:n, 0]
-        finished = torch.isin(tokens[:n, 0], ends)  # (n,)
-        ended[active[finished]] = True
-        if not sum_over_ranks(n - finished.sum().item()) or t + 1 == max_new_tokens:
+        tokens = (logprobs + noise).argmax(1)  # (n,)
+        rows = active[~finished]
+        responses[rows, t] = tokens[~finished]
+        response_mask[rows, t] = True
+        old_logprobs[rows, t] = logprobs[~finished, tokens[~finished]]
+        finished |= torch.isin(tokens, ends)
+        ended[active[finished]] = len(mine) > 0
+        if not sum_over_ranks((~finished).sum().item()) or t + 1 == max_new_tokens:
             break
-        if finished.any():
-            unfinished = (~finished).nonzero().squeeze(1)
-            active = active[unfinished]
-            unfinished = unfinished if len(unfinished) else torch.zeros_like(tokens[:1, 0])
-            mask, tokens = mask[unfinished], tokens[unfinished]
-            cache.batch_select_indices(unfinished)
+        if finished.sum() > len(active) / 8:  # not each at once: the others' keys and values have to be copied
+            keep = (~finished).nonzero().squeeze(1) if not finished.all() else torch.zeros_like(active[:1])
+            cache = select_rows(cache, keep, room=max_new_tokens - t - 1)
+            active, finished, mask, tokens = active[keep], finished[keep], mask[keep], tokens[keep]
         mask = F.pad(mask, (0, 1), value=True)  # (n, P + t + 1)
-        output = policy(input_ids=tokens, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+        output = policy(input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
                         past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1]
     T = t + 1
@@ -217,14 +210,56 @@ def token_logprobs(model, batch, temperature):
 
     Returns: (N, T), 0 where masked.
     """
-    ids, mask, T = model_inputs(batch)
-    # Logits predict the next token, so read from the last prompt position to the second-to-last response position.
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False,
-                   logits_to_keep=T + 1)
-    logprobs = log_softmax(output.logits[: len(batch), :-1], temperature)  # (N, T, V)
-    logprobs = logprobs.gather(2, batch.responses[:, :T, None]).squeeze(2)  # (N, T)
-    logprobs = logprobs.masked_fill(~batch.response_mask[:, :T], 0.0)
-    return F.pad(logprobs, (0, batch.responses.shape[1] - T))
+    def outputs(keep, **inputs):
+        output = model(**inputs, logits_to_keep=keep)
+        return output.logits, output.past_key_values
+
+    def pick(logits, rows, start):  # logits predict the next token: the first of them, at the last prompt token, token 0
+        tokens = batch.responses[rows, start : start + logits.shape[1]]  # (n, t)
+        return log_softmax(logits, temperature).gather(2, tokens.unsqueeze(2)).squeeze(2)
+
+    return forward(model, outputs, pick, batch, last=False).masked_fill(~batch.response_mask, 0.0)
+
+
+def forward(model, outputs, pick, batch, last):
+    """A number for the last prompt token and for each response token, with gradients.
+
+    Rows with the same prompt share its pass through the model and continue from its keys and values, rows of similar
+    length together. If no two rows do, or the model cannot (with --shard, where all processes must make the same passes,
+    and --gradient-checkpointing, which would fill the cache twice), each row is one pass. The numbers are the same.
+
+    Args: model; outputs (function (keep, **inputs) -> outputs at the last `keep` tokens (n, keep, D), and the cache);
+    pick (function (outputs (n, t, D), rows, start) -> (n, t), the numbers of columns start, start + 1, ...); batch; last
+    (whether the last response token gets a number too). Returns: (N, T), (N, 1 + T) with the last; arbitrary if masked.
+    """
+    width = batch.responses.shape[1] + last
+    lengths = batch.response_mask.sum(1) + int(last) - 1  # (N,), of the part of a response that the model must read
+    P, T = max([1, *batch.prompt_mask.sum(1).tolist()]), max([0, *lengths.tolist()])
+    ids = torch.cat([batch.prompts[:, -P:], batch.responses[:, :T]], 1)  # (N, P + T)
+    mask = torch.cat([batch.prompt_mask[:, -P:], batch.response_mask[:, :T]], 1)
+    numbers = prompt_numbers(batch)  # (N,)
+    rows = torch.arange(len(batch), device=numbers.device)
+    first = torch.zeros_like(numbers.unique()).scatter(0, numbers, rows)  # a row of each prompt
+    if len(first) == len(batch) or not getattr(model, "shares_prompts", True):
+        if not len(batch):  # processes that hold parts of one sharded model must run it together: on a placeholder
+            ids, mask = ids.new_zeros(1, P + T), mask.new_ones(1, P + T)
+        output, _ = outputs(T + 1, input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+        return F.pad(pick(output[: len(batch)], slice(None), 0), (0, width - 1 - T))
+
+    prompt_mask = mask[first, :P]
+    output, cache = outputs(1, input_ids=ids[first, :P], attention_mask=prompt_mask, position_ids=positions(prompt_mask),
+                            use_cache=True)
+    found = [F.pad(pick(output[numbers], slice(None), 0), (0, width - 1))]
+    order = lengths.argsort(descending=True)
+    while len(order) and (t := lengths[order[0]].item()) > 0:
+        similar = (lengths[order] > 0.75 * t).sum()
+        rows, order = order[:similar], order[similar:]
+        row_mask = mask[rows, : P + t]
+        output, _ = outputs(t, input_ids=ids[rows, P : P + t], attention_mask=row_mask,
+                            position_ids=positions(row_mask)[:, P:], past_key_values=select_rows(cache, numbers[rows]))
+        part = F.pad(pick(output, rows, 1), (1, width - 1 - t))
+        found.append(torch.zeros_like(found[0]).index_copy(0, rows, part))
+    return sum(found)
 
 
 @torch.no_grad()
@@ -268,30 +303,31 @@ def token_rewards(scores, kl, beta, response_mask):
 # ------------------------------------------------------------------------------------------------------- reward scoring
 
 
+def classifier_outputs(model, batch, last):
+    """Output of a one-label sequence classifier at the last prompt token and at each response token. See `forward`."""
+    def outputs(keep, **inputs):
+        output = model.base_model(**inputs)
+        hidden = output.last_hidden_state[:, -keep:].to(model.score.weight.dtype)  # (n, keep, hidden)
+        return model.score(hidden), output.past_key_values
+
+    return forward(model, outputs, lambda output, rows, start: output.squeeze(2), batch, last)
+
+
 def classifier_scores(model, batch):
     """Output of a one-label sequence classifier at each row's last real token, with gradients. Returns (N,).
 
     The position comes from the mask. transformers itself looks for the last id other than the pad id, which is the
     wrong position if pad and EOS are the same token.
     """
-    ids, mask, T = model_inputs(batch)
-    output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-    last = ids.shape[1] - T + batch.response_mask.sum(1) - 1  # (N,)
-    hidden = output.last_hidden_state[torch.arange(len(batch), device=last.device), last]  # (N, hidden)
-    return model.score(hidden.to(model.score.weight.dtype)).squeeze(1)
+    return classifier_outputs(model, batch, last=True).gather(1, batch.response_mask.sum(1, keepdim=True)).squeeze(1)
 
 
 def token_values(critic, batch):
-    """A one-label classifier's output at the state before each response token, with gradients.
+    """A one-label classifier's output before each response token, with gradients. Returns (N, T), 0 where masked.
 
-    The value must not see the action, so V for response token t is read one position earlier (for the first token, at
-    the last prompt token). Returns: (N, T), 0 where masked.
+    The value must not see the action: V of the first token is read at the last prompt token, and so on.
     """
-    ids, mask, T = model_inputs(batch)
-    output = critic.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-    hidden = output.last_hidden_state[: len(batch), -T - 1 : -1]  # (N, T, hidden)
-    values = critic.score(hidden.to(critic.score.weight.dtype)).squeeze(2)  # (N, T)
-    return F.pad(values.masked_fill(~batch.response_mask[:, :T], 0.0), (0, batch.responses.shape[1] - T))
+    return classifier_outputs(critic, batch, last=False).masked_fill(~batch.response_mask, 0.0)
 
 
 @torch.no_grad()
@@ -301,41 +337,6 @@ def no_grad_values(critic, batch, max_tokens):
     for rows in microbatches(max_tokens, batch):
         values[rows] = token_values(critic, batch[rows]).to(values.dtype)
     return sum_over_ranks(values)
-
-
-def load_reward(name, tokenizer, device, dtype, max_tokens, shard=False):
-    """A function reward(batch, examples) -> (N,), from a classifier or from "path/to/file.py:function".
-
-    A classifier is any one-label AutoModelForSequenceClassification on a causal model. It gets the rollout's token ids
-    if it shares the policy's tokenizer; otherwise the text is tokenized again (chat messages with its own chat
-    template), with an EOS if the response has one. For functions see plumbing.call_reward.
-
-    `examples` holds the dataset rows (lists of B values) that the N = B * k rows of `batch` belong to.
-    """
-    if ".py:" in name:
-        function = load_function(name)
-
-        return lambda batch, examples: sum_over_ranks(
-            call_reward(name, function, examples, decode(tokenizer, batch)).to(device))
-
-    model = load_frozen_classifier(name, device, dtype, shard)
-    reward_tokenizer = load_tokenizer(name)
-    same_ids = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
-    rows_of_embedding = model.get_input_embeddings().num_embeddings
-
-    @torch.no_grad()
-    def reward(batch, examples):
-        # A policy's vocabulary may be padded beyond the tokenizer's, and the extra ids can be sampled.
-        if not same_ids or batch.responses.max() >= rows_of_embedding:
-            k = len(batch) // len(examples["prompt"])
-            prompt_ids = repeat(prompt_tokens(reward_tokenizer, examples["prompt"], f"reward {name}"), k)
-            batch = encode(reward_tokenizer, prompt_ids, decode(tokenizer, batch), device, batch.ended.tolist())
-        rewards = torch.zeros(len(batch), device=device)  # (N,)
-        for rows in microbatches(max_tokens, batch):
-            rewards[rows] = classifier_scores(model, batch[rows])
-        return sum_over_ranks(rewards)
-
-    return reward
 
 
 # ----------------------------------------------------------------------------------------------- evaluation and metrics

@@ -26,10 +26,10 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from common import encode, evaluate, load_reward, no_grad_logprobs
+from common import encode, evaluate, no_grad_logprobs
 from plumbing import (leave, load_model, load_reference, load_rows, load_tokenizer, pick_device, rank_and_world_size,
                       require)
-from runs import check_args, dry_run, find_gold, load_rewards
+from runs import check_args, dry_run, find_gold, load_reward, load_rewards
 
 
 @dataclass

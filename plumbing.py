@@ -1,5 +1,6 @@
 """Plumbing: processes, models, data, one-line error messages. No RL in here."""
 
+import copy
 import functools
 import importlib.util
 import itertools
@@ -18,6 +19,7 @@ import datasets
 import numpy
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
@@ -29,6 +31,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig,
                           set_seed)
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 transformers.logging.set_verbosity_error()
@@ -163,11 +166,9 @@ def shard_model(model, device):
     blocks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     for layer in max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()), default=[]):
         fully_shard(layer, mesh=mesh)
-    if hasattr(model, "score"):  # a classifier's body and head are called separately
-        fully_shard(model.base_model, mesh=mesh)
-        fully_shard(model.score, mesh=mesh)
-    else:
-        fully_shard(model, mesh=mesh)
+    # A classifier's body and head are called separately.
+    for part in (model.base_model, model.score) if hasattr(model, "score") else (model,):
+        fully_shard(part, mesh=mesh)
 
 
 # --------------------------------------------------------------------------------------------------------------- models
@@ -282,6 +283,7 @@ def load_model(name, device, dtype="float32", shard=False, gradient_checkpointin
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.forward = functools.partial(recompute_in_backward, layer.forward, use_reentrant=False)
+    model.shares_prompts = not (gradient_checkpointing or shard)  # see common.forward
     if shard:
         shard_model(model, device)
     return model.to(device).eval()
@@ -297,6 +299,35 @@ def fix_generation_config(model):
         model.generation_config = GenerationConfig(**ids)
 
 
+def select_rows(cache, rows, room=0):
+    """A copy of a cache with the given rows, differentiable, and with room for that many more tokens."""
+    part = copy.copy(cache)
+    part.layers = [copy.copy(layer) for layer in cache.layers]
+    for i, layer in enumerate(part.layers):  # selected as flat rows, which is several times as fast, and backward too
+        layer.keys, layer.values = (states.flatten(1).index_select(0, rows).unflatten(1, states.shape[1:])
+                                    for states in (layer.keys, layer.values))
+        if room and not layer.is_sliding:
+            part.layers[i] = RoomyLayer(layer.keys, layer.values, room)
+    return part
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of a layer, with room for the tokens to come: each step writes its own and copies no others."""
+
+    def __init__(self, keys, values, room):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.buffers = [F.pad(states, (0, 0, 0, room)) for states in (keys, values)]
+        self.keys, self.values = keys, values
+
+    def update(self, keys, values, *args, **kwargs):
+        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        for buffer, states in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
 def eos_ids(policy, tokenizer):
     """Every token id that ends a response: the tokenizer's EOS and those in the model's generation config."""
     config = getattr(policy, "generation_config", None)
@@ -310,12 +341,6 @@ def check_positions(model, length):
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     require(length <= limit, f"rows of up to {length} tokens, including the response, do not fit the model's {limit} "
                              "positions; lower --max-prompt-length, --max-length or --max-new-tokens")
-
-
-@functools.cache
-def load_frozen_classifier(name, device, dtype, shard):
-    """A frozen reward model, loaded once however many flags name it."""
-    return load_classifier(name, device, dtype, shard).requires_grad_(False)
 
 
 def load_reference(args, tokenizer, device):
@@ -411,7 +436,9 @@ def load_dataset(name, split, config=None):
             kind = Path(name).suffix[1:].replace("jsonl", "json")
             dataset = datasets.load_dataset(kind, data_files=name, split="train")
         else:
-            dataset = datasets.load_dataset(name, config or main_config(name), split=split)
+            names = [] if config else datasets.get_dataset_config_names(name)  # several: "main", or datasets says which
+            main = "main" if len(names) > 1 and "main" in names else None
+            dataset = datasets.load_dataset(name, config or main, split=split)
     except Exception as error:
         cause = one_line(error.__cause__ or "")  # names the row that is not valid JSON
         require(not cause.startswith("JSON"), f"dataset {name}, split {split}: not valid JSON ({cause}, counting from "
@@ -423,21 +450,9 @@ def load_dataset(name, split, config=None):
     return dataset
 
 
-def main_config(name):
-    """The configuration "main" if a dataset has several and one is called that; else None, and datasets chooses."""
-    names = datasets.get_dataset_config_names(name)
-    return "main" if len(names) > 1 and "main" in names else None
-
-
 def as_text(prompt):
     """A prompt as plain text: itself, or its chat messages, one per line."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-
-
-def as_replies(prompts, texts):
-    """Responses as reward functions expect them: texts, or one-message lists for chat prompts."""
-    return [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts)]
 
 
 def prompt_tokens(tokenizer, prompts, what):
@@ -599,7 +614,9 @@ def call_reward(name, function, examples, completions):
     columns = {key: [values[i] for i in mine for _ in range(k)] for key, values in examples.items()
                if key not in ("prompt_ids", "num_tokens")}  # ours, not the dataset's
     columns["prompts"] = columns.pop("prompt")
-    columns["completions"] = as_replies(columns["prompts"], completions[k * mine.start : k * mine.stop])
+    columns["completions"] = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(columns["prompts"], completions[k * mine.start : k * mine.stop])]
     if not len(mine):
         return rewards
     try:

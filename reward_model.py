@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from transformers import get_scheduler
 
-from common import classifier_scores, encode, load_reward, microbatches
+from common import classifier_scores, encode, microbatches
 from plumbing import (check_positions, clip_gradients, leave, load_classifier, load_rows, load_tokenizer,
                       rank_and_world_size, sum_over_ranks)
-from runs import DataArgs, Run, SystemArgs, find_gold, parse, setup
+from runs import DataArgs, Run, SystemArgs, find_gold, load_reward, parse, setup
 
 
 def compute_loss(chosen, rejected, center):

@@ -23,10 +23,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import set_seed
 
-from common import decode, encode, load_reward, repeat
-from plumbing import (as_text, batches, check_positions, load_module, load_optimizer_state, one_line, optimizer_state,
-                      pick_device, random_states, rank_and_world_size, read_model, require, set_random_states, stop,
-                      sum_over_ranks, write_model)
+from common import classifier_scores, decode, encode, microbatches, repeat
+from plumbing import (as_text, batches, call_reward, check_positions, load_classifier, load_function, load_module,
+                      load_optimizer_state, load_tokenizer, one_line, optimizer_state, pick_device, prompt_tokens,
+                      random_states, rank_and_world_size, read_model, require, set_random_states, stop, sum_over_ranks,
+                      write_model)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -196,6 +197,39 @@ def find_gold(gold, dataset):
     if gold == "auto" and path.endswith(".py") and hasattr(load_module(path), "gold_reward"):
         return f"{path}:gold_reward"
     return None if gold in ("auto", "none") else gold
+
+
+@functools.cache  # a model that several flags name is loaded once
+def load_reward(name, tokenizer, device, dtype, max_tokens, shard=False):
+    """A function reward(batch, examples) -> (N,), from a classifier or from "path/to/file.py:function".
+
+    A classifier is any one-label AutoModelForSequenceClassification on a causal model. It gets the rollout's token ids
+    if it shares the policy's tokenizer; otherwise the text is tokenized again (chat messages with its own chat
+    template), with an EOS if the response has one. For functions see plumbing.call_reward.
+
+    `examples` holds the dataset rows (lists of B values) that the N = B * k rows of `batch` belong to.
+    """
+    if ".py:" in name:
+        function = load_function(name)
+        return lambda batch, examples: sum_over_ranks(
+            call_reward(name, function, examples, decode(tokenizer, batch)).to(device))
+    model = load_classifier(name, device, dtype, shard).requires_grad_(False)
+    reward_tokenizer, rows_of_embedding = load_tokenizer(name), model.get_input_embeddings().num_embeddings
+    same_ids = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
+
+    @torch.no_grad()
+    def reward(batch, examples):
+        # A policy's vocabulary may be padded beyond the tokenizer's, and the extra ids can be sampled.
+        if not same_ids or batch.responses.max() >= rows_of_embedding:
+            k = len(batch) // len(examples["prompt"])
+            prompt_ids = repeat(prompt_tokens(reward_tokenizer, examples["prompt"], f"reward {name}"), k)
+            batch = encode(reward_tokenizer, prompt_ids, decode(tokenizer, batch), device, batch.ended.tolist())
+        rewards = torch.zeros(len(batch), device=device)  # (N,)
+        for rows in microbatches(max_tokens, batch):
+            rewards[rows] = classifier_scores(model, batch[rows])
+        return sum_over_ranks(rewards)
+
+    return reward
 
 
 def load_rewards(args, tokenizer, device):
@@ -446,10 +480,7 @@ class Run:
         raise SystemExit(128 + (self.signals or [signal.SIGTERM])[0])
 
     def finish(self, test=None):
-        """Close the log, and print what training changed: first and last evaluation, and their responses to one prompt.
-
-        Args: test (the evaluation dataset; None: print nothing).
-        """
+        """Close the log, and print the first and last evaluation, and their responses to one prompt of `test`, if any."""
         if self.writer:
             self.writer.close()
             threading.excepthook = self.excepthook

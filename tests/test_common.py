@@ -14,7 +14,6 @@ from common import (
     encode,
     evaluate,
     no_grad_logprobs,
-    load_reward,
     microbatches,
     minibatches,
     positions,
@@ -25,6 +24,7 @@ from common import (
     wins,
 )
 from plumbing import batches, eos_ids, load_dataset, load_model, load_rows, load_tokenizer, pad
+from runs import load_reward
 
 WORDS = "a b c d e f".split()
 PROMPTS = ["a b c", "d", "e f a b c d", "f f"]

@@ -10,10 +10,10 @@ from helpers.families import FAMILIES, save_family
 from helpers.tiny import save_classifier
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-import common
-import rloo
+import reinforce
 from common import Batch, decode, rollout, token_logprobs
 from plumbing import eos_ids, load_model, load_tokenizer, prompt_tokens, write_model
+from runs import load_reward
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -83,15 +83,15 @@ def test_one_update_with_gradient_checkpointing_or_without_is_the_same(name, fol
     (tmp_path / "reward.py").write_text("def size(completions, **_):\n    return [len(c) / 9 for c in completions]\n")
     weights = []
     for checkpointing in (False, True):
-        policy = rloo.main(
-            rloo.Args(
+        policy = reinforce.main(
+            reinforce.Args(
                 model=folders[name],
                 dataset=str(tmp_path / "data.jsonl"),
                 reward=(f"{tmp_path}/reward.py:size",),
                 gradient_checkpointing=checkpointing,
                 num_updates=1,
                 prompts_per_step=4,
-                k=2,
+                k=1,  # no siblings: with checkpointing, their prompt would not be shared
                 max_new_tokens=8,
                 eval_every=0,
                 eval_prompts=2,
@@ -202,7 +202,7 @@ def test_a_reward_model_with_another_chat_template_gets_the_messages_in_its_own(
     other.save_pretrained(tmp_path / "reward")
     messages = [[{"role": "user", "content": f"What is {i} + 3?"}] for i in range(2)]
     batch = rollout(policy, tokenizer, prompt_tokens(tokenizer, messages, "test"), 2, 1.0, 6)
-    reward = common.load_reward(str(tmp_path / "reward"), tokenizer, CPU, "float32", 1000)
+    reward = load_reward(str(tmp_path / "reward"), tokenizer, CPU, "float32", 1000)
     scores = reward(batch, {"prompt": messages})
     for row, text in enumerate(decode(tokenizer, batch)):
         prompt = other.apply_chat_template(messages[row // 2], tokenize=False, add_generation_prompt=True)
@@ -223,7 +223,7 @@ def test_ids_that_only_the_policy_has_do_not_reach_the_reward_model(folders, tmp
     prompt_ids = prompt_tokens(tokenizer, PROMPTS, "test")
     batch = rollout(policy, tokenizer, prompt_ids, 4, 1.0, 8)
     batch.responses[3, 0] = len(tokenizer) + 5  # an id without a word
-    scores = common.load_reward(small, tokenizer, CPU, "float32", 1000)(batch, {"prompt": PROMPTS})
+    scores = load_reward(small, tokenizer, CPU, "float32", 1000)(batch, {"prompt": PROMPTS})
     assert scores.isfinite().all() and len(scores) == 16
 
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from helpers.tiny import CPU, data_args
 
-from common import decode, encode, load_reward
+from common import decode, encode
 from plumbing import load_module, load_rows, load_tokenizer, one_line, prompt_tokens, shorten
+from runs import load_reward
 
 ROOT = Path(__file__).parent.parent
 gsm8k = load_module(str(ROOT / "tasks" / "gsm8k.py"))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers.tiny import CPU, token_ids
 
-from common import decode, encode, load_reward, rollout
+from common import decode, encode, rollout
 from plumbing import load_model, load_tokenizer
+from runs import load_reward
 from tasks import mini_tldr
 
 ROOT = Path(__file__).parent.parent
