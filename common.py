@@ -309,7 +309,6 @@ def classifier_outputs(model, batch, last):
         output = model.base_model(**inputs)
         hidden = output.last_hidden_state[:, -keep:].to(model.score.weight.dtype)  # (n, keep, hidden)
         return model.score(hidden), output.past_key_values
-
     return forward(model, outputs, lambda output, rows, start: output.squeeze(2), batch, last)
 
 
