@@ -3,16 +3,15 @@
 import dataclasses
 import difflib
 import importlib
-import inspect
 import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.tiny import ROOT, scalars
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dpo
 import ppo
@@ -41,7 +40,7 @@ def run(name, world, output, **flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, flags", [(name, {}) for name in SCRIPTS] + VARIANTS)
+@pytest.mark.parametrize("name, flags", VARIANTS)
 def test_same_seed_same_run_bit_for_bit(name, flags, world, tmp_path):
     first, second = (run(name, world, tmp_path / folder, **flags) for folder in "ab")
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))
@@ -61,75 +60,32 @@ def test_another_seed_is_another_run(world, tmp_path):
     assert first["objective/kl"] != second["objective/kl"]
 
 
-def first_gradients(name, world, output, **flags):
-    """The gradients at the first step of each optimizer (the policy's, then the critic's), each as one vector."""
-    found = {}
-
-    def record(optimizer, *_):
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])  # a copy
-        found.setdefault(id(optimizer), gradient)
-
-    handle = register_optimizer_step_pre_hook(record)
-    try:
-        run(name, world, output, num_updates=1, eval_every=0, max_grad_norm=1e9, **flags)
-    finally:
-        handle.remove()
-    return list(found.values())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_gradient_does_not_depend_on_the_micro_batch(name, world, tmp_path, seed=1):
-    """At the first optimizer step, when all that was computed before is the same rollout.
-
-    The reward is a function, with a number of its own for every text. A reward model's scores change in the last bit
-    with the micro-batch, which could choose another best response for RAFT, and which GRPO would divide by the standard
-    deviation of a group in which all scores are equal.
-    """
-    (tmp_path / "reward.py").write_text(
-        "import zlib\n\n\ndef own(completions, **_):\n"
-        "    return [zlib.crc32(text.encode()) % 1009 / 1009 for text in completions]\n"
-    )
-    flags = {"seed": seed, "reward": (f"{tmp_path}/reward.py:own",)}
-    flags |= {"critic": world.reward} if name in ("vanilla_pg", "ppo") else {}
-    one_row, some, whole = (
-        first_gradients(name, world, tmp_path / str(tokens), microbatch_tokens=tokens, **flags)
-        for tokens in (1, 30, 100_000)
-    )
-    assert len(one_row) == len(some) == len(whole) == (2 if "critic" in flags else 1)
-    for expected, *others in zip(whole, one_row, some):
-        assert expected.norm() > 1e-3
-        for gradient in others:
-            assert (gradient - expected).norm() < 2e-5 * expected.norm()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name, flags", [(name, {}) for name in SCRIPTS])
-def test_a_run_raises_its_reward(name, flags, world, tmp_path):
+def test_a_run_raises_its_reward(name, world, tmp_path):
     """Reward: the share of the words a, b and c in the response. Twenty updates on a random policy must find it."""
     path = tmp_path / "reward.py"
     path.write_text(
         "def share(prompts, completions, **_):\n"
         "    return [sum(word in 'abc' for word in c.split()) / max(1, len(c.split())) for c in completions]\n"
     )
-    flags |= {"reward": (f"{path}:share",), "num_updates": 20, "lr": 2e-2}
+    flags = {"reward": (f"{path}:share",), "num_updates": 20, "lr": 2e-2}
     flags |= {"prompts_per_step": 12, "eval_prompts": 12, "eval_every": 0}
     run(name, world, tmp_path / "run", **flags, beta=0.0, missing_eos_penalty=0.0)
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["before"]["score"] < 0.4 and result["after"]["score"] > 0.8
 
 
-def test_dpo_runs_repeats_itself_and_prefers_the_chosen(world, tmp_path):
+@pytest.mark.slow
+def test_dpo_prefers_the_chosen(world, tmp_path):
     unused = {"k", "prompts_per_step"}
     flags = {name: value for name, value in world.flags.items() if name not in unused}
     flags |= {"eval_dataset": world.data, "batch_size": 12, "num_updates": 20, "microbatch_tokens": 100}
-    runs = [dpo.main(dpo.Args(**flags, output=str(tmp_path / folder))) for folder in "ab"]
-    assert all(torch.equal(p, q) for p, q in zip(runs[0].parameters(), runs[1].parameters()))
-    a = scalars(tmp_path / "a")
-    assert a["policy/loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
-    assert a["rewards/margins"][0][1] == pytest.approx(0, abs=1e-5)
-    assert a["rewards/accuracies"][-1][1] == 1 and a["rewards/margins"][-1][1] > 0.5
+    dpo.main(dpo.Args(**flags, output=str(tmp_path / "run")))
+    curves = scalars(tmp_path / "run")
+    assert curves["policy/loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
+    assert curves["rewards/margins"][0][1] == pytest.approx(0, abs=1e-5)
+    assert curves["rewards/accuracies"][-1][1] == 1 and curves["rewards/margins"][-1][1] > 0.5
 
 
 def body(name):
@@ -164,11 +120,12 @@ def test_scripts_share_their_skeleton_line_by_line(name, relative):
 def test_every_flag_is_read_and_explained(name):
     script = importlib.import_module(name)
     shared = "".join((ROOT / f"{room}.py").read_text() for room in ("common", "plumbing", "runs"))
+    read = "\n".join(body(name)).split("def main(args)")[1] + shared
     for field in dataclasses.fields(script.Args):
-        read = "\n".join(body(name)).split("def main(args)")[1] + shared
         assert f"args.{field.name}" in read or field.name.endswith("_column"), field.name
         owner = next(cls for cls in script.Args.__mro__ if field.name in cls.__annotations__)
-        definition = inspect.getsource(owner).split(f"    {field.name}: ")[1]
+        source = Path(sys.modules[owner.__module__].__file__).read_text()
+        definition = source.split(f"class {owner.__name__}")[1].split(f"    {field.name}: ")[1]
         assert definition.splitlines()[1].startswith('    """'), field.name
 
 

@@ -1,6 +1,7 @@
 """Every family of models, with every kind of tokenizer: rollout, log-probs, updates, saved folders, chat, rewards."""
 
 import importlib
+import itertools
 import json
 import shutil
 
@@ -20,6 +21,7 @@ CPU = torch.device("cpu")
 PROMPTS = ["The cat sat", "What is 2 + 3? Natalia sold 48 clips in April.", "走", "please tell me a joke about dogs"]
 SCRIPTS = ("rloo reinforce remax grpo reinforce_pp reinforce_pp_baseline vanilla_pg ppo raft dpo sft "
            "reward_model").split()
+THREE = ["neox", "llama", "qwen2"]  # of nine families: tokenizers that differ most
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +121,8 @@ def test_gradient_checkpointing_keeps_less(folders):
     assert saved[True] < 0.5 * saved[False]
 
 
-@pytest.mark.parametrize("name", ["neox", "llama", "qwen2"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script, name", sorted(
+    {*zip(SCRIPTS, itertools.cycle(THREE)), *itertools.product(["rloo", "ppo"], THREE)}))  # fmt: skip
 def test_every_script_trains_on_a_chat_dataset_and_saves_what_transformers_loads(script, name, folders, data, tmp_path):
     module = importlib.import_module(script)
     flags = dict(model=folders[name], dataset=str(data), num_updates=2, lr=1e-2, device="cpu", max_length=64)

@@ -1,6 +1,6 @@
 """Several processes do what one does, sharded and not; under torchrun, a process that fails ends the run.
 
-Only the tests at the end start torchrun itself. Processes that have imported everything do for the others.
+Only the test at the end starts torchrun itself. Processes that have imported everything do for the others.
 """
 
 import json
@@ -18,7 +18,7 @@ from helpers import loop, two_processes
 from helpers.two_processes import RUNS
 from safetensors.torch import load_file
 from test_loops import compare, compare_evaluations
-from helpers.tiny import ROOT, call_script, command_line, run_two, wait_for
+from helpers.tiny import ROOT, call_script, command_line, run_two, start_two, wait_for
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -96,10 +96,7 @@ def test_the_other_scripts_shard_too(script, context, world, tmp_path):
         assert done.stdout.count("wrote ") == 1
 
 
-# ------------------------------------------------------------------------------------------------ torchrun itself
-
-
-LENGTH = """
+SCORES = """
 import os
 from pathlib import Path
 
@@ -117,46 +114,32 @@ def reward(completions, **_):
 
 
 @pytest.fixture
-def torchrun(world, tmp_path):
-    """Starts torchrun rloo.py with two processes; their reward writes a file when they are training."""
-    (tmp_path / "reward.py").write_text(LENGTH)
-
-    def start(environment=os.environ, **flags):
-        flags = world.flags | {"reward": (f"{tmp_path}/reward.py:reward",), "output": tmp_path / "run"} | flags
-        return subprocess.Popen([*TORCHRUN, "rloo.py", *command_line(flags)], cwd=ROOT, env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-    return start
+def flags(world, tmp_path):
+    """Flags of rloo.py with a reward that writes a file when its process is training."""
+    (tmp_path / "reward.py").write_text(SCORES)
+    return world.flags | {"reward": (f"{tmp_path}/reward.py:reward",), "output": tmp_path / "run", "eval_every": 0}
 
 
-def test_sigterm_to_one_process_saves_a_checkpoint(torchrun, tmp_path):
-    process = torchrun(num_updates=5000, eval_every=0, save_every=0)
-    wait_for((tmp_path / "training").exists, process)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGTERM)
-    output, errors = process.communicate(timeout=120)
-    assert "to resume: torchrun --nproc-per-node 2 rloo.py --resume" in output
+def test_sigterm_to_one_process_saves_a_checkpoint(flags, context, tmp_path):
+    both = start_two(context, tmp_path / "log", call_script, "rloo", flags | {"num_updates": 5000, "save_every": 0})
+    wait_for((tmp_path / "training").exists, both[0])
+    both[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=60) for process in both] == [128 + signal.SIGTERM] * 2
+    assert "to resume: torchrun --nproc-per-node 2 rloo.py --resume" in both[0].stdout
     (path,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert path.name.isdigit() and (path / "checksums.json").is_file()
 
 
-def test_a_process_that_fails_ends_the_run_with_its_error(torchrun, context, world, tmp_path):
-    """And what was saved goes on, like a run that nothing has happened to."""
-    flags = {"num_updates": 8, "eval_every": 0, "save_every": 1}
-    process = torchrun({**os.environ, "FAIL": "1"}, **flags)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode != 0 and "this process has had enough" in errors
-    assert 0 < kill.reached(tmp_path / "run") < 8
-    flags = world.flags | flags | {"reward": (f"{tmp_path}/reward.py:reward",)}
-    for given in ({"resume": tmp_path / "run"}, flags | {"output": tmp_path / "whole"}):
-        done = run_two(context, tmp_path / "output", call_script, "rloo", given)
-        assert done.returncode == 0, done.stderr
-    assert kill.differences(kill.outcome(tmp_path / "whole"), kill.outcome(tmp_path / "run")) == []
-
-
-def test_a_mistake_is_told_once(torchrun, tmp_path):
-    process = torchrun(k=1)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode != 0
-    assert errors.count("error: --k 1") == 1
+def test_a_mistake_is_told_once(flags, context, tmp_path):
+    done = run_two(context, tmp_path / "log", call_script, "rloo", flags | {"k": 1})
+    assert done.returncode != 0 and done.stderr.count("error: --k 1") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_under_torchrun_a_process_that_fails_ends_the_run_with_its_error(flags, tmp_path):
+    """Its checkpoints stay. (test_resume.py goes on from those of a run that has lost a process.)"""
+    words = command_line(flags | {"num_updates": 8, "save_every": 1})
+    done = subprocess.run([*TORCHRUN, "rloo.py", *words], cwd=ROOT, env={**os.environ, "FAIL": "1"}, text=True,
+                          capture_output=True, timeout=120)  # fmt: skip
+    assert done.returncode != 0 and "this process has had enough" in done.stderr
+    assert 0 < kill.reached(tmp_path / "run") < 8

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import kill
@@ -28,10 +29,18 @@ def flags_of(script, world, **more):
     return {name: value for name, value in flags.items() if name in fields}
 
 
+@pytest.fixture(scope="module")
+def killed(context, world, tmp_path_factory):
+    """A result of kill.compare to come for each script; two at a time."""
+    folder, two = tmp_path_factory.mktemp("killed"), ThreadPoolExecutor(2)
+    return {script: two.submit(kill.compare, context, script, flags_of(script, world), folder / script, kills=3,
+                               seed=1855) for script in kill.SCRIPTS}  # fmt: skip
+
+
 @pytest.mark.parametrize("script", kill.SCRIPTS)
-def test_killed_at_random_moments_and_resumed_is_the_same_bit_for_bit(script, context, world, tmp_path):
+def test_killed_at_random_moments_and_resumed_is_the_same_bit_for_bit(script, killed):
     """The seed is one whose second moment is, for every script, well before the end of the run."""
-    found, kills = kill.compare(context, script, flags_of(script, world), tmp_path, kills=3, seed=1855)
+    found, kills = killed[script].result()
     assert found == [] and kills >= 2
 
 

@@ -4,6 +4,8 @@ For example --model tests/helpers/small_world.py:policy. Every call of a functio
 models are GPT-2s, since Llama's RMSNorm computes in float32 whatever the weights are.
 """
 
+import functools
+
 import torch
 from datasets import Dataset
 from helpers.tiny import make_float64_critic, make_float64_policy, make_tokenizer
@@ -31,6 +33,7 @@ def reference():
     return policy(seed=4)
 
 
+@functools.cache
 def old_policy():
     """What the given rollouts are sampled from: not the policy that is trained, so that ratios differ from 1."""
     model, tokens = policy()

@@ -171,18 +171,19 @@ def call_script(script, flags, positional=()):
     module.main(getattr(module, "parse", tyro.cli)(module.Args))
 
 
-def run_two(context, folder, function, *args, timeout=120, **environment):
-    """function(*args) in two processes that know each other: like torchrun --nproc-per-node 2, without its imports.
-
-    Where one fails, the other is ended. Returns: returncode, and stdout and stderr of both.
-    """
+def start_two(context, folder, function, *args, **environment):
+    """function(*args) in two processes that know each other: like torchrun --nproc-per-node 2, without its imports."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    both = [
+    return [
         Child(context, folder / f"rank{rank}", function, *args, RANK=rank, LOCAL_RANK=rank, **address, **environment)
         for rank in ("0", "1")
     ]
+
+
+def end_two(both, timeout=120):
+    """Wait for both; where one fails, the other is ended. Returns: returncode, and stdout and stderr of both."""
     end, ending = time.monotonic() + timeout, False
     while any(process.poll() is None for process in both):
         time.sleep(0.02)
@@ -198,3 +199,8 @@ def run_two(context, folder, function, *args, timeout=120, **environment):
         stdout="".join(process.stdout for process in both),
         stderr="".join(process.stderr for process in both),
     )
+
+
+def run_two(*args, **environment):
+    """start_two and end_two."""
+    return end_two(start_two(*args, **environment))
