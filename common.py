@@ -6,17 +6,17 @@ Names and shapes are the same everywhere:
     P prompt tokens (padded on the left), T response tokens (padded on the right), V words in the vocabulary
 """
 
+import functools
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
-from plumbing import (eos_ids, isolated_rng, pad, rank_and_world_size, rank_generator, rank_slice, select_rows,
-                      sum_over_ranks)
+from plumbing import (RoomyLayer, eos_ids, isolated_rng, pad, rank_and_world_size, rank_generator, rank_slice,
+                      select_rows, sum_over_ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------- batch
-
 
 @dataclass
 class Batch:
@@ -118,7 +118,6 @@ def microbatches(max_tokens, *groups, rows=None):
 
 # -------------------------------------------------------------------------------------------------------------- rollout
 
-
 def log_softmax(logits, temperature):
     """Log-probs under softmax(logits / temperature), in at least float32."""
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
@@ -127,8 +126,9 @@ def log_softmax(logits, temperature):
 def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None, greedy=False):
     """`sample` in chunks of at most `at_once` responses per process (default: all at once). Returns: Batch."""
     size = max(1, (at_once or k * len(prompt_ids)) // k) * rank_and_world_size()[1]  # prompts
-    parts = [sample(policy, tokenizer, prompt_ids[i : i + size], k, temperature, max_new_tokens, greedy)
-             for i in range(0, len(prompt_ids), size)]
+    with torch.autocast(policy.device.type, enabled=False):  # keeps what the model's own casts until the last token
+        parts = [sample(policy, tokenizer, prompt_ids[i : i + size], k, temperature, max_new_tokens, greedy)
+                 for i in range(0, len(prompt_ids), size)]
     return concatenate(parts, tokenizer.pad_token_id)
 
 
@@ -150,20 +150,20 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
     Each prompt runs through the model once for its k samples, and finished rows leave the batch soon. With several
     processes, each samples for its slice of the prompts, and all get the whole batch.
 
-    Args: policy (causal LM); tokenizer; prompt_ids (B lists of token ids); k; temperature; max_new_tokens; greedy
-    (take the most probable token instead of sampling).
+    Args: policy (causal LM); tokenizer; prompt_ids (B lists of token ids); k; temperature; max_new_tokens; greedy.
     Returns: Batch of N = B * k rows, prompt-major.
     """
-    device = policy.device
+    device, generator = policy.device, rank_generator(policy.device)
     ends = eos_ids(policy, tokenizer).to(device)
-    generator = rank_generator(device)
     prompts, prompt_mask = pad(prompt_ids, tokenizer.pad_token_id, "left", device)  # (B, P)
     mine = rank_slice(len(prompts))
     prefill = mine if len(mine) else range(1)  # a process without prompts runs the model too, on one to discard
     output = policy(input_ids=prompts[prefill], attention_mask=prompt_mask[prefill],
                     position_ids=positions(prompt_mask[prefill]), use_cache=True, logits_to_keep=1)
     rows = torch.arange(len(prefill), device=device).repeat_interleave(k)  # (n,)
-    cache, logits = select_rows(output.past_key_values, rows, room=max_new_tokens), output.logits[rows, -1]  # (n, V)
+    cache, logits = output.past_key_values, output.logits[rows, -1]  # (n, V)
+    cache.layers = [layer if layer.is_sliding else RoomyLayer(layer, max_new_tokens) for layer in cache.layers]
+    cache = select_rows(cache, rows)
     mask = prompt_mask[prefill].repeat_interleave(k, 0)  # (n, P), the context of the n unfinished rows
     prompts, prompt_mask = prompts.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0)  # (N, P)
 
@@ -189,7 +189,7 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
             break
         if finished.sum() > len(active) / 8:  # not each at once: the others' keys and values have to be copied
             keep = (~finished).nonzero().squeeze(1) if not finished.all() else torch.zeros_like(active[:1])
-            cache = select_rows(cache, keep, room=max_new_tokens - t - 1)
+            cache = select_rows(cache, keep)
             active, finished, mask, tokens = active[keep], finished[keep], mask[keep], tokens[keep]
         mask = F.pad(mask, (0, 1), value=True)  # (n, P + t + 1)
         output = policy(input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
@@ -204,7 +204,6 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
 
 # ----------------------------------------------------------------------------------------------------- log-probs and KL
 
-
 def token_logprobs(model, batch, temperature):
     """Log-prob of each response token under softmax(logits / temperature), with gradients.
 
@@ -214,7 +213,7 @@ def token_logprobs(model, batch, temperature):
         output = model(**inputs, logits_to_keep=keep)
         return output.logits, output.past_key_values
 
-    def pick(logits, rows, start):  # logits predict the next token: the first of them, at the last prompt token, token 0
+    def pick(logits, rows, start):  # logits predict the next token: the first, at the last prompt token, token 0
         tokens = batch.responses[rows, start : start + logits.shape[1]]  # (n, t)
         return log_softmax(logits, temperature).gather(2, tokens.unsqueeze(2)).squeeze(2)
 
@@ -225,11 +224,11 @@ def forward(model, outputs, pick, batch, last):
     """A number for the last prompt token and for each response token, with gradients.
 
     Rows with the same prompt share its pass through the model and continue from its keys and values, rows of similar
-    length together. If no two rows do, or the model cannot (with --shard, where all processes must make the same passes,
+    length together. If no two rows do, or the model can't (with --shard, where all processes must make the same passes,
     and --gradient-checkpointing, which would fill the cache twice), each row is one pass. The numbers are the same.
 
     Args: model; outputs (function (keep, **inputs) -> outputs at the last `keep` tokens (n, keep, D), and the cache);
-    pick (function (outputs (n, t, D), rows, start) -> (n, t), the numbers of columns start, start + 1, ...); batch; last
+    pick (function (outputs (n, t, D), rows, start) -> (n, t), the numbers of columns start, start + 1 ...); batch; last
     (whether the last response token gets a number too). Returns: (N, T), (N, 1 + T) with the last; arbitrary if masked.
     """
     width = batch.responses.shape[1] + last
@@ -247,8 +246,8 @@ def forward(model, outputs, pick, batch, last):
         return F.pad(pick(output[: len(batch)], slice(None), 0), (0, width - 1 - T))
 
     prompt_mask = mask[first, :P]
-    output, cache = outputs(1, input_ids=ids[first, :P], attention_mask=prompt_mask, position_ids=positions(prompt_mask),
-                            use_cache=True)
+    output, cache = outputs(1, input_ids=ids[first, :P], attention_mask=prompt_mask,
+                            position_ids=positions(prompt_mask), use_cache=True)
     found = [F.pad(pick(output[numbers], slice(None), 0), (0, width - 1))]
     order = lengths.argsort(descending=True)
     while len(order) and (t := lengths[order[0]].item()) > 0:
@@ -302,7 +301,6 @@ def token_rewards(scores, kl, beta, response_mask):
 
 # ------------------------------------------------------------------------------------------------------- reward scoring
 
-
 def classifier_outputs(model, batch, last):
     """Output of a one-label sequence classifier at the last prompt token and at each response token. See `forward`."""
     def outputs(keep, **inputs):
@@ -340,52 +338,50 @@ def no_grad_values(critic, batch, max_tokens):
 
 # ----------------------------------------------------------------------------------------------- evaluation and metrics
 
-
 @torch.no_grad()
 def evaluate(policy, reference, tokenizer, reward_fns, dataset, args, k=1, greedy=False, judge=None, opponents=None):
     """Sample k responses to each held-out prompt and score them, without touching training's random state.
 
     Args: policy and reference (causal LMs); reward_fns (see runs.load_rewards); dataset (see load_rows); args
     (temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed); judge (name of the reward function that
-    decides the win rate; default: the last); opponents (N texts to compare with, and N bools: whether each ended;
-    default: the dataset's completion column, if there is one).
+    decides the win rate; default: the last); opponents (N scores of other responses, for the win rate; default: those
+    of the dataset's completion column, if there is one).
     Returns: (values, completions): dict name -> (N,) floats on the CPU, and the N responses as text, prompt-major.
     """
-    if opponents is None and "completion" in dataset.column_names:
-        opponents = repeat(dataset["completion"][:], k), [True] * len(dataset) * k
     values, completions, judge = {}, [], judge or list(reward_fns)[-1]
     with isolated_rng(args.seed):
-        size = max(1, args.eval_batch_size // k)
-        for start in range(0, len(dataset), size):
-            examples = dataset[start : start + size]
-            batch = sample(policy, tokenizer, examples["prompt_ids"], k, args.temperature, args.max_new_tokens, greedy)
+        if opponents is None and "completion" in dataset.column_names:
+            opponents = completion_scores(reward_fns[judge], judge, tokenizer, dataset, args.eval_batch_size,
+                                          policy.device).repeat_interleave(k)
+        for examples in dataset.iter(max(1, args.eval_batch_size // k)):
+            batch = rollout(policy, tokenizer, examples["prompt_ids"], k, args.temperature, args.max_new_tokens,
+                            greedy=greedy)
             ref_logprobs = no_grad_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (n, T)
             found = {}  # name -> (n,)
             for reward_fn in reward_fns.values():
                 found |= reward_fn(batch, examples)
-            if opponents:
-                texts, ended = (part[len(completions) :][: len(batch)] for part in opponents)
-                others = encode(tokenizer, repeat(examples["prompt_ids"], k), texts, policy.device, ended)
-                found["win_rate"] = wins(found[judge], reward_fns[judge](others, examples)[judge])
+            if opponents is not None:
+                better = found[judge].cpu() - opponents[len(completions) :][: len(batch)]
+                found["win_rate"] = (torch.sign(better) + 1) / 2  # 1/2 for ties
             found["kl"] = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask).sum(1)
-            found["length"] = batch.response_mask.sum(1)
-            found["eos_rate"] = batch.ended
+            found |= {"length": batch.response_mask.sum(1), "eos_rate": batch.ended}
             for name, value in found.items():
                 values.setdefault(name, []).append(value.float().cpu())
             completions += decode(tokenizer, batch)
     return {name: torch.cat(parts) for name, parts in values.items()}, completions
 
 
-def wins(scores, other_scores):
-    """1 where the first score is higher, 0 where it is lower, 1/2 for ties. Returns (N,)."""
-    return (torch.sign(scores - other_scores) + 1) / 2
+@functools.lru_cache(maxsize=1)  # computed once a run
+def completion_scores(reward_fn, name, tokenizer, dataset, at_once, device):
+    """Scores of a dataset's completions: (n,), on the CPU. `name` is their name in what reward_fn returns."""
+    return torch.cat([reward_fn(encode(tokenizer, rows["prompt_ids"], rows["completion"], device), rows)[name].cpu()
+                      for rows in dataset.iter(at_once)])
 
 
 def rollout_metrics(batch, parts, scores, kl, rewards, k):
     """Metrics that every algorithm logs about a rollout: means over its N responses or its B prompts.
 
-    Args: batch; parts (dict name -> (N,), the rewards that make up the scores); scores (N,); kl (N, T); rewards (N,),
-    or (N, T), summed here; k.
+    Args: batch; parts (dict name -> (N,), what makes up the scores); scores (N,); kl (N, T); rewards (N,) or (N, T); k.
     """
     groups = scores.view(-1, k)  # (B, k)
     return {f"objective/{name}": part.mean() for name, part in parts.items() if name != "score"} | {

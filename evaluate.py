@@ -80,7 +80,7 @@ class Args:
     """maximum response length in tokens"""
     eval_batch_size: int = 512
     """responses to sample at once"""
-    microbatch_tokens: int = 16384
+    microbatch_tokens: int = 4096
     """maximum tokens per micro-batch, padding included"""
     seed: int = 1
     """random seed for sampling"""
@@ -163,9 +163,9 @@ def main(args):
     k, opponents, results = 1 if args.greedy else args.k, None, {}
     if args.against:  # with a different seed, so that the two policies do not share random numbers
         policy = load_model(args.against, device, args.dtype, args.shard).requires_grad_(False)
-        values, completions = evaluate(policy, reference, tokenizer, reward_fns, dataset,
-                                       replace(args, seed=args.seed + 1), k, args.greedy, judge)
-        opponents = completions, values["eos_rate"].bool().tolist()
+        values, _ = evaluate(policy, reference, tokenizer, reward_fns, dataset, replace(args, seed=args.seed + 1), k,
+                             args.greedy, judge)
+        opponents = values[judge]
     for name in tqdm(args.policies, desc="evaluate", unit="policy", disable=rank_and_world_size()[0] > 0):
         policy = load_model(name, device, args.dtype, args.shard).requires_grad_(False)
         values, completions = evaluate(policy, reference, tokenizer, reward_fns, dataset, args, k, args.greedy, judge,

@@ -4,14 +4,14 @@ import copy
 import functools
 import importlib.util
 import itertools
-import math
 import os
 import random
 import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+import timeit
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +19,6 @@ import datasets
 import numpy
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
@@ -29,10 +28,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig,
-                          set_seed)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          GenerationConfig, set_seed)
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -40,22 +40,17 @@ datasets.disable_progress_bars()
 
 
 # ------------------------------------------------------------------------------------------------ devices and processes
-#
 # `torchrun --nproc-per-node 4 rloo.py` starts four processes ("ranks"). Each samples, scores and backpropagates its
 # slice of the rows, and the results are shared, so anything computed from a batch (advantages, statistics, metrics) is
 # the same on every rank, and the same as with one process. Without torchrun there is nothing to share.
 
 
 def pick_device(args):
-    """Join the other processes, if torchrun has started several. Returns this process's torch.device.
-
-    Args: args (device: "cpu", "cuda", "mps", or "auto" for the best available; shard).
-    """
+    """Join the other processes, if torchrun has started several. Returns this process's torch.device."""
     several, local = int(os.environ.get("WORLD_SIZE", 1)) > 1, int(os.environ.get("LOCAL_RANK", 0))
     require(several or not args.shard, "--shard: there is only one process; launch with torchrun --nproc-per-node 2")
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = best if args.device == "auto" else args.device
     require(not several or ":" not in name,
             f"--device {name}: with several processes, each takes its own; use cuda or cpu")
     if several and name == "cuda":
@@ -72,6 +67,22 @@ def pick_device(args):
         timeout = timedelta(hours=2)  # the others wait while rank 0 writes a large checkpoint
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return device
+
+
+def pick_threads(model, count=None):
+    """Use all of torch's threads, or fewer if the model is clearly faster with fewer right now. Returns the number.
+
+    On a busy machine, threads that wait for each other can be 100 times slower than one. Resumed runs keep `count`.
+    """
+    most, ids, seconds = torch.get_num_threads(), torch.zeros((16, 16), dtype=torch.long), {}
+    if model.device.type == "cpu" and not dist.is_initialized() and "OMP_NUM_THREADS" not in os.environ:
+        for number in {count or 1, count or -(-most // 2), count or most}:
+            torch.set_num_threads(number)
+            calls, total = timeit.Timer(lambda: model(ids)).autorange()  # 0.2 s or more
+            seconds[number] = total / calls * (1 if number == most else 1.5)
+        torch.set_num_threads(min(seconds, key=seconds.get))
+        print(f"{torch.get_num_threads()} of {most} threads (fewer on a busy machine; OMP_NUM_THREADS overrides)")
+    return torch.get_num_threads()
 
 
 def leave():
@@ -152,10 +163,8 @@ def clip_gradients(model, max_norm):
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     for gradient in gradients if dist.is_initialized() else []:
-        if isinstance(gradient, DTensor):
-            gradient.mul_(dist.get_world_size())  # undoes fully_shard's averaging
-        else:
-            dist.all_reduce(gradient)
+        sharded = isinstance(gradient, DTensor)  # then it has been averaged
+        gradient.mul_(dist.get_world_size()) if sharded else dist.all_reduce(gradient)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -172,7 +181,6 @@ def shard_model(model, device):
 
 
 # --------------------------------------------------------------------------------------------------------------- models
-
 
 @functools.cache
 def load_module(path):
@@ -219,9 +227,9 @@ def explain(what, name, error):
     files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     pickles = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if (pickles and not any(name.endswith(".safetensors") for name in files)) or "use_safetensors" in text:
-        pickles = pickles[0] if pickles else "its weights"
-        return (f"{pickles} is a pickle, which can run arbitrary code when loaded, so it is refused; if you trust it, "
-                "load it in transformers and save it with save_pretrained, as safetensors")
+        return (f"{pickles[0] if pickles else 'its weights'} is a pickle, which can run arbitrary code when loaded, so "
+                "it is refused; if you trust it, load it in transformers and save it with save_pretrained, as "
+                "safetensors")
     if not folder.exists() and isinstance(error, OSError):  # raised by transformers and datasets without a connection
         return (f"not a local folder, and the hub cannot be reached or does not have it; if you are offline, set "
                 f"HF_HUB_OFFLINE=1 to use cached downloads at once, or fetch it elsewhere with `hf download "
@@ -242,10 +250,7 @@ def from_pretrained(what, auto_class, name, **kwargs):
 
 def load_tokenizer(name):
     """Load a tokenizer from a hub name, a folder, or a "file.py:function" that returns (model, tokenizer)."""
-    if ".py:" in name:
-        tokenizer = load_function(name)()[1]
-    else:
-        tokenizer = from_pretrained("tokenizer", AutoTokenizer, name)
+    tokenizer = load_function(name)()[1] if ".py:" in name else from_pretrained("tokenizer", AutoTokenizer, name)
     require(tokenizer.eos_token_id is not None, f"tokenizer {name}: has no EOS token, so no response could ever end")
     if tokenizer.pad_token_id is None:  # any id will do: masks are built from positions, never from ids
         tokenizer.pad_token = tokenizer.eos_token
@@ -258,9 +263,8 @@ def load_model(name, device, dtype="float32", shard=False, gradient_checkpointin
 
     Weights stay in float32, since Adam's small steps would vanish in bfloat16; dtype "bfloat16" runs the forward passes
     under autocast. Dropout is always off (eval mode), so that sampling and updates see the same policy. Only
-    safetensors are loaded, and code from the hub is never run. `shard` shards the weights across processes (FSDP2).
-    `gradient_checkpointing` keeps only each layer's input for the backward pass; it is done by hand, since transformers
-    supports it only in train mode. `new` names weights that may be missing.
+    safetensors are loaded, and code from the hub is never run. `gradient_checkpointing` is done by hand, since
+    transformers supports it only in train mode. `new` names weights that may be missing.
     """
     if ".py:" in name:
         model, tokenizer = load_function(name)()
@@ -289,6 +293,14 @@ def load_model(name, device, dtype="float32", shard=False, gradient_checkpointin
     return model.to(device).eval()
 
 
+def fitting_tokens(name, device):
+    """How many tokens have activations and logits of about 1 GB in an update; more at once are slower on a CPU."""
+    if device.type != "cpu" or ".py:" in name:
+        return 8192
+    config = from_pretrained("model", AutoConfig, name).get_text_config()
+    return min(8192, 2**28 // (24 * config.hidden_size * config.num_hidden_layers + 3 * config.vocab_size))
+
+
 def fix_generation_config(model):
     """Replace a generation config that transformers loads but refuses to save; some models on the hub have one."""
     config = getattr(model, "generation_config", None)
@@ -299,26 +311,27 @@ def fix_generation_config(model):
         model.generation_config = GenerationConfig(**ids)
 
 
-def select_rows(cache, rows, room=0):
-    """A copy of a cache with the given rows, differentiable, and with room for that many more tokens."""
+def select_rows(cache, rows):
+    """A copy of a cache with the given rows, differentiable."""
     part = copy.copy(cache)
     part.layers = [copy.copy(layer) for layer in cache.layers]
-    for i, layer in enumerate(part.layers):  # selected as flat rows, which is several times as fast, and backward too
-        layer.keys, layer.values = (states.flatten(1).index_select(0, rows).unflatten(1, states.shape[1:])
-                                    for states in (layer.keys, layer.values))
-        if room and not layer.is_sliding:
-            part.layers[i] = RoomyLayer(layer.keys, layer.values, room)
+    for layer in part.layers:
+        both = layer.buffers if isinstance(layer, RoomyLayer) else (layer.keys, layer.values)
+        both = [states.flatten(1).index_select(0, rows).unflatten(1, states.shape[1:])  # several times as fast as
+                for states in both]  # states[rows], and backward too
+        layer.keys, layer.values = (states[:, :, : layer.keys.shape[2]] for states in both)
+        layer.buffers = both
     return part
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of a layer, with room for the tokens to come: each step writes its own and copies no others."""
+    """Keys and values of a layer, with room for more tokens: each step writes its own, and copies no others."""
 
-    def __init__(self, keys, values, room):
+    def __init__(self, layer, room):
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self.buffers = [F.pad(states, (0, 0, 0, room)) for states in (keys, values)]
-        self.keys, self.values = keys, values
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys.to(layer.values.dtype), layer.values  # which autocast does at each token
+        self.buffers = [torch.nn.functional.pad(states, (0, 0, 0, room)) for states in (self.keys, self.values)]
 
     def update(self, keys, values, *args, **kwargs):
         start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
@@ -330,30 +343,34 @@ class RoomyLayer(DynamicLayer):
 
 def eos_ids(policy, tokenizer):
     """Every token id that ends a response: the tokenizer's EOS and those in the model's generation config."""
-    config = getattr(policy, "generation_config", None)
-    more = getattr(config, "eos_token_id", None)
-    more = more if isinstance(more, list) else [] if more is None else [more]
-    return torch.tensor(sorted({tokenizer.eos_token_id, *more}))
+    more = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
+    return torch.tensor(sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}))
 
 
 def check_positions(model, length):
     """Exit if a row of `length` tokens does not fit the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    require(length <= limit, f"rows of up to {length} tokens, including the response, do not fit the model's {limit} "
-                             "positions; lower --max-prompt-length, --max-length or --max-new-tokens")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    require(not limit or length <= limit, f"rows of up to {length} tokens, including the response, do not fit the "
+            f"model's {limit} positions; lower --max-prompt-length, --max-length or --max-new-tokens")
+
+
+def freeze(model, dtype):
+    """No gradients for a model that is not trained, and its weights cast for good where autocast would at each pass."""
+    whole = not any(isinstance(weight, DTensor) for weight in model.parameters())
+    for module in model.base_model.modules() if whole and dtype == "bfloat16" else []:
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
+            module.to(torch.bfloat16)
+    return model.requires_grad_(False)
 
 
 def load_reference(args, tokenizer, device):
-    """The frozen reference policy for the KL: args.reference, or args.model if that is None.
-
-    Its vocabulary must be that of `tokenizer`, the policy's.
-    """
+    """The frozen reference policy for the KL: args.reference, or args.model if that is None, of the same vocabulary."""
     name = args.reference or args.model
     require(args.reference or ".py:" not in name,
             f"model {name}: a second call of the function may return other weights; give --reference as well")
     same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
     require(same, f"reference {name}: its vocabulary is not the policy's, so there is no KL between them")
-    return load_model(name, device, args.dtype, args.shard).requires_grad_(False)
+    return freeze(load_model(name, device, args.dtype, args.shard), args.dtype)
 
 
 def load_classifier(name, device, dtype="float32", shard=False, gradient_checkpointing=False, new_head=False):
@@ -367,10 +384,7 @@ def load_classifier(name, device, dtype="float32", shard=False, gradient_checkpo
 
 
 def load_critic(args, tokenizer, device):
-    """The value model: args.critic; by default the reward model, or the policy if the reward is a function.
-
-    A policy gets a new head; a reward model or a critic keeps its own.
-    """
+    """The value model: args.critic; by default the reward model or, if it is a function, the policy and a new head."""
     name = args.critic or (args.model if ".py:" in args.reward[0] else args.reward[0])
     same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
     require(same, f"critic {name}: its vocabulary is not the policy's; choose another --critic")
@@ -416,22 +430,19 @@ def load_optimizer_state(model, optimizer, state):
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
-
 def load_dataset(name, split, config=None):
     """Load a hub dataset, a folder written by save_to_disk, a .json/.jsonl/.csv/.parquet file, or a python function.
 
-    Args: name ("owner/name", a path, or "file.py:function" called with the split); split ("train", "test", ...;
-    ignored for a single file); config (for a hub dataset that has several).
+    Args: name; split ("train", "test", ...; ignored for a single file); config (for a hub dataset that has several).
     """
     function = load_function(name) if ".py:" in name else check_path("dataset", name)
     require(not os.path.isfile(name) or os.path.getsize(name) > 0, f"dataset {name}: is empty")
     try:
         if function:
             dataset = function(split)
-        elif os.path.isfile(os.path.join(name, "dataset_dict.json")):
-            dataset = datasets.load_from_disk(name)[split]
-        elif os.path.isfile(os.path.join(name, "dataset_info.json")):
+        elif any(os.path.isfile(f"{name}/{file}") for file in ("dataset_dict.json", "dataset_info.json")):
             dataset = datasets.load_from_disk(name)
+            dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
         elif os.path.isfile(name):
             kind = Path(name).suffix[1:].replace("jsonl", "json")
             dataset = datasets.load_dataset(kind, data_files=name, split="train")
@@ -450,22 +461,16 @@ def load_dataset(name, split, config=None):
     return dataset
 
 
-def as_text(prompt):
-    """A prompt as plain text: itself, or its chat messages, one per line."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-
-
 def prompt_tokens(tokenizer, prompts, what):
     """Token ids of prompts: text with the tokenizer's own special tokens, messages through its chat template."""
-    if isinstance(prompts[0], str):
-        ids, end = tokenizer(prompts)["input_ids"], tokenizer.eos_token_id
+    if not prompts or isinstance(prompts[0], str):
+        ids, end = tokenizer(prompts)["input_ids"] if prompts else [], tokenizer.eos_token_id
         return [row[:-1] if row and row[-1] == end and not text.endswith(tokenizer.eos_token) else row
                 for row, text in zip(ids, prompts)]  # some tokenizers append EOS, but the response is still to come
     require(tokenizer.chat_template, f"{what}: the prompts are chat messages, but the tokenizer has no chat template; "
                                      "use an instruction-tuned model, or plain-text prompts")
     try:
-        texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-                 for prompt in prompts]
+        texts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
     except Exception as error:
         stop(f"{what}: the tokenizer's chat template rejects its messages: {one_line(error)}")
     return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has added them
@@ -485,12 +490,10 @@ RESPONSES = {"completion", "chosen", "rejected"}  # columns that hold responses
 def split_row(row, sources):
     """Find a row's prompt, and its completion, chosen and rejected if it has them, by TRL's conventions.
 
-    A conversation ("messages") is a prompt and a final reply. Chosen and rejected texts without a prompt, as in
-    Anthropic's HH, have an implicit one: their common prefix, up to the last "Assistant:" if there is one.
-    `sources` (dict target -> column) names columns to use instead.
+    A conversation ("messages") is a prompt and a final reply. Chosen and rejected texts without a prompt have an
+    implicit one: their common prefix, up to the last "Assistant:" if there is one. `sources`: dict target -> column.
     """
-    row = dict(row)
-    row |= {target: row[sources[target]] for target in ("prompt", "chosen", "rejected") if target in sources}
+    row = row | {target: row[sources[target]] for target in ("prompt", "chosen", "rejected") if target in sources}
     if "prompt" not in row and "messages" in row:
         row["prompt"], row["completion"] = row["messages"][:-1], row.pop("messages")[-1:]
     if "prompt" not in row and "chosen" in row and "rejected" in row:
@@ -520,81 +523,81 @@ def shorten(ids, length, tokenizer):
 def load_rows(args, split, tokenizer, columns=("prompt",), max_length=None, first=None):
     """Load the (first) rows of a dataset split that are not too long; print how many rows are dropped.
 
-    Args: args (dataset, dataset_config, max_prompt_length, chat, system_prompt, truncate_prompts; prompt_column,
-    completion_column, chosen_column and rejected_column if the script has them); split; tokenizer; columns ("prompt",
-    and the response columns that are required); max_length (in tokens, of the prompt plus the longest response and its
-    EOS; default: args.max_prompt_length); first (maximum number of rows).
-    Returns: datasets.Dataset with prompt (text, or chat messages), prompt_ids, num_tokens (with the longest response),
+    Args: args (a script's flags); split; tokenizer; columns ("prompt", and required responses); max_length (tokens of
+    prompt, longest response and its EOS; default: args.max_prompt_length); first (maximum number of rows).
+    Returns: datasets.Dataset with prompt (text, or messages), prompt_ids, num_tokens (with the longest response),
     completion, chosen and rejected (texts) if it has them, and the dataset's other columns unchanged.
     """
     name, max_length = args.dataset, max_length or args.max_prompt_length
-    what = f"dataset {name}, split {split}"
-    dataset = load_dataset(name, split, args.dataset_config)
-    sources = {target: getattr(args, f"{target}_column", None) for target in ("prompt", *RESPONSES)}
-    for target, source in sources.items():
-        require(not source or source in dataset.column_names or target not in columns,
-                f"--{target}-column {source}: dataset {name} has no such column; "
-                f"it has {', '.join(dataset.column_names)}")
-    sources = {target: source for target, source in sources.items() if source in dataset.column_names}
-    try:
-        names = split_row(dataset[0], sources)
-    except Exception:
-        names = dataset[0]
-    for column in columns:
-        require(column in names, f"dataset {name}: has no column {column!r}; it has {', '.join(dataset.column_names)}; "
-                                 f"name one with --{column}-column")
+    what, dataset = f"dataset {name}, split {split}", load_dataset(name, split, args.dataset_config).with_format(None)
+    names, has = dataset[0], f"it has {', '.join(dataset.column_names)}"
+    given = {column: getattr(args, f"{column}_column", None) for column in ("prompt", *RESPONSES)}
+    sources = {column: source for column, source in given.items() if source in dataset.column_names}
+    with suppress(Exception):
+        names = split_row(names, sources)
+    for item in columns:
+        require(item in sources or not given[item],
+                f"--{item}-column {given[item]}: dataset {name} has no such column; {has}")
+        require(item in names, f"dataset {name}: has no column {item!r}; {has}; name one with --{item}-column")
+    wrap, system, shorter = bool(args.chat or args.system_prompt), args.system_prompt, args.truncate_prompts
+    chat = wrap or not isinstance(names["prompt"], str)
 
     def prepare(row, index):
         try:
             row = split_row(row, sources)
         except Exception as error:
             stop(f"{what}: row {index} does not follow TRL's conventions: {type(error).__name__}: {one_line(error)}")
-        prompt = row["prompt"]
-        if isinstance(prompt, str) and (args.chat or args.system_prompt) and prompt:
-            prompt = [{"role": "user", "content": prompt}]
-        chat = isinstance(prompt, list) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys()
-                                                for turn in prompt)
-        if chat and args.system_prompt and prompt and prompt[0]["role"] != "system":
-            prompt = [{"role": "system", "content": args.system_prompt}, *prompt]
-        require(isinstance(prompt, str) or chat, f"{what}: column 'prompt' must hold text, or lists of messages with "
-                                                 f"role and content; row {index} does not")
+        if wrap and isinstance(row["prompt"], str):
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}] if row["prompt"] else []
+        turns = row["prompt"] if chat and isinstance(row["prompt"], list) else []
+        require(isinstance(row["prompt"], list if chat else str)
+                and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns),
+                f"{what}: column 'prompt' must hold text, or lists of messages with role and content; "
+                f"row {index} does not")
+        if system and row["prompt"] and row["prompt"][0]["role"] != "system":
+            row["prompt"] = [{"role": "system", "content": system}, *row["prompt"]]
         for column in row.keys() & RESPONSES:
             require(isinstance(row[column], str), f"{what}: column {column!r} must hold text; row {index} does not")
-        return row | {"prompt": prompt}
+        return row
 
-    rows = [row for row in (prepare(row, index) for index, row in enumerate(dataset)) if row["prompt"]]
-    prompt_ids = prompt_tokens(tokenizer, [row["prompt"] for row in rows], what) if rows else []
-    rows, prompt_ids = [row for row, ids in zip(rows, prompt_ids) if ids], [ids for ids in prompt_ids if ids]
-    require(rows, f"{what}: every prompt is empty")
-    responses = [tokenizer([row[column] for row in rows], add_special_tokens=False)["input_ids"]
-                 for column in columns[1:]]
-    longest = [max(map(len, lists)) + 1 for lists in zip(*responses)] if responses else [0] * len(rows)
-    if args.truncate_prompts:
-        prompt_ids = [shorten(ids, max_length - more, tokenizer) for ids, more in zip(prompt_ids, longest)]
-    lengths = [len(ids) + more for ids, more in zip(prompt_ids, longest)]
-    fits = [i for i in range(len(rows)) if lengths[i] <= max_length]
-    require(fits, f"{what}: every row has more than {max_length} tokens; raise --max-prompt-length or --max-length")
-    if rank_and_world_size()[0] == 0:
-        for count, why in ((len(dataset) - len(rows), "an empty prompt"),
-                           (len(rows) - len(fits), f"more than {max_length} tokens")):
-            if count:
-                print(f"{what}: dropped {count} of {len(dataset)} rows with {why}")
-    return datasets.Dataset.from_list([rows[i] | {"prompt_ids": prompt_ids[i], "num_tokens": lengths[i]}
-                                       for i in fits[:first]])
+    def tokenize(values, indices, code):
+        rows = [prepare(dict(zip(values, row)), index) for index, row in zip(indices, zip(*values.values()))]
+        new = {column: [row[column] for row in rows] for column in {"prompt", *RESPONSES} & names.keys()}
+        found = iter(prompt_tokens(tokenizer, [prompt for prompt in new["prompt"] if prompt], what))
+        prompt_ids = [next(found) if prompt else [] for prompt in new["prompt"]]
+        responses = [tokenizer(new[column], add_special_tokens=False)["input_ids"] for column in columns[1:]]
+        longest = [max(map(len, lists)) + 1 for lists in zip(*responses)] or [0] * len(rows)
+        if shorter:
+            prompt_ids = [ids and shorten(ids, max_length - more, tokenizer) for ids, more in zip(prompt_ids, longest)]
+        lengths = [len(ids) + more if ids else 0 for ids, more in zip(prompt_ids, longest)]  # 0: an empty prompt
+        return new | {"prompt_ids": prompt_ids, "num_tokens": lengths}
+
+    text, number = datasets.Value("string"), datasets.Value("int32")  # do not guess: first rows may be null
+    features = {column: text if column in RESPONSES else dataset.features.get(column) for column in names}
+    features |= {"prompt": datasets.Json() if chat else text, "prompt_ids": [number], "num_tokens": number}
+    if len(dataset) > 50_000 and rank_and_world_size()[0] == 0:
+        datasets.enable_progress_bars()
+    dataset = dataset.map(  # found again in the cache of datasets by the next run, unless this file has changed
+        tokenize, batched=True, with_indices=True, fn_kwargs={"code": Path(__file__).read_text()}, desc="tokenize",
+        features=datasets.Features(features), remove_columns=list(dataset.features.keys() - features),
+        keep_in_memory=not all(os.access(Path(file["filename"]).parent, os.W_OK) for file in dataset.cache_files))
+    datasets.disable_progress_bars()
+    lengths = numpy.array(dataset["num_tokens"][:])
+    empty, long = lengths == 0, lengths > max_length
+    require(not empty.all(), f"{what}: every prompt is empty")
+    require(not (empty | long).all(),
+            f"{what}: every row has more than {max_length} tokens; raise --max-prompt-length or --max-length")
+    for why, drop in (("an empty prompt", empty), (f"more than {max_length} tokens", long)):
+        if drop.any() and rank_and_world_size()[0] == 0:
+            print(f"{what}: dropped {drop.sum()} of {len(dataset)} rows with {why}")
+    return dataset.select(numpy.flatnonzero(~(empty | long))[:first])
 
 
 def batches(dataset, size, seed, skip=0):
-    """Yield dicts of columns (lists of `size` values) forever, reshuffled after each pass over the dataset.
-
-    The first `skip` batches are left out: a resumed run has already used them.
-    """
-
-    def order():
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield from torch.randperm(len(dataset), generator=generator).tolist()
-
-    stream = itertools.islice(order(), skip * size, None)
+    """Yield dicts of columns (lists of `size` values) forever, reshuffled after each pass, without the first `skip`."""
+    generator = torch.Generator().manual_seed(seed)
+    order = (i for _ in itertools.count() for i in torch.randperm(len(dataset), generator=generator).tolist())
+    stream = itertools.islice(order, skip * size, None)
     while True:
         yield dataset[list(itertools.islice(stream, size))]
 
@@ -603,10 +606,9 @@ def call_reward(name, function, examples, completions):
     """Call a python reward function, as TRL does: function(prompts, completions, **columns) -> numbers.
 
     The dataset's other columns are lists of one value per completion. Completions are texts, or one-message lists for
-    chat prompts. With several processes, each calls the function for its slice of the prompts. Exits with a one-line
-    error if the function fails.
+    chat prompts. With several processes, each calls the function for its slice of the prompts.
 
-    Args: name (for the error); function; examples (dict of columns, lists of B values); completions (N texts,
+    Args: name (for a one-line error); function; examples (dict of columns, lists of B values); completions (N texts,
     prompt-major). Returns: (N,), 0 in rows that other processes handle.
     """
     k, mine = len(completions) // len(examples["prompt"]), rank_slice(len(examples["prompt"]))
@@ -632,7 +634,6 @@ def call_reward(name, function, examples, completions):
 
 
 # --------------------------------------------------------------------------------------------- one-line error messages
-
 
 def stop(message, code=2):
     """Exit with a one-line error on standard error (code 2: a mistake on the command line)."""

@@ -24,21 +24,21 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from common import classifier_scores, decode, encode, microbatches, repeat
-from plumbing import (as_text, batches, call_reward, check_positions, load_classifier, load_function, load_module,
-                      load_optimizer_state, load_tokenizer, one_line, optimizer_state, pick_device, prompt_tokens,
-                      random_states, rank_and_world_size, read_model, require, set_random_states, stop, sum_over_ranks,
-                      write_model)
+from plumbing import (batches, call_reward, check_positions, fitting_tokens, freeze, load_classifier, load_function,
+                      load_module, load_optimizer_state, load_tokenizer, one_line, optimizer_state, pick_device,
+                      pick_threads, prompt_tokens, random_states, rank_and_world_size, read_model, require,
+                      set_random_states, stop, sum_over_ranks, write_model)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
-
 
 @dataclass
 class SystemArgs:
     """Memory, devices, output and checkpoints."""
 
-    microbatch_tokens: int = 8192
-    """maximum tokens per micro-batch, padding included; affects memory and speed, never the gradient"""
+    microbatch_tokens: int | None = None
+    """maximum tokens per micro-batch, padding included; affects memory and speed, never the gradient; default: 8192, on
+    a CPU fewer for models that need more than about 1 GB for them"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -90,7 +90,7 @@ class EvaluationArgs:
     """column of reference responses for the win rate, if it is not called completion"""
     max_prompt_length: int = 512
     """drop prompts with more tokens than this"""
-    eval_every: int = 10
+    eval_every: int = 25
     """updates between evaluations; 0 evaluates only before and after training"""
     eval_prompts: int = 256
     """number of held-out prompts per evaluation, with one sampled response each"""
@@ -145,6 +145,8 @@ def setup(args):
     """Check the flags, join torchrun's other processes, and seed. Returns this process's torch.device."""
     check_args(args)
     device = pick_device(args)
+    if args.microbatch_tokens is None:
+        args.microbatch_tokens = fitting_tokens(args.model, device)
     set_seed(args.seed)
     return device
 
@@ -165,7 +167,7 @@ def check_args(args):
 
     def check(name, ok, remedy):
         if name in values:
-            require(ok(values[name]), f"--{name.replace('_', '-')} {values[name]}: {remedy}")
+            require(values[name] is None or ok(values[name]), f"--{name.replace('_', '-')} {values[name]}: {remedy}")
 
     for name in ("prompts_per_step", "num_updates", "batch_size", "max_new_tokens", "max_prompt_length", "max_length",
                  "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "k", "epochs", "minibatches",
@@ -190,6 +192,10 @@ def check_args(args):
 
 # -------------------------------------------------------------------------------------------------------------- rewards
 
+def as_text(prompt):
+    """A prompt as plain text: itself, or its chat messages, one per line."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
 
 def find_gold(gold, dataset):
     """Resolve --gold: "auto" is the function gold_reward in the python file of --dataset, if it has one."""
@@ -204,16 +210,14 @@ def load_reward(name, tokenizer, device, dtype, max_tokens, shard=False):
     """A function reward(batch, examples) -> (N,), from a classifier or from "path/to/file.py:function".
 
     A classifier is any one-label AutoModelForSequenceClassification on a causal model. It gets the rollout's token ids
-    if it shares the policy's tokenizer; otherwise the text is tokenized again (chat messages with its own chat
-    template), with an EOS if the response has one. For functions see plumbing.call_reward.
-
-    `examples` holds the dataset rows (lists of B values) that the N = B * k rows of `batch` belong to.
+    if it shares the policy's tokenizer; otherwise the text is tokenized again (messages by its own chat template), with
+    an EOS if the response has one. `examples` holds the dataset's B rows of the N = B * k rows of `batch`, as columns.
     """
     if ".py:" in name:
         function = load_function(name)
         return lambda batch, examples: sum_over_ranks(
             call_reward(name, function, examples, decode(tokenizer, batch)).to(device))
-    model = load_classifier(name, device, dtype, shard).requires_grad_(False)
+    model = freeze(load_classifier(name, device, dtype, shard), dtype)
     reward_tokenizer, rows_of_embedding = load_tokenizer(name), model.get_input_embeddings().num_embeddings
     same_ids = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
 
@@ -238,8 +242,7 @@ def load_rewards(args, tokenizer, device):
     Each is a function (batch, examples) -> dict name -> (N,). If --reward names several, "score" is their sum weighted
     by --reward-weights, and its dict also holds each one as "reward/<name>".
 
-    Args: args (reward, reward_weights, gold, dataset, dtype, shard, microbatch_tokens); tokenizer (the policy's);
-    device.
+    Args: args (a script's flags); tokenizer (the policy's); device.
     """
     load = lambda name: load_reward(name, tokenizer, device, args.dtype, args.microbatch_tokens, args.shard)
     weights = args.reward_weights or [1.0] * len(args.reward)
@@ -263,8 +266,7 @@ def load_rewards(args, tokenizer, device):
 def dry_run(policy, tokenizer, datasets, reward_fns, args):
     """Catch, before the run starts, what would stop it later: prompts too long for the model, a reward that fails.
 
-    Args: policy; tokenizer; datasets (list of what load_rows returns); reward_fns (see load_rewards); args
-    (max_new_tokens; and lr if there is one, to warn if a large model gets the embedded tasks' learning rate).
+    Args: policy; tokenizer; datasets (list of what load_rows returns); reward_fns (see load_rewards); args.
     """
     size = sum(parameter.numel() for parameter in policy.parameters())
     if size > 20e6 and getattr(args, "lr", 0) > 1e-4 and rank_and_world_size()[0] == 0:
@@ -277,7 +279,6 @@ def dry_run(policy, tokenizer, datasets, reward_fns, args):
 
 
 # -------------------------------------------------------------------------------------------------------------- the run
-
 
 class Run:
     """Folder, log, progress bar, state and checkpoints of one run. The training loop stays in the script.
@@ -319,6 +320,7 @@ class Run:
             dist.broadcast_object_list(names)
             self.folder = Path(names[0])
         self.writer = self.open_log(settings) if rank_and_world_size()[0] == 0 else None
+        self.state["threads"] = pick_threads(next(iter(trained.values()))[0], self.state.get("threads"))
         self.signals = catch_signals()
 
     def open_log(self, settings):
@@ -480,7 +482,7 @@ class Run:
         raise SystemExit(128 + (self.signals or [signal.SIGTERM])[0])
 
     def finish(self, test=None):
-        """Close the log, and print the first and last evaluation, and their responses to one prompt of `test`, if any."""
+        """Close the log, and print the first and last evaluation, and responses to one prompt of `test`, if any."""
         if self.writer:
             self.writer.close()
             threading.excepthook = self.excepthook
@@ -561,7 +563,6 @@ def catch_signals():
 
 
 # ------------------------------------------------------------------------------------------------------------- resuming
-
 
 def read_settings(folder):
     """An earlier run's flags and script, from its args.json."""

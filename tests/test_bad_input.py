@@ -106,8 +106,8 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
     ({"device": "cuda:99"}, "--device cuda:99: not available here; use auto or cpu"),
     ({"device": "cpu:x"}, "--device cpu:x: not available here; use auto or cpu"),
     ({"device": "gpu"}, "--device gpu: not available here; use auto or cpu"),
-    ({"model": "{bad}/no_model"}, "tokenizer {bad}/no_model: no such file or folder; give a path or a hub name"),
-    ({"model": "{bad}/nothing"}, "tokenizer {bad}/nothing: not a model folder (it has no config.json)"),
+    ({"model": "{bad}/no_model"}, "model {bad}/no_model: no such file or folder; give a path or a hub name"),
+    ({"model": "{bad}/nothing"}, "model {bad}/nothing: not a model folder (it has no config.json)"),
     ({"reference": "{bad}/no_model"}, "tokenizer {bad}/no_model: no such file or folder; give a path or a hub name"),
     ({"reward": ("{bad}/no_reward",)}, "tokenizer {bad}/no_reward: no such file or folder; give a path or a hub name"),
     ({"reward": ("{bad}/no_file.py:f",)}, "{bad}/no_file.py: no such file"),
@@ -242,7 +242,7 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
     ),
     (
         {"model": "some-owner/some-model"},
-        "tokenizer some-owner/some-model: not a local folder, and the hub cannot be reached …",
+        "model some-owner/some-model: not a local folder, and the hub cannot be reached …",
     ),
     (
         {"dataset": "some-owner/some-data"},
@@ -339,7 +339,7 @@ OTHERS = [
     ),
     (dpo, {"max_length": 1}, "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
         "--max-prompt-length or --max-length"),
-    (sft, {"model": "{bad}/no_model"}, "tokenizer {bad}/no_model: no such file or folder; give a path or a hub name"),
+    (sft, {"model": "{bad}/no_model"}, "model {bad}/no_model: no such file or folder; give a path or a hub name"),
     (
         sft,
         {"dataset": "{bad}/column.jsonl"},

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from common import (
     Batch,
+    decode,
     encode,
     evaluate,
     no_grad_logprobs,
@@ -21,7 +22,6 @@ from common import (
     sequence_rewards,
     token_kl,
     token_logprobs,
-    wins,
 )
 from plumbing import batches, eos_ids, load_dataset, load_model, load_rows, load_tokenizer, pad
 from runs import load_reward
@@ -239,10 +239,6 @@ def test_python_reward_gets_texts_and_the_columns_of_its_own_row(tmp_path):
     assert score(batch, columns).tolist() == [11.25, 10.25, 1.5, 0.5]
 
 
-def test_wins():
-    assert wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0])).tolist() == [0, 0.5, 1]
-
-
 class EvaluateArgs:
     temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed = 1.0, 6, 1000, 3, 1
 
@@ -260,17 +256,24 @@ def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer):
     assert torch.equal(values["length"], again["length"])
 
 
-def test_a_policy_ties_with_its_own_responses_even_where_they_were_cut_off(world):
-    """The opponents are texts; whether each ended must come along, or a reward model would see two different rows."""
+def test_the_datasets_completions_are_scored_once_and_ties_count_half(world):
     tokenizer, policy = load_tokenizer(world.policy), load_model(world.policy, CPU)
-    reward = load_reward(world.reward, tokenizer, CPU, "float32", 1000)
-    score = lambda batch, columns: {"score": reward(batch, columns)}
-    dataset = Dataset.from_dict({"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS)})
-    values, completions = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4)
-    ended = values["eos_rate"].bool().tolist()
-    assert any(ended) and not all(ended) and "win_rate" not in values
-    opponents = completions, ended
-    values, _ = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4, opponents=opponents)
+    scored = []
+
+    def score(batch, columns):
+        scored.append(decode(tokenizer, batch))
+        return {"score": torch.tensor([float(text.count("a")) for text in scored[-1]])}
+
+    texts = ["a a a a a a a", "b", "a", ""]  # the first is longer than a sample can be
+    dataset = Dataset.from_dict({"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS), "completion": texts})
+    for _ in range(2):
+        values, completions = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4)
+        pairs = zip([text.count("a") for text in completions], [7] * 4 + [0] * 4 + [1] * 4 + [0] * 4)
+        wins = [1.0 if ours > theirs else 0.5 if ours == theirs else 0.0 for ours, theirs in pairs]
+        assert values["win_rate"].tolist() == wins and 0.5 in wins and 1.0 in wins and 0.0 in wins
+    assert [text for rows in scored for text in rows].count(texts[0]) == 1
+    values, _ = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4,
+                         opponents=values["score"])  # fmt: skip
     assert values["win_rate"].tolist() == [0.5] * 16
 
 

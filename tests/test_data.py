@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import os
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from helpers.families import save_family
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from helpers.tiny import CPU, data_args
+from helpers.tiny import CPU, data_args, make_tokenizer
 
+import plumbing
 import rloo
 import sft
 from common import encode
-from plumbing import load_dataset, load_rows, load_tokenizer, shorten
+from plumbing import load_dataset, load_rows, load_tokenizer, shorten, split_row
 from runs import load_rewards
 
 
@@ -106,6 +109,115 @@ def test_a_bos_stays_in_front_of_a_shortened_prompt():
     assert shorten([5, 2, 3, 4], 3, tokenizer) == [2, 3, 4]
     assert shorten([1, 2], 3, tokenizer) == [1, 2]
     assert shorten([1, 2, 3], 1, tokenizer) == [3]
+
+
+WORDS = "a b c d e f g h i j k l m n o p"
+MIXED = [  # more than one batch; columns whose first values are all null
+    {
+        "prompt": WORDS[: i * 7 % 31],
+        "completion": WORDS[: 1 + i * 5 % 23],
+        "number": None if i < 1010 else i,
+        "nested": {"list": [i] * (i % 3), "text": None if i < 1010 else "late"},
+    }
+    for i in range(1030)
+]
+TALKS = [
+    {"messages": [turn("user", WORDS[: i % 29]) | {"name": None if i < 1010 else "x"}, turn("assistant", f"{i}")]}
+    for i in range(1030)
+]
+
+
+@pytest.mark.parametrize("given", [MIXED, TALKS])
+@pytest.mark.parametrize("columns", [["prompt"], ["prompt", "completion"]])
+@pytest.mark.parametrize("flags", [{}, {"truncate_prompts": True}, {"system_prompt": "Be brief."}])
+def test_rows_are_the_same_as_computed_one_by_one(given, columns, flags, rows, qwen):
+    tokenizer, expected = load_tokenizer(qwen), []
+    for row in map(lambda row: split_row(row, {}), given):
+        prompt = row["prompt"]
+        if isinstance(prompt, str) and "system_prompt" in flags and prompt:
+            prompt = [turn("user", prompt)]
+        if isinstance(prompt, list) and "system_prompt" in flags:
+            prompt = [turn("system", flags["system_prompt"]), *prompt]
+        if isinstance(prompt, list):
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+        more = len(tokenizer(row["completion"])["input_ids"]) + 1 if "completion" in columns else 0
+        if flags == {"truncate_prompts": True} and ids:
+            ids = shorten(ids, 40 - more, tokenizer)
+        if ids and len(ids) + more <= 40:
+            expected.append(row | {"prompt": prompt, "prompt_ids": ids, "num_tokens": len(ids) + more})
+    found = rows(given, columns, 40, **flags)
+    assert found.to_list() == expected and len(expected) > 3
+    assert found[[2, 0]] == {key: [expected[2][key], expected[0][key]] for key in expected[0]}
+
+
+@pytest.fixture
+def jsonl(tmp_path, monkeypatch):
+    """A function that loads a file of rows as a new process would, with an empty cache of datasets."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "data.jsonl"
+
+    def load(rows, tokenizer, columns=("prompt",), max_length=40, **flags):
+        text = "\n".join(map(json.dumps, rows))
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        return load_rows(data_args(str(path), **flags), "train", tokenizer, columns, max_length)
+
+    return load
+
+
+def test_rows_are_tokenized_once(qwen, jsonl, tmp_path):
+    before = jsonl(MIXED, load_tokenizer(qwen), ["prompt", "completion"]).to_list()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cache-*.arrow")}
+    assert len(files) == 1
+    assert jsonl(MIXED, load_tokenizer(qwen), ["prompt", "completion"], seed=7).to_list() == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cache-*.arrow")} == files
+    assert jsonl(MIXED[::-1], load_tokenizer(qwen), ["prompt", "completion"]).to_list() == before[::-1]
+
+
+def test_other_flags_tokenizers_or_code_do_not_see_each_others_rows(qwen, jsonl, tmp_path, monkeypatch):
+    rows = [{"prompt": "a b c d e f g h", "other": "x y", "completion": "z"}] * 2
+    load = lambda tokenizer, columns=("prompt",), length=9, **flags: jsonl(
+        rows, tokenizer, columns, length, **flags)[0]["prompt_ids"]  # fmt: skip
+    tokenizer, changed, words = load_tokenizer(qwen), load_tokenizer(qwen), "a b c d e f g h x y z".split()
+    changed.chat_template = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    results = [
+        load(tokenizer, length=100),
+        load(tokenizer, truncate_prompts=True),
+        load(tokenizer, length=8, truncate_prompts=True),
+        load(tokenizer, ("prompt", "completion"), truncate_prompts=True),
+        load(tokenizer, length=100, chat=True),
+        load(tokenizer, length=100, system_prompt="a"),
+        load(tokenizer, length=100, system_prompt="b"),
+        load(tokenizer, prompt_column="other"),
+    ]
+    assert len(set(map(tuple, results))) == len(results)
+    assert load(changed, length=100, chat=True) == results[0] != results[4]
+    for order in (words, words[::-1]):  # two tokenizers that had the same folder
+        make_tokenizer(order).save_pretrained(tmp_path / "words")
+        found = load_tokenizer(str(tmp_path / "words"))
+        assert load(found) == [found.get_vocab()[word] for word in words[:8]]
+    monkeypatch.setattr(plumbing, "__file__", __file__)  # as if a student had edited it
+    monkeypatch.setattr(plumbing, "prompt_tokens", lambda *_: [[7], [7]])
+    assert load(tokenizer, length=100) == [7]
+
+
+def test_what_a_function_returns_is_never_kept(qwen, tmp_path):
+    path = tmp_path / "rows.py"
+    path.write_text("import datasets\n\ndef rows(split):\n    return datasets.Dataset.from_list([{'prompt': split}])\n")
+    for split in ("train", "test"):
+        (row,) = load_rows(data_args(f"{path}:rows"), split, load_tokenizer(qwen), ["prompt"], 100)
+        assert row["prompt"] == split
+
+
+def test_a_folder_that_may_not_be_written_is_read(qwen, tmp_path, monkeypatch):
+    datasets.Dataset.from_list(MIXED).save_to_disk(tmp_path / "saved")
+    before = sorted((tmp_path / "saved").iterdir())
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root
+    assert len(load_rows(data_args(str(tmp_path / "saved")), "train", load_tokenizer(qwen), ["prompt"], 40)) > 3
+    assert sorted((tmp_path / "saved").iterdir()) == before
 
 
 def test_configurations_of_a_dataset(tmp_path):

@@ -33,7 +33,7 @@ def flags_of(script, world, **more):
 def killed(context, world, tmp_path_factory):
     """A result of kill.compare to come for each script; two at a time."""
     folder, two = tmp_path_factory.mktemp("killed"), ThreadPoolExecutor(2)
-    return {script: two.submit(kill.compare, context, script, flags_of(script, world), folder / script, kills=3,
+    return {script: two.submit(kill.compare, context, script, flags_of(script, world), folder / script, kills=4,
                                seed=1855) for script in kill.SCRIPTS}  # fmt: skip
 
 
