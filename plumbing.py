@@ -294,11 +294,11 @@ def load_model(name, device, dtype="float32", shard=False, gradient_checkpointin
 
 
 def fitting_tokens(name, device):
-    """How many tokens have activations and logits of about 1 GB in an update; more at once are slower on a CPU."""
+    """How many tokens have activations and logits of half a GB in an update; more at once are slower on a CPU."""
     if device.type != "cpu" or ".py:" in name:
         return 8192
     config = from_pretrained("model", AutoConfig, name).get_text_config()
-    return min(8192, 2**28 // (24 * config.hidden_size * config.num_hidden_layers + 3 * config.vocab_size))
+    return min(8192, 2**27 // (24 * config.hidden_size * config.num_hidden_layers + 3 * config.vocab_size))
 
 
 def fix_generation_config(model):

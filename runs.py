@@ -38,7 +38,7 @@ class SystemArgs:
 
     microbatch_tokens: int | None = None
     """maximum tokens per micro-batch, padding included; affects memory and speed, never the gradient; default: 8192, on
-    a CPU fewer for models that need more than about 1 GB for them"""
+    a CPU fewer for models that would need more than half a GB for them"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -67,7 +67,7 @@ def run(script, flags, folder):
     memory = folder / "peak_memory.json"
     if not (folder / "evaluation.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted comparison
-        command = [sys.executable, f"{script}.py", *flags, "--output", str(folder)]
+        command = [sys.executable, f"{script}.py", *flags, "--eval-every", "10", "--output", str(folder)]
         with open(f"{folder}.log", "w") as log:
             one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=one_core)

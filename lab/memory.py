@@ -3,8 +3,8 @@
     python lab/memory.py --model EleutherAI/pythia-1b --algorithm ppo
     python lab/memory.py --recipes        # the table in docs/scaling.md
 
-Parameter counts are exact (the model is built without storage), and so are the bytes kept for each parameter: 4 if
-frozen, 16 if trained (weight, gradient, Adam's two moments). The activations of a micro-batch, from what a transformer
+Parameter counts are exact (the model is built without storage), and so are the bytes kept for each parameter: 16 if
+trained (weight, gradient, Adam's two moments), 4 if frozen, or 2 within the layers (bfloat16, without --shard). The activations of a micro-batch, from what a transformer
 keeps for its backward pass, and the logits are estimates; `tests/test_memory.py` compares them with a measured case.
 """
 
@@ -72,15 +72,16 @@ def memory(config, critics, frozen, samples, prompt_length, response_length, mic
     kept = layers * hidden * 4 + layer if gradient_checkpointing else layers * layer
     embedding = config.vocab_size * hidden
     used = parameters - embedding
+    inside = used if config.tie_word_embeddings else used - embedding  # the layers' own, cast for good if frozen
     copies = 2 * (embedding + (used // layers if gradient_checkpointing else used)) if bfloat16 else 0
     # Logits of the response tokens: as the model returns them, in float32, their softmax, and its gradient.
     share = response_length / (prompt_length + response_length)
     logits = share * config.vocab_size * (size + 3 * 4)
     return {
         "trained": (1 + critics) * 16 * parameters // processes,
-        "frozen": frozen * 4 * parameters // processes,
+        "frozen": frozen * (4 * parameters - (2 * inside if bfloat16 and processes == 1 else 0)) // processes,
         "update": int(microbatch_tokens * (kept + logits)) + copies,
-        "rollout": samples * (prompt_length + response_length) * 2 * layers * key_values * 4,  # always float32
+        "rollout": samples * (prompt_length + response_length) * 2 * layers * key_values * size,
     }
 
 

@@ -1,17 +1,22 @@
-"""lab/memory.py against what is really kept: exact for weights and Adam, within bounds for activations."""
+"""What a run needs: lab/memory.py against what is really kept, frozen models, casts, micro-batches and threads."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.families import neox
+from helpers.families import FAMILIES, neox, save_family
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from common import Batch, token_logprobs
-from plumbing import load_model, load_module
+import plumbing
+import rloo
+from common import Batch, no_grad_logprobs, rollout, token_logprobs
+from plumbing import (fitting_tokens, freeze, load_model, load_module, load_tokenizer, pick_threads,
+                      prompt_tokens)
 
 lab = load_module(str(Path(__file__).parent.parent / "lab" / "memory.py"))
 
+CPU = torch.device("cpu")
 SHAPE = dict(vocab_size=1000, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
 CONFIGS = {"llama": LlamaConfig(**SHAPE, num_key_value_heads=2), "neox": GPTNeoXConfig(**SHAPE)}
 
@@ -37,6 +42,16 @@ def test_weights_gradients_and_adam_are_exact(family):
     assert parts["trained"] == 2 * found
     assert parts["frozen"] == found // 4
     assert lab.memory(CONFIGS[family], 1, 1, 1, 1, 1, processes=4)["trained"] == found // 2
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_frozen_weights_in_bfloat16_are_exact_but_for_norms(family):
+    model = freeze(AutoModelForCausalLM.from_config(CONFIGS[family]), "bfloat16")
+    found = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    estimate = lab.memory(CONFIGS[family], 1, 1, 1, 1, 1, bfloat16=True)["frozen"]
+    assert estimate <= found < 1.005 * estimate
+    assert lab.memory(CONFIGS[family], 1, 1, 1, 1, 1, bfloat16=True, processes=2)["frozen"] == 2 * sum(
+        parameter.numel() for parameter in model.parameters())  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -76,3 +91,94 @@ def test_rollout_cache_is_what_the_model_makes():
     cache = model(torch.zeros((6, 10), dtype=torch.long), use_cache=True).past_key_values
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert lab.memory(CONFIGS["llama"], 0, 0, 6, 7, 3)["rollout"] == found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_model_in_bfloat16_is_smaller_and_gives_the_same_numbers(family, tmp_path):
+    model, tokenizer = load_model(save_family(tmp_path, family), CPU, "bfloat16"), load_tokenizer(str(tmp_path))
+    prompt_ids = prompt_tokens(tokenizer, ["The cat sat", "What is 2 + 3?"], "test")
+    torch.manual_seed(0)
+    sampled = rollout(model, tokenizer, prompt_ids, 2, 1.0, 6)
+    before = no_grad_logprobs(model, sampled, 1.0, 100)
+    layers = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
+    frozen = freeze(model, "bfloat16")
+    assert torch.equal(no_grad_logprobs(frozen, sampled, 1.0, 100), before)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.dtype == torch.bfloat16 for p in layers)
+    assert sum(p.numel() for p in frozen.parameters() if p.dtype == torch.bfloat16) > 1000
+    assert frozen.get_input_embeddings().weight.dtype == torch.float32  # what is added to it stays exact
+    again = freeze(load_model(str(tmp_path), CPU), "float32")
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of matrices of one shape to bfloat16."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        cast = function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16
+        self.count += cast and args[0].shape == self.shape
+        return function(*args, **kwargs or {})
+
+
+def test_a_rollout_in_bfloat16_casts_each_weight_once(world):
+    policy, tokenizer = load_model(world.policy, CPU, "bfloat16"), load_tokenizer(world.policy)
+    with Casts(policy.model.layers[0].mlp.up_proj.weight.shape) as casts:
+        batch = rollout(policy, tokenizer, [[2, 3], [4]], 3, 1.0, 6)
+    assert batch.responses.shape[1] > 2
+    assert casts.count == 2 * 2  # gate and up of two layers
+
+
+def test_microbatches_fit_the_model_on_a_cpu(tmp_path):
+    shape = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8)
+    LlamaConfig(**shape, vocab_size=8192).save_pretrained(tmp_path / "medium")
+    LlamaConfig(**shape, vocab_size=128_000).save_pretrained(tmp_path / "words")
+    assert fitting_tokens(rloo.Args().model, CPU) == 8192
+    assert fitting_tokens(str(tmp_path / "medium"), CPU) == 2**27 // (24 * 8 * 512 + 3 * 8192) == 1092
+    assert fitting_tokens(str(tmp_path / "words"), CPU) == 278
+    assert fitting_tokens(str(tmp_path / "words"), torch.device("cuda")) == 8192
+    assert fitting_tokens("file.py:model", CPU) == 8192
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Pretends that there are 4 threads, and that a model's speed is that of a table: number of threads -> seconds."""
+    state = {"now": 4, "speed": {}}
+
+    class Timer:
+        def __init__(self, call):
+            call()
+
+        def autorange(self):
+            return 10, 10 * state["speed"][state["now"]]
+
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: state["now"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: state.update(now=number))
+    monkeypatch.setattr(plumbing.timeit, "Timer", Timer)
+    return state
+
+
+@pytest.mark.parametrize("speed, expected", [
+    ({1: 3.0, 2: 2.0, 4: 1.0}, 4),
+    ({1: 0.8, 2: 0.9, 4: 1.0}, 4),  # not clearly faster
+    ({1: 0.5, 2: 0.6, 4: 9.0}, 1),
+    ({1: 1.0, 2: 0.5, 4: 9.0}, 2),
+])  # fmt: skip
+def test_threads_are_fewer_where_the_model_is_clearly_faster_with_fewer(speed, expected, world, threads, capsys):
+    threads["speed"] = speed
+    model = load_model(world.policy, CPU)
+    assert pick_threads(model) == threads["now"] == expected
+    assert f"{expected} of 4 threads" in capsys.readouterr().out
+
+
+def test_the_users_number_of_threads_and_that_of_a_resumed_run_stay(world, threads, monkeypatch):
+    model = load_model(world.policy, CPU)
+    threads["speed"] = {1: 0.1, 2: 1.0, 3: 9.0, 4: 1.0}
+    assert pick_threads(model, 3) == 3
+    threads["now"] = 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert pick_threads(model) == pick_threads(model, 3) == 4
