@@ -4,8 +4,9 @@
     python lab/memory.py --recipes        # the table in docs/scaling.md
 
 Parameter counts are exact (the model is built without storage), and so are the bytes kept for each parameter: 16 if
-trained (weight, gradient, Adam's two moments), 4 if frozen, or 2 within the layers (bfloat16, without --shard). The activations of a micro-batch, from what a transformer
-keeps for its backward pass, and the logits are estimates; `tests/test_memory.py` compares them with a measured case.
+trained (weight, gradient, Adam's two moments), 4 if frozen, or 2 within the layers in bfloat16 without --shard. The
+activations of a micro-batch, from what a transformer keeps for its backward pass, and the logits are estimates;
+`tests/test_memory.py` compares them with a measured case.
 """
 
 import sys

@@ -46,8 +46,8 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 LAB = Path(__file__).resolve().parent
 sys.path.insert(0, str(LAB.parent))
 
-from plumbing import (clip_gradients, fitting_tokens, from_pretrained, load_model, load_reference, load_rows,  # noqa: E402
-                      load_tokenizer, require)
+from plumbing import (clip_gradients, fitting_tokens, from_pretrained, load_model, load_reference,  # noqa: E402
+                      load_rows, load_tokenizer, require)
 
 SIZES = {
     "S": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=344, vocab_size=512),

@@ -27,8 +27,10 @@ def world(dataset):
     return found
 
 
-@pytest.mark.parametrize("name", [name if UNBIASED[name][1].get("k") == 2 else pytest.param(name, marks=pytest.mark.slow)
-                                  for name in UNBIASED])  # fmt: skip
+SLOW = [pytest.param(name, marks=[pytest.mark.slow] * (name != "rloo")) for name in UNBIASED]
+
+
+@pytest.mark.parametrize("name", SLOW)
 def test_the_expected_gradient_of_main_is_the_true_one(name, tmp_path):
     script, flags = UNBIASED[name]
     with loop.float64():
