@@ -43,9 +43,9 @@ PAIRS = dict(dataset=f"{HERE}:pairs", eval_dataset=f"{HERE}:prompts", batch_size
 # another one.
 EVERY_SCRIPT = [  # of rloo, reinforce, remax, grpo, reinforce_pp, vanilla_pg, ppo and raft
     {},
-    {"beta": 0.0, "missing_eos_penalty": 0.0, "microbatch_tokens": 1, "eval_prompts": 2},
-    {"temperature": 1.0, "max_grad_norm": 1e9, "microbatch_tokens": 10_000, "k": 2, "eval_every": 0},
-    {"lr_schedule": "cosine", "warmup_updates": 1, "num_updates": 4, "max_grad_norm": 0.1},
+    {"beta": 0.0, "missing_eos_penalty": 0.0, "microbatch_tokens": 1, "eval_prompts": 2, "max_grad_norm": 1e9},
+    {"temperature": 1.0, "microbatch_tokens": 10_000, "k": 2, "eval_every": 0, "lr_schedule": "cosine",
+     "warmup_updates": 1, "num_updates": 4, "max_grad_norm": 0.1},
     {"lr_schedule": "constant", "reward": (f"{HERE}:reward", f"{HERE}:brevity"), "reward_weights": (0.5, -2.0)},
 ]
 ONE_RESPONSE = {"k": 1, "prompts_per_step": 4}

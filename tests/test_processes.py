@@ -17,7 +17,7 @@ from helpers.families import save_family
 from helpers import loop, two_processes
 from helpers.two_processes import RUNS
 from safetensors.torch import load_file
-from test_loops import compare, compare_evaluations
+from test_loops import assert_close, compare, compare_evaluations
 from helpers.tiny import ROOT, call_script, command_line, run_two, start_two, wait_for
 from transformers import AutoModelForCausalLM
 
@@ -34,16 +34,19 @@ def both(context, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("how", ["", "-shard"])
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_do_what_the_second_implementation_does(name, how, rank, both):
-    seen = SimpleNamespace(**torch.load(both / f"{name}{how}-{rank}.seen", weights_only=False))
+def test_two_processes_do_what_the_second_implementation_does(name, how, both):
+    seen, other = (SimpleNamespace(**torch.load(both / f"{name}{how}-{rank}.seen", weights_only=False))
+                   for rank in (0, 1))
     seen.args = SimpleNamespace(**seen.args)
     with loop.float64():
         compare(RUNS[name][0], seen)
-        if rank == 0:  # the other one logs nothing
-            compare_evaluations(RUNS[name][0], seen)
+        compare_evaluations(RUNS[name][0], seen)
+    assert not other.metrics and not other.evaluations  # which only the first process logs
+    for mine, theirs in zip([*seen.steps, seen.models, [seen.returned]], [*other.steps, other.models, [other.returned]],
+                            strict=True):  # fmt: skip
+        assert_close(mine, theirs, f"{name}: what the two processes have", tolerance=1e-15)
 
 
 @pytest.mark.parametrize("how", ["", "-shard"])

@@ -1,4 +1,4 @@
-"""Rows with the same prompt share its pass through the model: same log-probs, values, scores and gradients as without."""
+"""Rows with the same prompt share its pass: same log-probs, values, scores and gradients as without."""
 
 import pytest
 import torch
