@@ -78,7 +78,7 @@ def pick_threads(model, count=None):
     if model.device.type == "cpu" and not dist.is_initialized() and "OMP_NUM_THREADS" not in os.environ:
         for number in {count or 1, count or -(-most // 2), count or most}:
             torch.set_num_threads(number)
-            calls, total = timeit.Timer(lambda: model(ids)).autorange()  # 0.2 s or more
+            calls, total = timeit.Timer(lambda: model.base_model(ids)).autorange()  # 0.2 s or more
             seconds[number] = total / calls * (1 if number == most else 1.5)
         torch.set_num_threads(min(seconds, key=seconds.get))
         print(f"{torch.get_num_threads()} of {most} threads (fewer on a busy machine; OMP_NUM_THREADS overrides)")
@@ -447,8 +447,7 @@ def load_dataset(name, split, config=None):
             kind = Path(name).suffix[1:].replace("jsonl", "json")
             dataset = datasets.load_dataset(kind, data_files=name, split="train")
         else:
-            names = [] if config else datasets.get_dataset_config_names(name)  # several: "main", or datasets says which
-            main = "main" if len(names) > 1 and "main" in names else None
+            main = "main" if not config and "main" in datasets.get_dataset_config_names(name) else None
             dataset = datasets.load_dataset(name, config or main, split=split)
     except Exception as error:
         cause = one_line(error.__cause__ or "")  # names the row that is not valid JSON

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 import plumbing
 import rloo
 from common import Batch, no_grad_logprobs, rollout, token_logprobs
-from plumbing import (fitting_tokens, freeze, load_model, load_module, load_tokenizer, pick_threads,
+from plumbing import (fitting_tokens, freeze, load_classifier, load_model, load_module, load_tokenizer, pick_threads,
                       prompt_tokens)
 
 lab = load_module(str(Path(__file__).parent.parent / "lab" / "memory.py"))
@@ -176,7 +176,7 @@ def test_threads_are_fewer_where_the_model_is_clearly_faster_with_fewer(speed, e
 
 
 def test_the_users_number_of_threads_and_that_of_a_resumed_run_stay(world, threads, monkeypatch):
-    model = load_model(world.policy, CPU)
+    model = load_classifier(world.reward, CPU)  # without a pad token, transformers' own would refuse several rows
     threads["speed"] = {1: 0.1, 2: 1.0, 3: 9.0, 4: 1.0}
     assert pick_threads(model, 3) == 3
     threads["now"] = 4
