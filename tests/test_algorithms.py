@@ -20,14 +20,9 @@ import runs
 SCRIPTS = ["rloo", "reinforce", "remax", "grpo", "reinforce_pp", "reinforce_pp_baseline", "vanilla_pg", "ppo",
            "raft"]
 VARIANTS = [
-    ("reinforce", {"baseline": "none"}),
-    ("reinforce", {"baseline": "moving-average", "window": 2}),
     ("reinforce", {"baseline": "ema", "decay": 0.5}),
     ("grpo", {"scale_std": False, "length_mean": False, "epochs": 2, "minibatches": 2}),
-    ("reinforce_pp_baseline", {"whiten": False}),
-    ("reinforce_pp", {"normalize_scores": False, "whiten": False}),
     ("ppo", {"lam": 1.0, "whiten": False, "clip": float("inf"), "value_clip": float("inf"), "epochs": 2}),
-    ("raft", {"rank_by": "score"}),
 ]
 
 

@@ -1,14 +1,11 @@
 """Mistakes of a user: one clear line, exit code 2, before any training and without touching what is there."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from helpers.tiny import make_tokenizer, save_classifier, save_policy
+from helpers.tiny import Child, call_script, make_tokenizer, save_classifier, save_policy
 
 import dpo
 import evaluate
@@ -443,14 +440,13 @@ def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_from_the_command_line(tmp_path):
+def test_from_the_command_line(context, tmp_path):
     """A mistake that is noticed late, when the models have been loaded: still nothing else is printed."""
-    flags = ["--device", "cpu", "--dataset", "no_such.jsonl", "--output", str(tmp_path / "run")]
-    command = [sys.executable, "rloo.py", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: dataset no_such.jsonl")
-    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+    flags = {"device": "cpu", "dataset": "no_such.jsonl", "output": tmp_path / "run"}
+    process = Child(context, tmp_path, call_script, "rloo", flags)
+    assert process.wait(timeout=60) == 2 and process.stdout == ""
+    assert process.stderr.startswith("error: dataset no_such.jsonl")
+    assert len(process.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_without_eos(world, tmp_path, capsys):

@@ -92,7 +92,8 @@ CASES = {
     ],
     "raft": [{"rank_by": "score", "beta": 2.0}, {"beta": 2.0}],
 }
-RUNS = [(name, flags) for name, more in CASES.items() for flags in [*EVERY_SCRIPT, *more]]
+RUNS = [(name, {"num_updates": 2} | flags if flags else {})  # three updates with the flags of BASE
+        for name, more in CASES.items() for flags in [*EVERY_SCRIPT, *more]]
 RUNS += [("dpo", PAIRS | flags) for flags in [
     {},
     {"beta": 1.0, "temperature": 1.0, "microbatch_tokens": 1},

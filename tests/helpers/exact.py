@@ -1,6 +1,7 @@
 """Every response of a tiny policy, in float64: expectations and gradients computed exactly, not sampled."""
 
 import itertools
+import math
 
 import torch
 from helpers.tiny import make_float64_critic, make_float64_policy
@@ -58,11 +59,17 @@ class Enumeration:
         return token_rewards(self.scores, self.kl, beta, self.mask)  # (M, T)
 
     def expected_gradient(self, loss, draws):
-        """Gradient of the mean of loss(rows), over every draw of `draws` responses, weighted by its probability."""
+        """Gradient of the mean of loss(rows), over every draw of `draws` responses, weighted by its probability.
+
+        The loss must not depend on the order of the rows, so one order of each draw stands for all.
+        """
         expectation = 0.0
-        for draw in itertools.product(range(len(self.probs)), repeat=draws):
+        for number, draw in enumerate(itertools.combinations_with_replacement(range(len(self.probs)), draws)):
             rows = torch.tensor(draw)
-            expectation = expectation + self.probs[rows].prod().detach() * loss(rows)
+            orders = math.factorial(draws) // math.prod(math.factorial(draw.count(row)) for row in set(draw))
+            expectation = expectation + orders * self.probs[rows].prod().detach() * loss(rows)
+            if number % 20 == 0:
+                torch.testing.assert_close(loss(rows.roll(1)), loss(rows), rtol=1e-9, atol=1e-12)
         return self.gradient(expectation)
 
     def gradient(self, loss):
