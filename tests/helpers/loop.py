@@ -108,6 +108,7 @@ def record(script, output, rollout=None, frozen=False, **flags):
     def given(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None, greedy=False):
         expected = (1 if greedy else args.k, args.temperature, args.max_new_tokens)
         assert (k, temperature, max_new_tokens) == expected, "the rollout is not what the flags say"
+        assert next(policy.parameters()).requires_grad, "the rollout is not from the policy that is trained"
         if not greedy:
             seen.rollouts.append(prompt_ids)
         return as_batch(rollout(len(seen.rollouts) - 1, prompt_ids, args, greedy), tokenizer.pad_token_id)
