@@ -290,8 +290,8 @@ class Run:
             run.checkpoint()                           # if due; also exits after Ctrl-C or SIGTERM
         run.finish(test)
 
-    `run.state` is saved with every checkpoint: step, samples, seconds, and anything a script adds (numbers, tensors,
-    plain containers). With torchrun, only the first process writes files; `run.writer` is None in the others.
+    `run.state` is saved with every checkpoint: step, samples, seconds, threads, and what a script adds (numbers,
+    tensors, plain containers). With torchrun, only the first process writes files; `run.writer` is None in the others.
     """
 
     def __init__(self, script, args, tokenizer, **trained):

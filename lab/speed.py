@@ -2,7 +2,7 @@
 
     python lab/speed.py                                                   # one workload, given by flags
     python lab/speed.py --workload s-full s-ragged tldr-s                 # named ones
-    python lab/speed.py --against trl --trl-python /tmp/trl/bin/python    # docs/speed.md says how to make that
+    python lab/speed.py --against trl --trl-python .venv-trl/bin/python     # docs/speed.md says how to make it
 
 It makes a policy, a reward model of the same size (Llamas with random weights) and random prompts, and runs rloo.py's
 loop on them on the CPU, in a fresh process that reads a clock after each phase. The clock is the process's CPU time

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 # One thread in every process, also in those that tests start: threads of several processes would wait for each other.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["HF_HUB_OFFLINE"] = "1"  # with a network or without, the tests see the same
-os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp()  # and they write nothing into the project
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp()  # and they write nothing into the project,
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # nor into the user's cache
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -11,6 +11,7 @@ from helpers.families import FAMILIES, save_family
 from helpers.tiny import save_classifier
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+import common
 import reinforce
 from common import Batch, decode, rollout, token_logprobs
 from plumbing import eos_ids, load_model, load_tokenizer, prompt_tokens, write_model
@@ -239,3 +240,16 @@ def test_a_row_that_is_longer_than_the_budget_and_empty_batches(folders):
     assert logprobs.shape == (0, batch.responses.shape[1])
     logprobs.sum().backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_with_room_changes_nothing(dtype, folders, monkeypatch):
+    """Neither by its room nor, in bfloat16, by keeping the keys as attention would cast them at each token."""
+    policy, tokenizer = load_model(folders["llama"], CPU, dtype), load_tokenizer(folders["llama"])
+    prompt_ids = prompt_tokens(tokenizer, PROMPTS, "test")
+    batches = []
+    for layer in (common.RoomyLayer, lambda layer, room: layer):
+        monkeypatch.setattr(common, "RoomyLayer", layer)
+        torch.manual_seed(0)
+        batches.append(rollout(policy, tokenizer, prompt_ids, 6, 0.9, 16))
+    assert all(torch.equal(getattr(batches[0], name), getattr(batches[1], name)) for name in vars(batches[0]))

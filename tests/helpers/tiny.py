@@ -182,9 +182,9 @@ def start_two(context, folder, function, *args, **environment):
     ]
 
 
-def end_two(both, timeout=120):
+def end_two(both, seconds=120):
     """Wait for both; where one fails, the other is ended. Returns: returncode, and stdout and stderr of both."""
-    end, ending = time.monotonic() + timeout, False
+    end, ending = time.monotonic() + seconds, False
     while any(process.poll() is None for process in both):
         time.sleep(0.02)
         if not ending and any(process.poll() for process in both):
@@ -202,5 +202,5 @@ def end_two(both, timeout=120):
 
 
 def run_two(*args, **environment):
-    """start_two and end_two."""
+    """Start two processes, and wait for both."""
     return end_two(start_two(*args, **environment))
