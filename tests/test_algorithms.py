@@ -48,6 +48,7 @@ def test_same_seed_same_run_bit_for_bit(name, flags, world, tmp_path):
     assert (tmp_path / "a" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(world, tmp_path):
     for seed in (1, 2):
         run("rloo", world, tmp_path / str(seed), seed=seed, num_updates=1)

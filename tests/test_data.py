@@ -127,6 +127,7 @@ TALKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [MIXED, TALKS])
 @pytest.mark.parametrize("columns", [["prompt"], ["prompt", "completion"]])
 @pytest.mark.parametrize("flags", [{}, {"truncate_prompts": True}, {"system_prompt": "Be brief."}])

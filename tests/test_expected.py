@@ -39,6 +39,7 @@ def test_the_expected_gradient_of_main_is_the_true_one(name, tmp_path):
         assert (found - enumerated.true_gradient()).abs().max() < 1e-9
 
 
+@pytest.mark.slow
 def test_a_bias_would_show(tmp_path):
     """GRPO without std, length mean and KL: its expectation is (k - 1) / k of the true gradient, exactly."""
     with loop.float64():

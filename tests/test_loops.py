@@ -311,6 +311,7 @@ def test_main_does_what_the_second_implementation_does(name, flags, tmp_path):
         compare_saved(name, seen, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_ppo_with_everything_off_is_vanilla_pg(tmp_path):
     """With their own rollouts, over several updates: neither draws a random number that the other does not."""
     off = dict(lam=1.0, clip=INF, value_clip=INF, whiten=False, minibatches=1)
@@ -372,6 +373,7 @@ def test_a_last_step_that_ruins_the_weights_is_not_saved(name, what, tmp_path, c
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CASES, "dpo", "sft", "reward_model"])
 def test_a_held_out_row_that_is_too_long_is_found_before_the_run_starts(name, tmp_path, capsys):
     data = f"{HERE}:long_prompt"

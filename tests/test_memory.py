@@ -54,6 +54,7 @@ def test_frozen_weights_in_bfloat16_are_exact_but_for_norms(family):
         parameter.numel() for parameter in model.parameters())  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", CONFIGS)
@@ -93,6 +94,7 @@ def test_rollout_cache_is_what_the_model_makes():
     assert lab.memory(CONFIGS["llama"], 0, 0, 6, 7, 3)["rollout"] == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_frozen_model_in_bfloat16_is_smaller_and_gives_the_same_numbers(family, tmp_path):
     model, tokenizer = load_model(save_family(tmp_path, family), CPU, "bfloat16"), load_tokenizer(str(tmp_path))

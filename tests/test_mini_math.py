@@ -69,6 +69,7 @@ def test_problems_are_deterministic_right_and_disjoint():
         mini_math.prompts("dev")
 
 
+@pytest.mark.slow
 def test_demonstrations_forget_two_carries_in_three():
     problems, demonstrations = mini_math.prompts("train"), mini_math.demonstrations("train")
     assert demonstrations.column_names == ["prompt", "completion"]
@@ -89,6 +90,7 @@ def test_forgetting_to_carry_by_hand():
     assert mini_math.forget_to_carry(12, 34) == mini_math.write(12 + 34) == "6 4"
 
 
+@pytest.mark.slow
 def test_no_token_is_unknown_and_texts_come_back_whole():
     tokenizer = load_tokenizer("tasks/mini_math.py:new_model")
     rows = mini_math.demonstrations("test")

@@ -70,6 +70,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(lines, qwen, path, capsys):
     attempt(lambda: load_rows(data_args(str(path)), "train", qwen, ["prompt"], 100), capsys)
 
 
+@pytest.mark.slow
 @quick
 @given(text=st.text(min_size=1, max_size=200), response=st.text(max_size=200))
 def test_byte_level_text_comes_back_as_it_was(text, response, qwen):

@@ -47,6 +47,7 @@ def test_advantages_against_the_equivalent_form(k):
     torch.testing.assert_close(advantages.view(7, k).sum(1), torch.zeros(7, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_evaluations_do_not_change_the_training(world, tmp_path):
     often = rloo.main(rloo.Args(**world.flags | {"eval_every": 1}, output=str(tmp_path / "often")))
     never = rloo.main(rloo.Args(**world.flags | {"eval_every": 0}, output=str(tmp_path / "never")))

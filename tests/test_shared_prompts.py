@@ -63,7 +63,7 @@ def assert_same(found, expected, tolerance):
 LOGPROBS = lambda model, batch: token_logprobs(model, batch, 0.7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ks", [(1, 2, 3, 4, 5), (2, 2), (1, 1, 4)], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shared_logprobs_are_those_of_the_plain_pass(name, ks, dtype):
@@ -73,6 +73,7 @@ def test_shared_logprobs_are_those_of_the_plain_pass(name, ks, dtype):
     assert_same(shared, plain, 1e-10 if dtype == torch.float64 and name in LAYER_NORM else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [token_values, classifier_scores])
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "qwen2", "qwen3", "gemma", "mistral"])
 def test_shared_values_and_scores_are_those_of_the_plain_pass(name, function):
