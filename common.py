@@ -384,13 +384,16 @@ def rollout_metrics(batch, parts, scores, kl, rewards, k):
     Args: batch; parts (dict name -> (N,), what makes up the scores); scores (N,); kl (N, T); rewards (N,) or (N, T); k.
     """
     groups = scores.view(-1, k)  # (B, k)
+    rows = torch.cat([torch.arange(len(batch), device=scores.device)[:, None] // k, batch.responses], 1)  # (N, 1 + T)
     return {f"objective/{name}": part.mean() for name, part in parts.items() if name != "score"} | {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
+        "objective/best_of_k": parts.get("true_score", parts["score"]).view(-1, k).amax(1).mean(),
         "objective/kl": kl.sum(1).mean(),
         "objective/rewards": rewards.view(len(batch), -1).sum(1).mean(),
         "objective/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
         "objective/entropy": -batch.old_logprobs.sum(1).mean(),
+        "rollout/distinct": len(rows.unique(dim=0)) / len(batch),
         "rollout/length": batch.response_mask.sum(1).float().mean(),
         "rollout/eos_rate": batch.ended.float().mean(),
     }

@@ -10,6 +10,11 @@ For each policy, on held-out prompts (Ahmadian et al. 2024, section 4.2 and tabl
     win_rate           share of responses that the judge scores above the reference text (or the other policy's
                        response); ties count one half; +- is the standard error over prompts
     perplexity         of the dataset's preferred responses under the policy: what tuning cost in fluency
+    pass@1, @2, ...    if every score is 0 or 1: the probability that the best of so many samples has a 1 (the unbiased
+                       estimate of Chen et al. 2021, arXiv:2107.03374)
+    distinct           distinct responses to a prompt / all its samples, averaged over prompts
+    entropy            of the next-token distribution at the sampling temperature, over the whole vocabulary, in
+                       nats: mean over the tokens of a response, then over responses
     diversity_1, _2    distinct words (word pairs) in a response / all of them, averaged over responses
     length, eos_rate   tokens per response; share of responses that end with EOS
     kl                 KL(policy || reference) of whole responses, estimated from the samples
@@ -23,12 +28,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from tqdm import tqdm
 
-from common import encode, evaluate, no_grad_logprobs
+from common import encode, evaluate, forward, log_softmax, microbatches, no_grad_logprobs
 from plumbing import (leave, load_model, load_reference, load_rows, load_tokenizer, pick_device, rank_and_world_size,
-                      require)
+                      require, sum_over_ranks)
 from runs import check_args, dry_run, find_gold, load_reward, load_rewards
 
 
@@ -115,11 +121,43 @@ def perplexity(policy, tokenizer, dataset, column, args):
     return math.exp(-total / tokens)
 
 
+@torch.no_grad()
+def entropies(policy, batch, temperature, max_tokens):
+    """Mean over a response's tokens of the entropy of softmax(logits / temperature) that each was drawn from: (N,)."""
+    def outputs(keep, **inputs):
+        output = policy(**inputs, logits_to_keep=keep)
+        return output.logits, output.past_key_values
+
+    def pick(logits, rows, start):
+        logprobs = log_softmax(logits, temperature)  # (n, t, V)
+        return -(logprobs.exp() * logprobs).sum(2)
+
+    found = torch.zeros(len(batch), device=policy.device)  # (N,)
+    for rows in microbatches(max_tokens, batch):
+        mask = batch.response_mask[rows]  # (n, T)
+        found[rows] = ((forward(policy, outputs, pick, batch[rows], last=False) * mask).sum(1) / mask.sum(1)).float()
+    return sum_over_ranks(found)
+
+
+def pass_at(correct, n):
+    """Probability that n of a prompt's k samples, drawn without replacement, have a correct one, averaged over prompts.
+
+    1 - C(k - c, n) / C(k, n) for c correct ones. (Chen et al. 2021, equation 1.) Args: correct (B, k) bool; n <= k.
+    """
+    k = correct.shape[1]
+    return sum(1 - math.comb(k - c, n) / math.comb(k, n) for c in correct.sum(1).tolist()) / len(correct)
+
+
 def summarize(values, completions, k):
     """Metrics of one policy from evaluate()'s values (dict name -> (N,), prompt-major) and completions (N texts)."""
     metrics = {"score": values["score"].mean().item()}
+    scores = values["score"].view(-1, k)  # (B, k)
     if k > 1:
-        metrics["variance"] = values["score"].view(-1, k).var(1).mean().item()
+        metrics["variance"] = scores.var(1).mean().item()
+        if torch.isin(scores, torch.tensor([0.0, 1.0])).all():
+            metrics |= {f"pass@{n}": pass_at(scores == 1, n) for n in (2**i for i in range(k.bit_length())) if n <= k}
+        groups = [completions[i : i + k] for i in range(0, len(completions), k)]
+        metrics["distinct"] = sum(len(set(group)) for group in groups) / len(completions)
     if "gold" in values:
         metrics["gold"] = values["gold"].mean().item()
     if "win_rate" in values:
@@ -128,7 +166,8 @@ def summarize(values, completions, k):
         metrics["win_rate+-"] = per_prompt.std().item() / math.sqrt(len(per_prompt))
     for n in (1, 2):
         metrics[f"diversity_{n}"] = diversity(completions, n)
-    return metrics | {name: values[name].mean().item() for name in ("length", "eos_rate", "kl") if name in values}
+    more = ("entropy", "length", "eos_rate", "kl")
+    return metrics | {name: values[name].mean().item() for name in more if name in values}
 
 
 def main(args):
@@ -168,6 +207,8 @@ def main(args):
         opponents = values[judge]
     for name in tqdm(args.policies, desc="evaluate", unit="policy", disable=rank_and_world_size()[0] > 0):
         policy = load_model(name, device, args.dtype, args.shard).requires_grad_(False)
+        reward_fns["entropy"] = lambda batch, examples: {
+            "entropy": entropies(policy, batch, args.temperature, args.microbatch_tokens)}
         values, completions = evaluate(policy, reference, tokenizer, reward_fns, dataset, args, k, args.greedy, judge,
                                        opponents)
         if args.greedy:

@@ -105,7 +105,7 @@ def main(args):
                         args.rollout_batch_size)  # N rows
 
         # 2. score: one number per response
-        parts = reward_fns["score"](batch, examples)  # name -> (N,): the score, and its parts if there are several
+        parts = run.add_noise(reward_fns["score"](batch, examples))  # name -> (N,): the score, and its parts, if any
         scores = parts["score"] - args.missing_eos_penalty * ~batch.ended  # (N,)
 
         # 3. shape: the KL to the reference becomes part of the reward
@@ -116,7 +116,7 @@ def main(args):
         # 4. advantages: how much better each response is than the greedy one
         greedy = rollout(policy, tokenizer, examples["prompt_ids"], 1, args.temperature, args.max_new_tokens,
                          args.rollout_batch_size, greedy=True)  # B rows
-        greedy_scores = (reward_fns["score"](greedy, examples)["score"]
+        greedy_scores = (run.add_noise(reward_fns["score"](greedy, examples))["score"]
                          - args.missing_eos_penalty * ~greedy.ended)  # (B,)
         baseline = greedy_scores.repeat_interleave(args.k)  # (N,)
         advantages = compute_advantages(rewards, baseline, batch.response_mask)  # (N, T)

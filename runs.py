@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dat
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
@@ -37,8 +38,7 @@ class SystemArgs:
     """Memory, devices, output and checkpoints."""
 
     microbatch_tokens: int | None = None
-    """maximum tokens per micro-batch, padding included; affects memory and speed, never the gradient; default: 8192, on
-    a CPU fewer for models that would need more than half a GB for them"""
+    """maximum tokens per micro-batch, with padding; changes only memory and speed; default: 8192, or what fits a CPU"""
     device: str = "auto"
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -84,8 +84,7 @@ class EvaluationArgs:
     reward_weights: tuple[float, ...] = ()
     """weights of the rewards, if there are several; default: all 1"""
     gold: str = "auto"
-    """held-out reward that is only logged, and judges the win rate; auto: the function gold_reward in the --dataset
-    file, if there is one; none: no gold reward"""
+    """held-out reward, only logged, and judge of the win rate; auto: gold_reward in the --dataset file, if any; none"""
     completion_column: str | None = None
     """column of reference responses for the win rate, if it is not called completion"""
     max_prompt_length: int = 512
@@ -104,6 +103,8 @@ class RunArgs(EvaluationArgs, DataArgs, SystemArgs):
 
     rollout_batch_size: int = 256
     """responses to sample at once on each process; bounds the KV cache's memory"""
+    reward_noise: float = 0.0
+    """standard deviation of Gaussian noise on each training score; the true mean is logged as objective/true_score"""
 
 
 def parse(Args):
@@ -117,8 +118,8 @@ def parse(Args):
         unknown = settings.keys() - {item.name for item in fields(Args)} - {"script", "nproc_per_node"}
         require(not unknown, f"--resume {folder}: this is a run of {settings['script']}.py, which has other flags "
                              f"({', '.join(sorted(unknown)[:3])})")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-        del values["script"], values["nproc_per_node"]
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+                  if name not in ("script", "nproc_per_node")}
         default = Args(**values | {"resume": folder, "output": None})
     groups = vars(tyro.cli(grouped(Args, default))).values()
     return Args(**{name: getattr(group, name) for group in groups for name in group.__dataclass_fields__})
@@ -158,9 +159,8 @@ def check_args(args):
             f"--output {args.output}: a resumed run continues in its own folder; remove this flag")
     if args.output:
         output = Path(args.output)
-        parent = next(parent for parent in output.absolute().parents if parent.exists())
-        require(parent.is_dir(),
-                f"--output {output}: cannot be created, since {parent} is a file; choose another folder")
+        path = next(parent for parent in output.absolute().parents if parent.exists())
+        require(path.is_dir(), f"--output {output}: cannot be created, since {path} is a file; choose another folder")
         require(not output.is_file(), f"--output {output}: already exists; choose another name, or delete that file")
         require(not output.exists() or not any(output.iterdir()),
                 f"--output {output}: is not empty; choose another folder, or delete that one")
@@ -173,20 +173,18 @@ def check_args(args):
                  "microbatch_tokens", "eval_prompts", "eval_rows", "eval_batch_size", "k", "epochs", "minibatches",
                  "keep", "rollout_batch_size"):
         check(name, lambda value: value >= 1, "must be 1 or more")
-    if "minibatches" in values:
-        responses = args.prompts_per_step * args.k
-        check("minibatches", lambda value: value <= responses, f"a rollout has only {responses} responses to divide")
-    check("temperature", lambda value: 0 < value < float("inf"), "must be positive and finite")
+    responses = values.get("prompts_per_step", 0) * values.get("k", 0)
+    check("minibatches", lambda value: value <= responses, f"a rollout has only {responses} responses to divide")
     for name in ("clip", "value_clip", "clip_scores"):
         check(name, lambda value: value > 0, 'must be positive ("inf" disables it)')
     check("seed", lambda value: 0 <= value < 2**32 - 1, "must be between 0 and 4294967294")
     for name in ("lam", "gamma"):
         check(name, lambda value: 0 <= value <= 1, "must be between 0 and 1")
     check("decay", lambda value: 0 <= value < 1, "must be at least 0 and below 1")
-    for name in ("lr", "critic_lr", "max_grad_norm"):
+    for name in ("temperature", "lr", "critic_lr", "max_grad_norm"):
         check(name, lambda value: 0 < value < float("inf"), "must be positive and finite")
     for name in ("beta", "missing_eos_penalty", "eval_every", "warmup_updates", "weight_decay", "center", "window",
-                 "save_every"):
+                 "save_every", "reward_noise"):
         check(name, lambda value: 0 <= value < float("inf"), "must be 0 or more, and finite")
 
 
@@ -258,8 +256,7 @@ def load_rewards(args, tokenizer, device):
         named = {f"reward/{name}": part for name, part in zip(names, parts)} if len(parts) > 1 else {}
         return {"score": sum(weight * part for weight, part in zip(weights, parts)), **named}
 
-    gold = find_gold(args.gold, args.dataset)
-    gold = gold and load(gold)
+    gold = (name := find_gold(args.gold, args.dataset)) and load(name)
     return {"score": score} | ({"gold": lambda batch, examples: {"gold": gold(batch, examples)}} if gold else {})
 
 
@@ -313,8 +310,7 @@ class Run:
                     f"--num-updates {args.num_updates}: the run in {self.folder} has already made {self.step}; "
                     "give more")
         else:
-            name = f"{self.name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-            self.folder = Path(args.output or f"runs/{name}")
+            self.folder = Path(args.output or f"runs/{self.name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
         if dist.is_initialized():  # use the first process's clock
             names = [str(self.folder)]
             dist.broadcast_object_list(names)
@@ -356,8 +352,18 @@ class Run:
         for _, examples in zip(bar, batches(dataset, size, self.args.seed, self.step)):
             self.start = time.perf_counter()
             self.state["step"] += 1
+            self.noise = np.random.default_rng((self.args.seed, self.step))  # the same after --resume
             yield examples
             bar.set_postfix(self.shown, refresh=False)
+
+    def add_noise(self, parts):
+        """Add N(0, --reward-noise^2) to each score (Ahmadian et al. 2024, section 5.2.2), and keep "true_score".
+
+        Args: parts (dict name -> (N,): "score", and others, which stay as they are). Returns: such a dict.
+        """
+        score, sigma = parts["score"], self.args.reward_noise
+        noise = torch.as_tensor(self.noise.normal(0, sigma, len(score))).to(score)  # (N,)
+        return parts | {"score": score + noise, "true_score": score} if sigma else parts
 
     def check_finite(self, examples, **values):
         """Exit before a NaN or infinity reaches the weights, and save the prompts it came from.
@@ -424,8 +430,7 @@ class Run:
 
     def save_model(self, model):
         """Save model/ for from_pretrained; the old one stays until the new one is complete."""
-        folder = self.folder / "model"
-        new, old = folder.with_name("model.new"), folder.with_name("model.old")
+        folder, new, old = (self.folder / name for name in ("model", "model.new", "model.old"))
         with one_line_failure(f"model {folder}", new):
             write_model(new, model, self.tokenizer)
             if self.writer:
@@ -442,8 +447,7 @@ class Run:
         schedules, random states and `run.state`. A killed or failed write leaves earlier checkpoints intact.
         """
         args, asked = self.args, sum_over_ranks(len(self.signals))
-        due = self.step == args.num_updates or (args.save_every > 0 and self.step % args.save_every == 0)
-        if not asked and not due:
+        if not (asked or self.step == args.num_updates or (args.save_every and self.step % args.save_every == 0)):
             return
         if asked and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to all when the first process ends
@@ -453,8 +457,7 @@ class Run:
             "optimizers": {name: optimizer_state(*both) for name, (*both, _) in self.trained.items()},
             "schedules": {name: scheduler.state_dict() for name, (_, _, scheduler) in self.trained.items()},
         }
-        base = self.folder / "checkpoints"
-        new = base / "unfinished"
+        base, new = self.folder / "checkpoints", self.folder / "checkpoints/unfinished"
         with one_line_failure(f"checkpoint of update {self.step}", new):
             if self.writer:
                 self.writer.flush()
@@ -566,10 +569,9 @@ def catch_signals():
 
 def read_settings(folder):
     """An earlier run's flags and script, from its args.json."""
-    path = Path(folder) / "args.json"
-    require(path.is_file(), f"--resume {folder}: not a run folder (it has no args.json)")
+    require(Path(folder, "args.json").is_file(), f"--resume {folder}: not a run folder (it has no args.json)")
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(Path(folder, "args.json").read_text())
         assert isinstance(settings["script"], str) and isinstance(settings["nproc_per_node"], int)
     except Exception:
         stop(f"--resume {folder}: args.json is damaged; the run cannot be resumed without it")
@@ -606,9 +608,8 @@ def checkpoints(folder):
 
 def checksums(folder):
     """dict file -> SHA-256 of a checkpoint's files, to detect a truncated or damaged one before resuming from it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json")
     found = {}
-    for path in files:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json"):
         with path.open("rb") as file:
             found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
@@ -621,8 +622,7 @@ def load_checkpoint(folder, trained):
     last = found[-1]
     remedy = "delete that folder to resume from the one before" if len(found) > 1 else "start the run again"
     try:
-        expected = json.loads((last / "checksums.json").read_text())
-        present = checksums(last)
+        expected, present = json.loads((last / "checksums.json").read_text()), checksums(last)
         damaged = sorted(name for name in expected.keys() | present.keys() if expected.get(name) != present.get(name))
     except Exception:
         damaged = ["checksums.json"]

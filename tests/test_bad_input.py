@@ -206,6 +206,7 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
     ),
     ({"seed": -1}, "--seed -1: must be between 0 and 4294967294"),
     ({"rollout_batch_size": 0}, "--rollout-batch-size 0: must be 1 or more"),
+    ({"reward_noise": -0.5}, "--reward-noise -0.5: must be 0 or more, and finite"),
     (
         {"reward": ("{bad}/rewards.py:one", "{bad}/rewards.py:one")},
         "--reward: {bad}/rewards.py:one is given twice; use --reward-weights instead",

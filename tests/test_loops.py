@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 
+import numpy
 import pytest
 import torch
 from helpers import loop, oracle, small_world
@@ -46,7 +47,8 @@ EVERY_SCRIPT = [  # of rloo, reinforce, remax, grpo, reinforce_pp, vanilla_pg, p
     {"beta": 0.0, "missing_eos_penalty": 0.0, "microbatch_tokens": 1, "eval_prompts": 2, "max_grad_norm": 1e9},
     {"temperature": 1.0, "microbatch_tokens": 10_000, "k": 2, "eval_every": 0, "lr_schedule": "cosine",
      "warmup_updates": 1, "num_updates": 4, "max_grad_norm": 0.1},
-    {"lr_schedule": "constant", "reward": (f"{HERE}:reward", f"{HERE}:brevity"), "reward_weights": (0.5, -2.0)},
+    {"lr_schedule": "constant", "reward": (f"{HERE}:reward", f"{HERE}:brevity"), "reward_weights": (0.5, -2.0),
+     "reward_noise": 0.7},
 ]
 ONE_RESPONSE = {"k": 1, "prompts_per_step": 4}
 STEPS = [
@@ -164,6 +166,9 @@ def updates_of(name, seen):
         update = {"rows": score(given_rollout(number, prompt_ids, args, False), repeat(rows, args.k), args.reward)}
         if name == "remax":
             update["greedy"] = score(given_rollout(number, prompt_ids, args, True), rows, args.reward)
+        noise = numpy.random.default_rng((args.seed, number + 1))
+        for row in [*update["rows"], *update.get("greedy", [])]:
+            row.noise = noise.normal(0, args.reward_noise)
         if getattr(args, "minibatches", 1) > 1:
             update["orders"] = [next(orders) for _ in range(args.epochs)]
         updates.append(update)
@@ -178,8 +183,8 @@ def assert_close(found, expected, what, tolerance=1e-9):
         assert (a - b).abs().max() < tolerance * max(1, b.abs().max()), what
 
 
-COUNTS = {"rollout/length", "rollout/eos_rate", "objective/frac_reward_zero_std", "rewards/accuracies", "accuracy",
-          "gold_accuracy"}  # in float32
+COUNTS = {"rollout/length", "rollout/eos_rate", "rollout/distinct", "objective/frac_reward_zero_std",
+          "rewards/accuracies", "accuracy", "gold_accuracy"}  # in float32
 
 
 def assert_same_numbers(found, expected, what, rel=1e-9):

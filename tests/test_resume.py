@@ -25,7 +25,8 @@ pytestmark = pytest.mark.slow
 
 def flags_of(script, world, **more):
     fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
-    flags = world.flags | {"eval_dataset": world.data, "batch_size": 4, "num_updates": 6, "save_every": 1} | more
+    flags = world.flags | {"eval_dataset": world.data, "batch_size": 4, "num_updates": 6, "save_every": 1,
+                           "reward_noise": 0.3} | more
     return {name: value for name, value in flags.items() if name in fields}
 
 

@@ -119,6 +119,8 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
         "perplexity",
         "diversity_1",
         "diversity_2",
+        "distinct",
+        "entropy",
         "length",
         "eos_rate",
         "kl",
@@ -148,6 +150,32 @@ def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys):
         captured = capsys.readouterr()
         assert stopped.value.code == 2 and name in captured.err and expected in captured.err
         assert captured.out == "" and not (tmp_path / "c.json").exists()
+
+
+def test_pass_at_k_and_distinct_by_hand():
+    correct = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
+    assert evaluate.pass_at(correct, 1) == pytest.approx((1 / 4 + 3 / 4) / 3)
+    assert evaluate.pass_at(correct, 2) == pytest.approx((1 / 2 + 1) / 3)  # of two draws, one in 3 of 6 pairs; always
+    assert evaluate.pass_at(correct, 4) == pytest.approx(2 / 3)
+    values = {name: torch.zeros(12) for name in ("length", "eos_rate", "kl")} | {"score": correct.flatten().float()}
+    metrics = evaluate.summarize(values, ["a", "b", "b", "b", *"cdef", *"gggg"], 4)
+    assert metrics["distinct"] == pytest.approx((2 + 4 + 1) / 12)
+    assert [name for name in metrics if name.startswith("pass@")] == ["pass@1", "pass@2", "pass@4"]
+    assert metrics["pass@2"] == evaluate.pass_at(correct, 2)
+    half = values | {"score": values["score"] / 2}
+    assert not any(name.startswith("pass@") for name in evaluate.summarize(half, ["a"] * 12, 4))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 10_000])
+def test_entropy_is_that_of_the_whole_vocabulary_at_each_token(world, max_tokens):
+    policy, tokenizer = load_model(world.policy, CPU), load_tokenizer(world.policy)
+    prompts, texts = ["a b c", "d", "a b c"], ["d e", "f", ""]
+    batch = encode(tokenizer, token_ids(tokenizer, prompts), texts, CPU, ended=[True, True, True])
+    found = evaluate.entropies(policy, batch, 0.7, max_tokens)
+    for prompt, text, value in zip(prompts, texts, found.tolist()):
+        ids = torch.tensor([tokenizer(f"{prompt} {text}")["input_ids"]])
+        probs = (policy(ids).logits[0, len(prompt.split()) - 1 :] / 0.7).softmax(-1)  # one for each token and EOS
+        assert value == pytest.approx(torch.distributions.Categorical(probs).entropy().mean().item(), rel=1e-5)
 
 
 def test_diversity_by_hand():

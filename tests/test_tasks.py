@@ -12,7 +12,7 @@ from helpers.tiny import CPU, token_ids
 from common import decode, encode, rollout
 from plumbing import load_model, load_tokenizer
 from runs import load_reward
-from tasks import mini_tldr
+from tasks import mini_tldr, rouge
 
 ROOT = Path(__file__).parent.parent
 FACTS = dict(who="sister", did="sold", thing="bike", where="party", when="week", feeling="sad", question="help")
@@ -43,6 +43,14 @@ def test_gold_reward_by_hand(summary, gold, parts):
     assert {name: count for name, count in counted.items() if count} == parts
     columns = {slot: [word, word] for slot, word in FACTS.items()}
     assert mini_tldr.gold_reward(None, [summary, FULL], **columns) == pytest.approx([gold, 7])
+
+
+def test_rouge_l_by_hand():
+    texts = ["police killed the gunman", "police kill the gunman", "the gunman kill police", "The  Cat", "", "a b c d"]
+    references = ["police killed the gunman"] * 3 + ["the cat sat", "a", ""]
+    expected = [1, 3 / 4, 2 / 4, 4 / 5, 0, 0]  # the first three are the example of Lin 2004
+    assert rouge.rouge_l(["p"] * 6, texts, references, other=[1] * 6) == pytest.approx(expected)
+    assert rouge.rouge_l(["p"], [[{"role": "assistant", "content": "b a c"}]], ["a b c"]) == pytest.approx([2 / 3])
 
 
 @pytest.mark.slow

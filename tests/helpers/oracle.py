@@ -26,6 +26,7 @@ class Row:
     ended: bool
     old_logprobs: list[float]  # under the policy that sampled the response, one per token
     parts: dict[str, float]  # the value of each reward function, in the order of flags.reward
+    noise: float = 0.0  # on its score
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -99,11 +100,16 @@ def reference_logprobs(reference, row, temperature):
         return [logprob.item() for logprob in token_logprobs(reference, row, temperature)]
 
 
-def row_score(row, flags):
-    """s_i = sum_j weight_j * part_j - penalty * [the response did not end]"""
+def true_score(row, flags):
+    """sum_j weight_j * part_j"""
     parts = list(row.parts.values())
     weights = flags.reward_weights or [1.0] * len(parts)
-    score = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+    return sum(weight * part for weight, part in zip(weights, parts, strict=True))
+
+
+def row_score(row, flags):
+    """s_i = sum_j weight_j * part_j + noise - penalty * [the response did not end]"""
+    score = true_score(row, flags) + row.noise
     if not row.ended:
         score -= flags.missing_eos_penalty
     return score
@@ -187,6 +193,7 @@ class Rollout:
         self.rows = update["rows"]
         self.greedy = update.get("greedy") or []
         self.k = samples_per_prompt(update, flags)
+        self.true_scores = [true_score(row, flags) for row in self.rows]
         self.scores = [row_score(row, flags) for row in self.rows]
         self.ref = [reference_logprobs(reference, row, flags.temperature) for row in self.rows]
         self.kl = []  # kl_t of every row
@@ -588,15 +595,19 @@ def rollout_metrics(rollout):
     numbers = {
         "objective/scores": mean(rollout.scores),
         "objective/scores_std": sample_std(rollout.scores),
+        "objective/best_of_k": mean([max(group) for group in groups(rollout.true_scores, rollout.k)]),
         "objective/kl": mean([sum(kl) for kl in rollout.kl]),
         "objective/frac_reward_zero_std": mean([float(all_equal(g)) for g in groups(rollout.scores, rollout.k)]),
         "objective/entropy": mean([-sum(row.old_logprobs) for row in rows]),
+        "rollout/distinct": len({(i // rollout.k, *row.response) for i, row in enumerate(rows)}) / len(rows),
         "rollout/length": mean([len(row.response) for row in rows]),
         "rollout/eos_rate": mean([float(row.ended) for row in rows]),
     }
     if len(rows[0].parts) > 1:
         for part in rows[0].parts:
             numbers[f"objective/reward/{part}"] = mean([row.parts[part] for row in rows])
+    if any(row.noise for row in rows):
+        numbers["objective/true_score"] = mean(rollout.true_scores)
     return numbers
 
 
