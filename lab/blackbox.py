@@ -64,14 +64,15 @@ def parse(command, **settings):
     return module, tyro.cli(module.Args, args=words, default=default)
 
 
-def run(command, given, count=1, warmup=0, rows=None, **settings):
+def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
     """Run `main` of a script for `count` updates with weights that do not move.
 
     Args: command (such as "ppo.py --lam 0"; its flags win over the settings); given (function (update, prompt_ids, k,
     greedy) -> Batch that replaces sampling; update counts from 0, or from -warmup); count; warmup (updates before the
     first, for a script that remembers past rewards: before each of the `count` updates, run.state and the random states
     are what they were after these); rows (function (update) -> row numbers of the training data; default: the first
-    ones); settings (defaults of flags, as far as the script has them).
+    ones); replace (dict name -> what `main` finds under that name instead); settings (defaults of flags, as far as the
+    script has them).
     Returns: list of `count` Updates.
     """
     settings = dict(max_grad_norm=1e30, eval_every=0, save_every=0, eval_prompts=1) | settings
@@ -127,6 +128,7 @@ def run(command, given, count=1, warmup=0, rows=None, **settings):
         update.generated += len(batch)
         if greedy:
             return batch
+        require(update.batch is None, f"{command}: samples twice in an update, and not greedily")
         update.batch, update.weights = batch, torch.zeros_like(batch.old_logprobs)
         return Numbered(*(getattr(batch, item.name) for item in fields(Batch)), torch.arange(len(batch)))
 
@@ -142,7 +144,8 @@ def run(command, given, count=1, warmup=0, rows=None, **settings):
         return logprobs
 
     module_token_logprobs = getattr(module, "token_logprobs", None)
-    replaced = {"Run": BlackBox, "rollout": rollout, "token_logprobs": token_logprobs, "evaluate": lambda *_: None}
+    replaced = {"Run": BlackBox, "rollout": rollout, "token_logprobs": token_logprobs, "evaluate": lambda *_: None,
+                **(replace or {})}
     with ExitStack() as stack:
         stack.enter_context(patch.object(runs, "pick_threads", lambda *_: torch.get_num_threads()))
         stack.enter_context(patch.object(runs, "catch_signals", lambda: []))

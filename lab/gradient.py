@@ -1,0 +1,268 @@
+"""Bias and variance of the gradient that whole scripts compute, ours or your own, in seconds.
+
+    python lab/gradient.py                                             # every script of this project
+    python lab/gradient.py rloo.py my_rloo.py "ppo.py --lam 0.9"       # any scripts, with flags
+    python lab/gradient.py rloo.py "reinforce.py --baseline none" --constant 3
+
+It runs a script's own `main` in a world so small that every response can be written down, once for every rollout that
+could be sampled, and reads the gradient where the policy's optimizer would step. Weighted by the rollouts' probabilities,
+these gradients give the estimator's mean and variance exactly. The true gradient is that of E[r] - beta KL(pi || pi_ref).
+
+A script fits if it has the form of rloo.py: Args, a main that calls `rollout`, and a Run that holds the policy. Its flags
+--beta, --temperature and --missing-eos-penalty also define the gradient that it is compared with.
+"""
+
+import contextlib
+import io
+import itertools
+import math
+import random
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import matplotlib
+import torch
+import tyro
+from tqdm import tqdm
+
+LAB = Path(__file__).resolve().parent
+sys.path[:0] = [str(LAB.parent), str(LAB)]
+
+import blackbox  # noqa: E402
+from plumbing import load_module, one_line, require  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+WORLD = str(LAB / "tiny_world.py")
+SCRIPTS = (
+    "reinforce.py --baseline none", "reinforce.py", "rloo.py", "lab/rloo_token.py", "remax.py --k 1", "remax.py",
+    "vanilla_pg.py", "ppo.py --lam 1 --no-whiten", "ppo.py --lam 0.95 --no-whiten", "ppo.py --lam 0 --no-whiten",
+    "ppo.py", "reinforce_pp.py --no-normalize-scores --no-whiten", "reinforce_pp.py",
+    "reinforce_pp_baseline.py --no-whiten", "reinforce_pp_baseline.py", "grpo.py --no-scale-std --no-length-mean",
+    "grpo.py", "raft.py", "dpo.py",
+)  # fmt: skip
+WARMUP = 4  # updates before those that count, so that an average over past ones holds something
+
+
+@dataclass
+class Args:
+    scripts: Annotated[tuple[str, ...], tyro.conf.Positional] = SCRIPTS
+    """scripts, each with flags if you put both in quotes; default: all of this project"""
+    k: int = 2
+    """responses per prompt, where the script's own flags do not say"""
+    prompts: int = 2
+    """prompts per update, 1 to 4, all different"""
+    words: int = 1
+    """words besides EOS, 1 to 6"""
+    length: int = 3
+    """most tokens of a response, EOS included"""
+    beta: float = 0.3
+    """weight of the KL, where the script's own flags do not say"""
+    temperature: float = 0.8
+    """sampling temperature, where the script's own flags do not say"""
+    missing_eos_penalty: float = 0.5
+    """subtracted from the score of a response without EOS, where the script's own flags do not say"""
+    constant: float = 0.0
+    """mean score of the responses, less the penalty"""
+    spread: float = 0.0
+    """how far the mean scores of the prompts lie from that, the first above it, the second below, and so on"""
+    peaked: float = 1.0
+    """factor on the logits of policy and reference: above 1, fewer responses have most of the probability"""
+    critic: Literal["random", "trained"] = "random"
+    """critic of scripts that have one: with random weights, or trained on the true values"""
+    draws: int = 1500
+    """rollouts per script; if more than this many are possible, this many are sampled"""
+    seed: int = 1
+    """random seed of the draws"""
+    output: str = "runs/gradient.png"
+    """PNG file for the picture, bias against variance"""
+
+
+@dataclass
+class Result:
+    """What an estimator's gradient is, over all draws. Shares are of the true gradient's norm, or its square."""
+
+    cosine: float  # of the mean gradient to the true one
+    length: float  # of the mean gradient's projection on the true one, as a share
+    bias: float  # norm of the mean gradient less the true one, as a share
+    error: float  # standard error of the bias; 0 if every draw was enumerated
+    variance: float  # trace of the covariance times the generated responses of an update, as a share
+    draws: int
+
+    @property
+    def angle(self):
+        return math.degrees(math.acos(max(-1.0, min(1.0, self.cosine))))
+
+    @property
+    def noise(self):
+        """The variance of an estimator that is rescaled to length 1."""
+        return self.variance / self.length**2
+
+    def verdict(self):
+        if self.error and self.bias < 3 * self.error:
+            return f"no bias seen: {self.bias:.2f} ± {self.error:.2f}"
+        if self.bias < 1e-6:
+            return "unbiased to 1e-6"
+        if self.angle < 1e-3:
+            return f"the right direction, {self.length:.2f} of the length"
+        away = "away from it, " if self.cosine < 0 else ""
+        return f"biased: points {self.angle:.{0 if self.angle > 9.5 else 1}f}° off, {away}{self.length:.2f} of the length"
+
+
+def settings(args):
+    """What a script's flags are by default: this world's."""
+    return dict(
+        model=f"{WORLD}:policy", reference=f"{WORLD}:reference", critic=f"{WORLD}:critic", reward=(f"{WORLD}:reward",),
+        gold="none", dataset=f"{WORLD}:prompts", eval_dataset=f"{WORLD}:prompts", device="cpu", k=args.k,
+        prompts_per_step=args.prompts, batch_size=1, epochs=1, minibatches=1, beta=args.beta,
+        temperature=args.temperature, missing_eos_penalty=args.missing_eos_penalty, max_new_tokens=args.length,
+    )  # fmt: skip
+
+
+def all_draws(probabilities, prompts, k, in_every_order=False):
+    """Every way to sample k responses to each prompt: tuples of rows, prompt-major, and the probability of each.
+
+    Args: probabilities (B, M); prompts (numbers, one for each group of k); k; in_every_order (False: one order of the k
+    responses to a prompt stands for all).
+    """
+    M = probabilities.shape[1]
+    choose = itertools.combinations_with_replacement
+    single = list(itertools.product(range(M), repeat=k) if in_every_order else choose(range(M), k))
+    orders = [1 if in_every_order else math.factorial(k) // math.prod(map(math.factorial, map(draw.count, set(draw))))
+              for draw in single]
+    weights = [[n * probabilities[prompt][list(draw)].prod().item() for n, draw in zip(orders, single)]
+               for prompt in prompts]  # of each prompt's draws
+    rows = [[tuple(prompt * M + response for response in draw) for draw in single] for prompt in prompts]
+    return ([sum(draw, ()) for draw in itertools.product(*rows)],
+            torch.tensor([math.prod(parts) for parts in itertools.product(*weights)]))
+
+
+def sampled_draws(probabilities, prompts, k, count):
+    """`count` rollouts as they would be sampled: lists of rows, prompt-major, and the weight of each."""
+    M = probabilities.shape[1]
+    columns = [prompt * M + torch.multinomial(probabilities[prompt], count * k, replacement=True).view(count, k)
+               for prompt in prompts]
+    return list(map(tuple, torch.cat(columns, 1).tolist())), torch.full((count,), 1 / count)
+
+
+def shuffled(draw, k):
+    """The same k responses to each prompt in another order."""
+    chance = random.Random(1)
+    return tuple(row for i in range(0, len(draw), k) for row in chance.sample(draw[i : i + k], k))
+
+
+def gradients(command, batch, draws, k, greedy, warmup, flags):
+    """The gradient of a script's `main` for each of the rollouts.
+
+    Args: command; batch (all responses); draws (tuples of its rows, one for each rollout); k; greedy (rows of the greedy
+    responses); warmup (WARMUP tuples of rows); flags (see settings).
+    Returns: (D, P), the number of responses that an update generates, and whether their order makes no difference.
+    """
+    def run(draws):
+        def given(update, prompt_ids, wanted, is_greedy):
+            require(wanted == (1 if is_greedy else k), f"{command}: samples {wanted} responses per prompt, not --k {k}")
+            return batch[list(greedy if is_greedy else [*draws, *warmup][update])]  # update -1: the last of the warm-up
+
+        return blackbox.run(command, given, len(draws), WARMUP, **flags)
+
+    others = [shuffled(draw, k) for draw in draws[:: len(draws) // 5 + 1]]
+    updates = run([*draws, *others, draws[0]])
+    found = torch.stack([update.gradient for update in updates])  # (D + ..., P)
+    if not close(found[0], found[-1]):  # main remembers something outside of run.state: start it anew for each rollout
+        found = torch.stack([run([draw])[0].gradient for draw in (*draws, *others)])
+    ordered = all(map(close, found[:: len(draws) // 5 + 1], found[len(draws) :]))
+    return found[: len(draws)], updates[0].generated, ordered
+
+
+def close(a, b):
+    return (a - b).norm() <= 1e-9 * (a.norm() + b.norm())
+
+
+def measure(command, world, args):
+    """The Result of a command such as "ppo.py --lam 0"."""
+    _, flags = blackbox.parse(command, **settings(args))
+    for name in ("beta", "temperature"):
+        require(hasattr(flags, name), f"{command}: has no flag --{name}, which the true gradient depends on")
+    penalty = getattr(flags, "missing_eos_penalty", args.missing_eos_penalty)
+    batch = replace(world.batch, old_logprobs=world.logprobs(flags.temperature).detach())
+    probabilities = batch.old_logprobs.sum(1).exp().view(-1, world.M)  # (B, M)
+    prompts = [i % args.prompts for i in range(getattr(flags, "prompts_per_step", args.prompts))]
+    exact = True
+    if hasattr(flags, "rejected_column"):  # it learns from pairs: two samples, of which the better one is more likely chosen
+        scores = (world.scores - penalty * ~batch.ended).view(-1, world.M)  # (B, M)
+        wins = torch.sigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))  # (B, M, M), Bradley and Terry's
+        weights = (2 * wins * probabilities.unsqueeze(2) * probabilities.unsqueeze(1)).flatten() / args.prompts
+        updates = blackbox.run(command, None, len(weights), rows=lambda update: [update],
+                               replace={"encode": load_module(WORLD).encode},
+                               **settings(args) | {"dataset": f"{WORLD}:pairs"})
+        found, generated = torch.stack([update.gradient for update in updates]), 2
+    else:
+        require(hasattr(flags, "k"), f"{command}: has no flag --k, responses per prompt")
+        generator = torch.manual_seed(args.seed)
+        warmup, _ = sampled_draws(probabilities, prompts, flags.k, WARMUP)
+        greedy = [world.greedy(prompt) for prompt in prompts]
+        for possible, in_every_order in ((math.comb(world.M + flags.k - 1, flags.k), False), (world.M**flags.k, True)):
+            exact = possible ** len(prompts) <= args.draws
+            draws, weights = (all_draws(probabilities, prompts, flags.k, in_every_order) if exact
+                              else sampled_draws(probabilities, prompts, flags.k, args.draws))
+            found, generated, ordered = gradients(command, batch, draws, flags.k, greedy, warmup, settings(args))
+            if ordered or not exact:
+                break
+    true = world.true_gradient(prompts, flags.temperature, flags.beta, penalty)
+    mean = weights @ found  # (P,)
+    variance = (weights @ (found - mean).square().sum(1) / true.norm() ** 2).item()
+    return Result(
+        cosine=(mean @ true / mean.norm() / true.norm()).item(),
+        length=(mean @ true / true.norm() ** 2).item(),
+        bias=((mean - true).norm() / true.norm()).item(),
+        error=0.0 if exact else math.sqrt(variance / len(found)),
+        variance=variance * generated,
+        draws=len(found),
+    )
+
+
+def attempt(command, world, args):
+    """The Result of a command, or one line that says why there is none."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return measure(command, world, args)
+    except SystemExit:
+        lines = [line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines()]
+        return " ".join(line for line in lines if line).removeprefix("error: ") or "it exits"
+    except Exception as error:
+        return f"{type(error).__name__}: {one_line(error)}"
+
+
+def table(results):
+    """The results as a Markdown table."""
+    lines = [["", "cosine", "length", "bias", "variance", "at length 1", ""], ["---"] * 7]
+    for command, result in results.items():
+        cells = ["–"] * 5 + [result] if isinstance(result, str) else [
+            f"{result.cosine:.3f}", f"{result.length:.3f}",
+            f"{result.bias:.3f}" + f" ± {result.error:.3f}" * (result.error > 0), f"{result.variance:.3g}",
+            f"{result.noise:.3g}", result.verdict()]
+        lines.append([f"`{command}`", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(args):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    tiny_world = load_module(WORLD)
+    world = tiny_world.world = tiny_world.World(
+        args.words, args.length, args.prompts, args.temperature, args.beta, args.missing_eos_penalty, args.constant,
+        args.spread, args.peaked, args.critic == "trained")
+    results = {command: attempt(command, world, args) for command in tqdm(args.scripts, unit="script")}
+    torch.set_default_dtype(before)
+    print(table(results))
+    return results
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(tyro.cli(Args))

@@ -1,0 +1,169 @@
+"""A world so small that every response can be written down: policy, reference, critic, rewards and prompts, in float64.
+
+lab/gradient.py sets `world`; scripts then get it by their ordinary flags, for example --model lab/tiny_world.py:policy.
+The models are GPT-2s of one layer with random weights, since Llama's RMSNorm computes in float32 whatever the weights.
+"""
+
+import copy
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import Batch, token_kl, token_logprobs, token_rewards, token_values  # noqa: E402
+from plumbing import pad  # noqa: E402
+
+PROMPTS = ["b a b", "a", "b b a a", "a b"]
+world = None  # what the functions at the end give out
+
+
+def make_tokenizer(words):
+    """A tokenizer of the words a, b, c ... (ids 0, 1, 2 ...) and EOS (the last id)."""
+    vocabulary = {word: i for i, word in enumerate([*"abcdef"[:words], "<eos>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def make_model(kind, vocab_size, seed, **kwargs):
+    """A small GPT-2 with weights so large that its outputs differ a lot between inputs."""
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=vocab_size, n_embd=8, n_layer=1, n_head=2, n_positions=16, initializer_range=0.5,
+                        eos_token_id=vocab_size - 1, **kwargs)
+    return kind(config).double().eval()
+
+
+def all_responses(words, length):
+    """Every response of at most `length` tokens: ended by its first EOS (id `words`), or cut off."""
+    for n in range(length):
+        yield from ((*head, words) for head in itertools.product(range(words), repeat=n))
+    yield from itertools.product(range(words), repeat=length)
+
+
+class World:
+    """B prompts, and all M responses to each: a Batch of B * M rows, row = prompt * M + response.
+
+    Args: words (besides EOS); length (most tokens of a response); prompts (B, at most 4); temperature, beta and penalty
+    (for a response without EOS): as in the scripts, for centring the scores and training the critic; constant (mean
+    score, less the penalty); spread (how far the prompts' means lie from it, above and below by turns); peaked (factor
+    on the logits of policy and reference); train_critic (False: it has random weights).
+    """
+
+    def __init__(self, words, length, prompts, temperature, beta, penalty, constant=0.0, spread=0.0, peaked=1.0,
+                 train_critic=False):
+        self.tokenizer = make_tokenizer(words)
+        self.prompts = self.tokenizer.batch_decode(self.tokenizer(PROMPTS[:prompts])["input_ids"])
+        self.policy, self.reference = (make_model(GPT2LMHeadModel, words + 1, seed) for seed in (3, 4))
+        self.critic = make_model(GPT2ForSequenceClassification, words + 1, 6, num_labels=1)
+        with torch.no_grad():
+            self.critic.score.weight *= 3  # far from the truth
+            for parameter in (*self.policy.transformer.ln_f.parameters(), *self.reference.transformer.ln_f.parameters()):
+                parameter *= peaked
+        responses = list(all_responses(words, length))
+        self.M = len(responses)
+        prompt_ids = [prompt for prompt in self.tokenizer(self.prompts)["input_ids"] for _ in responses]
+        response_ids, response_mask = pad(responses * prompts, words, "right", "cpu")  # (B M, T)
+        ended = torch.tensor([response[-1] == words for response in responses * prompts])  # (B M,)
+        self.batch = Batch(*pad(prompt_ids, words, "left", "cpu"), response_ids, response_mask, ended, None)
+        self.batch.old_logprobs = self.logprobs(temperature).detach()  # (B M, T)
+        texts = self.tokenizer.batch_decode(self.batch.responses, skip_special_tokens=True)
+        self.texts = [(self.prompts[row // self.M], text) for row, text in enumerate(texts)]  # (B M,), no two are equal
+
+        self.scores = 2 * torch.randn(len(self.batch), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        means = (self.probabilities(temperature).detach() * (self.scores - penalty * ~ended)).view(prompts, -1).sum(1)  # (B,)
+        wanted = constant + spread * torch.tensor([1.0, -1.0, 1.0, -1.0])[:prompts]  # (B,)
+        self.scores += (wanted - means).repeat_interleave(self.M)  # (B M,)
+        if train_critic:
+            self.fit_critic(temperature, beta, penalty)
+
+    def logprobs(self, temperature, model=None):
+        """Log-probs of the tokens of every response: (B M, T), with gradients."""
+        return token_logprobs(model or self.policy, self.batch, temperature)
+
+    def probabilities(self, temperature):
+        """Of every response to its prompt: (B M,), with gradients."""
+        return self.logprobs(temperature).sum(1).exp()
+
+    def greedy(self, prompt):
+        """The row that takes the most probable token at every step."""
+        rows, t = range(prompt * self.M, (prompt + 1) * self.M), 0
+        while len(rows) > 1:
+            best = max(rows, key=lambda row: self.batch.old_logprobs[row, t])
+            rows = [row for row in rows if self.batch.responses[row, t] == self.batch.responses[best, t]]
+            t += 1
+        return rows[0]
+
+    def true_gradient(self, prompts, temperature, beta, penalty):
+        """Of -(E[r] - beta KL(pi || pi_ref)), averaged over these prompts (numbers): (P,), by differentiating the sum
+        over all responses."""
+        logprobs = self.logprobs(temperature).sum(1)  # (B M,)
+        ref_logprobs = self.logprobs(temperature, self.reference).sum(1)  # (B M,)
+        rewards = self.scores - penalty * ~self.batch.ended - beta * (logprobs - ref_logprobs)  # (B M,)
+        values = (logprobs.exp() * rewards).view(-1, self.M).sum(1)  # (B,)
+        gradients = torch.autograd.grad(-values[prompts].mean(), list(self.policy.parameters()))
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def fit_critic(self, temperature, beta, penalty):
+        """Train the critic on the true values: of each token's state, the mean reward to go of what can follow."""
+        mask, responses = self.batch.response_mask, self.batch.responses
+        ref_logprobs = self.logprobs(temperature, self.reference)
+        kl = token_kl(self.batch.old_logprobs, ref_logprobs, mask)
+        rewards = token_rewards(self.scores - penalty * ~self.batch.ended, kl, beta, mask)
+        returns = rewards.flip(1).cumsum(1).flip(1)  # (B M, T)
+        probabilities, values = self.probabilities(temperature).detach(), torch.zeros_like(returns)
+        for row, t in mask.nonzero().tolist():
+            start = row // self.M * self.M
+            same = (responses[start : start + self.M, :t] == responses[row, :t]).all(1) & mask[start : start + self.M, t]
+            rows = start + same.nonzero().squeeze(1)  # those that begin with the same t tokens
+            values[row, t] = (probabilities[rows] * returns[rows, t]).sum() / probabilities[rows].sum()
+        optimizer = torch.optim.LBFGS(self.critic.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            error = (token_values(self.critic, self.batch) - values.detach())[mask].square().mean()
+            error.backward()
+            return error
+
+        optimizer.step(loss)
+        self.critic.zero_grad()
+
+
+# ----------------------------------------------------------------------------------------- what a script's flags name
+
+def policy():
+    return copy.deepcopy(world.policy), world.tokenizer
+
+
+def reference():
+    return copy.deepcopy(world.reference), world.tokenizer
+
+
+def critic():
+    return copy.deepcopy(world.critic), world.tokenizer
+
+
+def reward(prompts, completions, **_):
+    scores = dict(zip(world.texts, world.scores.tolist()))
+    return [scores.get(pair, 0.0) for pair in zip(prompts, completions)]  # 0 for the texts of a dry run
+
+
+def prompts(split):
+    return Dataset.from_dict({"prompt": world.prompts})
+
+
+def pairs(split):
+    """Every ordered pair of responses to each prompt: B * M * M rows."""
+    rows = [(*chosen, rejected) for chosen in world.texts for prompt, rejected in world.texts if prompt == chosen[0]]
+    return Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*rows)))))
+
+
+def encode(tokenizer, prompt_ids, completions, device, ended=True):
+    """Like common.encode, but a response that was cut off gets no EOS."""
+    prompts = tokenizer.batch_decode(prompt_ids)
+    return world.batch[[world.texts.index(pair) for pair in zip(prompts, completions)]]
