@@ -21,7 +21,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import matplotlib
 import torch
@@ -68,12 +68,12 @@ class Args:
     """subtracted from the score of a response without EOS, where the script's own flags do not say"""
     constant: float = 0.0
     """mean score of the responses, less the penalty"""
-    spread: float = 0.0
+    spread: float = 2.0
     """how far the mean scores of the prompts lie from that, the first above it, the second below, and so on"""
     peaked: float = 1.0
     """factor on the logits of policy and reference: above 1, fewer responses have most of the probability"""
-    critic: Literal["random", "trained"] = "random"
-    """critic of scripts that have one: with random weights, or trained on the true values"""
+    critic_error: float = 1.0
+    """standard deviation of the critic's error, one for each state; 0 is a critic that knows the true values"""
     draws: int = 1500
     """rollouts per script; if more than this many are possible, this many are sampled"""
     seed: int = 1
@@ -256,7 +256,7 @@ def main(args):
     tiny_world = load_module(WORLD)
     world = tiny_world.world = tiny_world.World(
         args.words, args.length, args.prompts, args.temperature, args.beta, args.missing_eos_penalty, args.constant,
-        args.spread, args.peaked, args.critic == "trained")
+        args.spread, args.peaked, args.critic_error)
     results = {command: attempt(command, world, args) for command in tqdm(args.scripts, unit="script")}
     torch.set_default_dtype(before)
     print(table(results))

@@ -5,6 +5,7 @@ The models are GPT-2s of one layer with random weights, since Llama's RMSNorm co
 """
 
 import copy
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -19,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Batch, token_kl, token_logprobs, token_rewards, token_values  # noqa: E402
 from plumbing import pad  # noqa: E402
 
-PROMPTS = ["b a b", "a", "b b a a", "a b"]
+PROMPTS = ["b a b", "a", "b b", "b a a b"]  # none begins with another: its responses would lead to the other's states
 world = None  # what the functions at the end give out
 
 
 def make_tokenizer(words):
-    """A tokenizer of the words a, b, c ... (ids 0, 1, 2 ...) and EOS (the last id)."""
+    """A tokenizer of the words a, b, c ... (ids 0, 1, 2 ...) and EOS (the last id), which stands for other words too."""
     vocabulary = {word: i for i, word in enumerate([*"abcdef"[:words], "<eos>"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
@@ -50,19 +51,18 @@ class World:
     """B prompts, and all M responses to each: a Batch of B * M rows, row = prompt * M + response.
 
     Args: words (besides EOS); length (most tokens of a response); prompts (B, at most 4); temperature, beta and penalty
-    (for a response without EOS): as in the scripts, for centring the scores and training the critic; constant (mean
-    score, less the penalty); spread (how far the prompts' means lie from it, above and below by turns); peaked (factor
-    on the logits of policy and reference); train_critic (False: it has random weights).
+    (for a response without EOS): as in the scripts, for the means of the scores and the critic; constant (mean score,
+    less the penalty); spread (how far the prompts' means lie from it, above and below by turns); peaked (factor on the
+    logits of policy and reference); critic_error (standard deviation of the critic's error).
     """
 
     def __init__(self, words, length, prompts, temperature, beta, penalty, constant=0.0, spread=0.0, peaked=1.0,
-                 train_critic=False):
+                 critic_error=0.0):
+        self.temperature, self.beta, self.penalty, self.critic_error = temperature, beta, penalty, critic_error
         self.tokenizer = make_tokenizer(words)
         self.prompts = self.tokenizer.batch_decode(self.tokenizer(PROMPTS[:prompts])["input_ids"])
         self.policy, self.reference = (make_model(GPT2LMHeadModel, words + 1, seed) for seed in (3, 4))
-        self.critic = make_model(GPT2ForSequenceClassification, words + 1, 6, num_labels=1)
         with torch.no_grad():
-            self.critic.score.weight *= 3  # far from the truth
             for parameter in (*self.policy.transformer.ln_f.parameters(), *self.reference.transformer.ln_f.parameters()):
                 parameter *= peaked
         responses = list(all_responses(words, length))
@@ -79,8 +79,6 @@ class World:
         means = (self.probabilities(temperature).detach() * (self.scores - penalty * ~ended)).view(prompts, -1).sum(1)  # (B,)
         wanted = constant + spread * torch.tensor([1.0, -1.0, 1.0, -1.0])[:prompts]  # (B,)
         self.scores += (wanted - means).repeat_interleave(self.M)  # (B M,)
-        if train_critic:
-            self.fit_critic(temperature, beta, penalty)
 
     def logprobs(self, temperature, model=None):
         """Log-probs of the tokens of every response: (B M, T), with gradients."""
@@ -109,29 +107,33 @@ class World:
         gradients = torch.autograd.grad(-values[prompts].mean(), list(self.policy.parameters()))
         return torch.cat([gradient.flatten() for gradient in gradients])
 
-    def fit_critic(self, temperature, beta, penalty):
-        """Train the critic on the true values: of each token's state, the mean reward to go of what can follow."""
-        mask, responses = self.batch.response_mask, self.batch.responses
-        ref_logprobs = self.logprobs(temperature, self.reference)
-        kl = token_kl(self.batch.old_logprobs, ref_logprobs, mask)
-        rewards = token_rewards(self.scores - penalty * ~self.batch.ended, kl, beta, mask)
+    @functools.cached_property
+    def critic(self):
+        """A critic trained on the true value of each state (the mean reward to go of what can follow), plus an error."""
+        model = make_model(GPT2ForSequenceClassification, len(self.tokenizer), 6, num_labels=1)
+        mask, chance = self.batch.response_mask, torch.Generator().manual_seed(6)
+        kl = token_kl(self.batch.old_logprobs, self.logprobs(self.temperature, self.reference).detach(), mask)
+        rewards = token_rewards(self.scores - self.penalty * ~self.batch.ended, kl, self.beta, mask)
         returns = rewards.flip(1).cumsum(1).flip(1)  # (B M, T)
-        probabilities, values = self.probabilities(temperature).detach(), torch.zeros_like(returns)
+        probabilities, targets = self.batch.old_logprobs.sum(1).exp(), torch.zeros_like(returns)
+        states = {}  # prompt, and tokens so far -> rows that begin like this
         for row, t in mask.nonzero().tolist():
-            start = row // self.M * self.M
-            same = (responses[start : start + self.M, :t] == responses[row, :t]).all(1) & mask[start : start + self.M, t]
-            rows = start + same.nonzero().squeeze(1)  # those that begin with the same t tokens
-            values[row, t] = (probabilities[rows] * returns[rows, t]).sum() / probabilities[rows].sum()
-        optimizer = torch.optim.LBFGS(self.critic.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+            states.setdefault((row // self.M, *self.batch.responses[row, :t].tolist()), []).append(row)
+        for (_, *tokens), rows in states.items():
+            value = probabilities[rows] @ returns[rows, len(tokens)] / probabilities[rows].sum()
+            targets[rows, len(tokens)] = value + self.critic_error * torch.randn((), generator=chance)
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=1000, max_eval=2000, tolerance_grad=1e-12,
+                                      tolerance_change=1e-16, line_search_fn="strong_wolfe")
 
         def loss():
             optimizer.zero_grad()
-            error = (token_values(self.critic, self.batch) - values.detach())[mask].square().mean()
+            error = (token_values(model, self.batch) - targets)[mask].square().mean()
             error.backward()
             return error
 
         optimizer.step(loss)
-        self.critic.zero_grad()
+        optimizer.zero_grad()
+        return model
 
 
 # ----------------------------------------------------------------------------------------- what a script's flags name
