@@ -1,8 +1,9 @@
 """Run a script's own `main` as a black box, on responses that we choose, and read what it would do to the policy.
 
-Not a command; lab/gradient.py and lab/credit.py use it. Nothing of the script is retyped. In the loaded module, `rollout`
-returns the Batch that we give, `Run` keeps no folder or log, `evaluate` does nothing, and `token_logprobs` notes what
-flows back through it. Where the policy's optimizer would step, its gradients are noted, and the weights stay as they are.
+Not a command; lab/gradient.py and lab/credit.py use it. Nothing of the script is retyped. In the loaded module,
+`rollout` returns the Batch that we give, `Run` keeps no folder or log, `evaluate` does nothing, and `token_logprobs`
+notes what flows back through it. Where the policy's optimizer would step, its gradients are noted, and the weights stay
+as they are.
 """
 
 import copy

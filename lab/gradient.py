@@ -1,15 +1,21 @@
 """Bias and variance of the gradient that whole scripts compute, ours or your own, in seconds.
 
-    python lab/gradient.py                                             # every script of this project
+    python lab/gradient.py                                             # every algorithm of this project
     python lab/gradient.py rloo.py my_rloo.py "ppo.py --lam 0.9"       # any scripts, with flags
     python lab/gradient.py rloo.py "reinforce.py --baseline none" --constant 3
 
-It runs a script's own `main` in a world so small that every response can be written down, once for every rollout that
-could be sampled, and reads the gradient where the policy's optimizer would step. Weighted by the rollouts' probabilities,
-these gradients give the estimator's mean and variance exactly. The true gradient is that of E[r] - beta KL(pi || pi_ref).
+In a world so small that every response can be written down, a script's own `main` makes an update for every rollout
+that could be sampled, and the gradient is read where the policy's optimizer would step. Weighted by the rollouts'
+probabilities, these gradients give the estimator's mean and variance exactly. The true gradient is that of E[r] - beta
+KL(pi || pi_ref).
 
-A script fits if it has the form of rloo.py: Args, a main that calls `rollout`, and a Run that holds the policy. Its flags
---beta, --temperature and --missing-eos-penalty also define the gradient that it is compared with.
+The table: the cosine of the mean gradient to the true one; the length of its projection on it; the bias, the norm of
+their difference; the variance, the trace of the covariance times the responses that an update generates (divide it by
+yours); that variance once the step is rescaled to length 1. All but the cosine are shares of the true gradient's norm,
+or of its square.
+
+A script fits if it has the form of rloo.py: Args, a `main` that calls `rollout` once per update, and a Run that holds
+the policy. Its flags --beta, --temperature and --missing-eos-penalty also define the gradient that it is compared with.
 """
 
 import contextlib
@@ -17,8 +23,9 @@ import io
 import itertools
 import math
 import random
-import re
+import shlex
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -110,7 +117,19 @@ class Result:
         if self.angle < 1e-3:
             return f"the right direction, {self.length:.2f} of the length"
         away = "away from it, " if self.cosine < 0 else ""
-        return f"biased: points {self.angle:.{0 if self.angle > 9.5 else 1}f}° off, {away}{self.length:.2f} of the length"
+        digits = 0 if self.angle > 9.5 else 1
+        return f"biased: points {self.angle:.{digits}f}° off, {away}{self.length:.2f} of the length"
+
+
+def check_args(args):
+    """Exit with a one-line error if a flag has an invalid value."""
+    for name, least, most in (("k", 1, 8), ("prompts", 1, 4), ("words", 1, 6), ("length", 1, 6), ("draws", 1, 10**6)):
+        value = getattr(args, name)
+        require(least <= value <= most, f"--{name} {value}: must be between {least} and {most}")
+    for name, ok in (("temperature", args.temperature > 0), ("peaked", args.peaked > 0), ("beta", args.beta >= 0)):
+        require(ok, f"--{name} {getattr(args, name)}: must be {'0 or more' if name == 'beta' else 'positive'}")
+    require(args.critic_error >= 0, f"--critic-error {args.critic_error}: must be 0 or more")
+    require(str(args.output).endswith(".png"), f"--output {args.output}: must be the name of a PNG file")
 
 
 def settings(args):
@@ -158,8 +177,8 @@ def shuffled(draw, k):
 def gradients(command, batch, draws, k, greedy, warmup, flags):
     """The gradient of a script's `main` for each of the rollouts.
 
-    Args: command; batch (all responses); draws (tuples of its rows, one for each rollout); k; greedy (rows of the greedy
-    responses); warmup (WARMUP tuples of rows); flags (see settings).
+    Args: command; batch (all responses); draws (tuples of its rows, one for each rollout); k; greedy (rows of the
+    greedy responses); warmup (WARMUP tuples of rows); flags (see settings).
     Returns: (D, P), the number of responses that an update generates, and whether their order makes no difference.
     """
     def run(draws):
@@ -192,7 +211,7 @@ def measure(command, world, args):
     probabilities = batch.old_logprobs.sum(1).exp().view(-1, world.M)  # (B, M)
     prompts = [i % args.prompts for i in range(getattr(flags, "prompts_per_step", args.prompts))]
     exact = True
-    if hasattr(flags, "rejected_column"):  # it learns from pairs: two samples, of which the better one is more likely chosen
+    if hasattr(flags, "rejected_column"):  # it learns from pairs: two samples, the better one more likely the chosen
         scores = (world.scores - penalty * ~batch.ended).view(-1, world.M)  # (B, M)
         wins = torch.sigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))  # (B, M, M), Bradley and Terry's
         weights = (2 * wins * probabilities.unsqueeze(2) * probabilities.unsqueeze(1)).flatten() / args.prompts
@@ -235,7 +254,10 @@ def attempt(command, world, args):
         lines = [line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines()]
         return " ".join(line for line in lines if line).removeprefix("error: ") or "it exits"
     except Exception as error:
-        return f"{type(error).__name__}: {one_line(error)}"
+        name = Path(shlex.split(command)[0]).name
+        lines = [f", line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
+                 if Path(frame.filename).name == name]
+        return f"{type(error).__name__}: {one_line(error)} ({name}{''.join(lines[-1:])})"
 
 
 def table(results):
@@ -245,24 +267,63 @@ def table(results):
         cells = ["–"] * 5 + [result] if isinstance(result, str) else [
             f"{result.cosine:.3f}", f"{result.length:.3f}",
             f"{result.bias:.3f}" + f" ± {result.error:.3f}" * (result.error > 0), f"{result.variance:.3g}",
-            f"{result.noise:.3g}", result.verdict()]
+            f"{result.noise:.3g}" if result.length > 0 else "–", result.verdict()]
         lines.append([f"`{command}`", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(args):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+def draw(results, path):
+    """A picture of all results: how far off the mean gradient points, and the variance of a step of length 1."""
+    found = {command: result for command, result in results.items()
+             if not isinstance(result, str) and result.length > 0}  # others have no right length
+    figure, axes = plt.subplots(figsize=(10, 5), facecolor="white", layout="constrained")
+    axes.set(yscale="log", xlabel="bias: angle between mean and true gradient (degrees)",
+             ylabel="variance × responses, at length 1\n(share of the true gradient's squared norm)")
+    points = [(result.angle, result.noise) for result in found.values()]
+    for biased, color, marker, name in ((False, "#0072b2", "o", "no bias"), (True, "#d55e00", "^", "biased")):
+        chosen = [point for point, result in zip(points, found.values()) if (result.angle > 1e-3) == biased]
+        axes.scatter(*zip(*chosen) if chosen else ([], []), c=color, marker=marker, s=45, label=name, zorder=2)
+    axes.margins(0.08, 0.1)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, ncols=2)
+    key = "\n".join(f"{number}  {command}" for number, command in enumerate(found, 1))
+    axes.text(1.02, 0.9, key, transform=axes.transAxes, va="top", fontsize=9, linespacing=1.5)
+    figure.draw_without_rendering()  # now pixels are known
+    labels = []  # (pixel, numbers): points that would hide each other share a label
+    for number, pixel in enumerate(axes.transData.transform(points), 1):
+        near = [numbers for place, numbers in labels if abs(place[0] - pixel[0]) < 40 and abs(place[1] - pixel[1]) < 14]
+        near[0].append(number) if near else labels.append((pixel, [number]))
+    for pixel, numbers in labels:
+        axes.annotate(", ".join(map(str, numbers)), axes.transData.inverted().transform(pixel), xytext=(6, 0),
+                      textcoords="offset points", va="center", fontsize=9)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def make_world(args):
+    """The World of these flags, which the scripts' own flags name."""
     tiny_world = load_module(WORLD)
-    world = tiny_world.world = tiny_world.World(
+    tiny_world.world = tiny_world.World(
         args.words, args.length, args.prompts, args.temperature, args.beta, args.missing_eos_penalty, args.constant,
         args.spread, args.peaked, args.critic_error)
-    results = {command: attempt(command, world, args) for command in tqdm(args.scripts, unit="script")}
-    torch.set_default_dtype(before)
+    return tiny_world.world
+
+
+def main(args):
+    check_args(args)
+    world = make_world(args)
+    likely = world.batch.old_logprobs.sum(1).exp().view(args.prompts, -1).amax(1)  # (B,)
+    true = world.true_gradient(range(args.prompts), args.temperature, args.beta, args.missing_eos_penalty).norm()
+    print(f"{world.M} responses to each prompt, the most probable with probability "
+          f"{', '.join(f'{p:.2f}' for p in likely)}; the true gradient's squared norm is {true**2:.3g}\n")
+    results = {command: attempt(command, world, args) for command in tqdm(args.scripts, unit="script", leave=False)}
     print(table(results))
-    return results
+    draw(results, args.output)
+    print(f"\npicture: {args.output}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
     main(tyro.cli(Args))

@@ -25,7 +25,7 @@ world = None  # what the functions at the end give out
 
 
 def make_tokenizer(words):
-    """A tokenizer of the words a, b, c ... (ids 0, 1, 2 ...) and EOS (the last id), which stands for other words too."""
+    """A tokenizer of the words a, b, c ... (ids 0, 1, 2 ...) and EOS (the last id), which stands for others too."""
     vocabulary = {word: i for i, word in enumerate([*"abcdef"[:words], "<eos>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -63,8 +63,9 @@ class World:
         self.prompts = self.tokenizer.batch_decode(self.tokenizer(PROMPTS[:prompts])["input_ids"])
         self.policy, self.reference = (make_model(GPT2LMHeadModel, words + 1, seed) for seed in (3, 4))
         with torch.no_grad():
-            for parameter in (*self.policy.transformer.ln_f.parameters(), *self.reference.transformer.ln_f.parameters()):
-                parameter *= peaked
+            for model in (self.policy, self.reference):
+                model.transformer.ln_f.weight *= peaked
+                model.transformer.ln_f.bias *= peaked
         responses = list(all_responses(words, length))
         self.M = len(responses)
         prompt_ids = [prompt for prompt in self.tokenizer(self.prompts)["input_ids"] for _ in responses]
@@ -76,17 +77,14 @@ class World:
         self.texts = [(self.prompts[row // self.M], text) for row, text in enumerate(texts)]  # (B M,), no two are equal
 
         self.scores = 2 * torch.randn(len(self.batch), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-        means = (self.probabilities(temperature).detach() * (self.scores - penalty * ~ended)).view(prompts, -1).sum(1)  # (B,)
+        probabilities = self.batch.old_logprobs.sum(1).exp()  # (B M,)
+        means = (probabilities * (self.scores - penalty * ~ended)).view(prompts, -1).sum(1)  # (B,)
         wanted = constant + spread * torch.tensor([1.0, -1.0, 1.0, -1.0])[:prompts]  # (B,)
         self.scores += (wanted - means).repeat_interleave(self.M)  # (B M,)
 
     def logprobs(self, temperature, model=None):
         """Log-probs of the tokens of every response: (B M, T), with gradients."""
         return token_logprobs(model or self.policy, self.batch, temperature)
-
-    def probabilities(self, temperature):
-        """Of every response to its prompt: (B M,), with gradients."""
-        return self.logprobs(temperature).sum(1).exp()
 
     def greedy(self, prompt):
         """The row that takes the most probable token at every step."""
@@ -109,7 +107,7 @@ class World:
 
     @functools.cached_property
     def critic(self):
-        """A critic trained on the true value of each state (the mean reward to go of what can follow), plus an error."""
+        """A critic trained on each state's true value (the mean reward to go of what can follow), plus an error."""
         model = make_model(GPT2ForSequenceClassification, len(self.tokenizer), 6, num_labels=1)
         mask, chance = self.batch.response_mask, torch.Generator().manual_seed(6)
         kl = token_kl(self.batch.old_logprobs, self.logprobs(self.temperature, self.reference).detach(), mask)
