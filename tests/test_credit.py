@@ -1,0 +1,263 @@
+"""lab/credit.py: the numbers on its page are those of the scripts' own functions, and the page is sound HTML."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import credit
+import pytest
+import torch
+
+import common
+import grpo
+import plumbing
+import ppo
+import reinforce_pp
+import reinforce_pp_baseline
+import remax
+import rloo
+import vanilla_pg
+
+ROOT = Path(__file__).parent.parent
+K, PROMPTS = 3, 4
+VOID = {"meta", "input"}  # elements without an end tag
+SCRIPTS = (*(f"{name}.py" for name in credit.SCRIPTS), "grpo.py --beta 0", "reinforce_pp_baseline.py --beta 0")
+
+
+class Page(HTMLParser):
+    """The tokens on a page: sections[script] is a list of responses, each with its text, multipliers and numbers."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.sections, self.prompt, self.names = [], [], {}, "", []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "li":
+            self.responses.append(SimpleNamespace(words=[], multipliers=[], classes=[], sizes=[], numbers={}))
+        if tag == "data":
+            attrs, last = dict(attrs), self.responses[-1]
+            last.multipliers.append(float(attrs["value"]))
+            last.classes.append(attrs["class"])
+            last.sizes.append(float(attrs["style"].removeprefix("--size:")))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-2:] == ["h2", "code"]:
+            self.responses = self.sections[data] = []
+        elif self.open[-1:] == ["data"]:
+            self.responses[-1].words.append(data)
+        elif self.open[-1:] == ["dt"]:
+            self.name = data
+        elif self.open[-1:] == ["dd"]:
+            self.responses[-1].numbers[self.name] = data
+        elif self.open[-1:] == ["p"] and data.strip() and not self.sections:
+            self.prompt = data.strip()
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """A run folder of ppo.py whose policy is not its reference, on prompts that look like HTML."""
+    folder = tmp_path_factory.mktemp("credit")
+    rows = [{"prompt": f"<b> {word} & <script>alert('$k')</script> c", "completion": "a"} for word in "abcdef" * 2]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = world.flags | {"num_updates": 2, "eval_every": 0, "dataset": str(folder / "data.jsonl")}
+    ppo.main(ppo.Args(**flags, beta=0.2, lam=0.6, output=str(folder / "run")))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def shown(run, tmp_path_factory):
+    """The page of all scripts; and, for each, its update and variables."""
+    output, seen = tmp_path_factory.mktemp("page") / "new" / "page.html", {}
+
+    def assign_credit(command, given, settings, real=credit.assign_credit):
+        module, update, names = real(command, given, settings)
+        seen[command] = SimpleNamespace(**names | {"batch": update.batch, "weights": update.weights})
+        return module, update, names
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(credit, "assign_credit", assign_credit)
+        credit.main(credit.Args(SCRIPTS, policy=str(run), k=K, prompts_per_step=PROMPTS, prompt=1, output=str(output)))
+    return SimpleNamespace(text=output.read_text(encoding="utf-8"), page=Page(output.read_text(encoding="utf-8")),
+                           scripts=seen, rows=range(K, 2 * K), run=run)
+
+
+def rewards_of(script):
+    return common.sequence_rewards(script.scores, script.kl, script.args.beta)
+
+
+def expected(name, script):
+    """(N,) or (N, T): what multiplies the gradients, from the functions of the script and of common.py."""
+    batch, beta = script.batch, script.args.beta
+    mask = batch.response_mask
+    if name == "rloo.py":
+        return rloo.compute_advantages(rewards_of(script), K)
+    if name == "reinforce.py":
+        return rewards_of(script) - script.baseline
+    if name == "grpo.py --beta 0":
+        return grpo.compute_advantages(script.scores, K) / mask.sum(1)
+    if name == "raft.py":
+        best = rewards_of(script).view(-1, K).argmax(1) + K * torch.arange(PROMPTS)
+        return torch.zeros(len(batch)).index_fill(0, best, len(batch) / mask[best].sum())
+    rewards = common.token_rewards(script.scores, script.kl, beta, mask)
+    if name == "remax.py":
+        return remax.compute_advantages(rewards, script.greedy_scores.repeat_interleave(K), mask)
+    if name == "vanilla_pg.py":
+        return vanilla_pg.compute_advantages(rewards, script.old_values, mask)[0]
+    if name == "ppo.py":  # --lam 0.6 as in the run
+        return ppo.whiten_advantages(ppo.compute_advantages(rewards, script.old_values, mask, 1.0, 0.6)[0], mask)
+    if name == "reinforce_pp.py":
+        shaped = reinforce_pp.normalize_scores(script.scores, 10.0)
+        rewards = common.token_rewards(shaped, script.kl, beta, mask)
+        return reinforce_pp.compute_advantages(rewards, mask)
+    assert name == "reinforce_pp_baseline.py --beta 0"
+    centered = reinforce_pp_baseline.center_scores(script.scores, K)
+    return reinforce_pp_baseline.compute_advantages(common.token_rewards(centered, script.kl, 0.0, mask), mask)
+
+
+@pytest.mark.parametrize("name", sorted({*SCRIPTS} - {"grpo.py", "reinforce_pp_baseline.py"}))
+def test_multipliers_are_those_of_the_scripts_own_functions(shown, name):
+    script = shown.scripts[name]
+    wanted = expected(name, script)
+    wanted = wanted.view(len(script.batch), -1) * script.batch.response_mask
+    assert script.weights.abs().sum() > 0
+    torch.testing.assert_close(script.weights, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_reader_should_see(shown):
+    mask = shown.scripts["rloo.py"].batch.response_mask
+    weights = {name: script.weights for name, script in shown.scripts.items()}
+    for name in ("rloo.py", "reinforce.py", "grpo.py --beta 0", "raft.py"):  # one color for a response
+        assert all(row[own].amax() - row[own].amin() < 1e-6 for row, own in zip(weights[name], mask)), name
+    for name in ("remax.py", "reinforce_pp.py", "vanilla_pg.py", "ppo.py", "grpo.py"):
+        assert any(row[own].amax() - row[own].amin() > 1e-2 for row, own in zip(weights[name], mask)), name
+    torch.testing.assert_close(weights["rloo.py"][:, 0].view(-1, K).sum(1), torch.zeros(PROMPTS), atol=1e-5, rtol=0)
+    assert ((weights["raft.py"][:, 0].view(-1, K) > 0).sum(1) == 1).all()
+
+
+def test_all_scripts_get_the_same_responses(shown):
+    batch, *others = [script.batch for script in shown.scripts.values()]
+    assert all(other is batch for other in others) and len(batch) == K * PROMPTS
+    assert shown.scripts["rloo.py"].kl.abs().sum() > 0  # the policy has left its reference
+
+
+def test_the_page_shows_these_numbers(shown):
+    """Best response first; words, multipliers, colors and the numbers below."""
+    assert list(shown.page.sections) == list(SCRIPTS)
+    for name, responses in shown.page.sections.items():
+        script = shown.scripts[name]
+        rows = sorted(shown.rows, key=lambda row: -script.scores[row].item())
+        assert len(responses) == K
+        largest = script.weights[list(shown.rows)].abs().max()
+        for row, response in zip(rows, responses):
+            own = script.batch.response_mask[row]
+            ids = script.batch.responses[row][own]
+            assert response.words == [script.tokenizer.decode([token]) for token in ids.tolist()]
+            assert response.multipliers == pytest.approx(script.weights[row][own].tolist(), abs=5.1e-4)
+            assert response.sizes == pytest.approx((script.weights[row][own].abs() / largest).tolist(), abs=5.1e-3)
+            assert response.classes == ["up" if weight > 0 else "down" for weight in script.weights[row][own]]
+            assert float(response.numbers["score"]) == pytest.approx(script.scores[row].item(), abs=5.1e-4)
+            assert float(response.numbers["KL"]) == pytest.approx(script.kl[row].sum().item(), abs=5.1e-4)
+        assert max(size for response in responses for size in response.sizes) == 1
+
+
+def test_baselines_values_and_advantages(shown):
+    """They are there for the algorithms that have them, and fit together."""
+    for name, responses in shown.page.sections.items():
+        for numbers in (response.numbers for response in responses):
+            assert ("baseline" in numbers) == (name in ("rloo.py", "reinforce.py", "remax.py"))
+            assert ("value" in numbers) == (name in ("vanilla_pg.py", "ppo.py"))
+            assert ("advantage" in numbers) == (name != "raft.py")
+    for name in ("rloo.py", "reinforce.py"):
+        for numbers in (response.numbers for response in shown.page.sections[name]):
+            reward = float(numbers["score"]) - 0.05 * float(numbers["KL"])
+            assert float(numbers["advantage"]) == pytest.approx(reward - float(numbers["baseline"]), abs=2e-3)
+    script = shown.scripts["reinforce.py"]
+    assert script.baseline == script.history[0] != rewards_of(script).mean()  # of an update on other prompts
+    script = shown.scripts["vanilla_pg.py"]
+    critic = plumbing.load_classifier(str(shown.run / "checkpoints/000002/critic"), torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(script.old_values, common.token_values(critic, script.batch), atol=1e-5, rtol=1e-4)
+
+
+def test_a_runs_flags_are_for_its_own_script(shown):
+    """What defines the task is for all."""
+    assert (shown.scripts["ppo.py"].args.lam, shown.scripts["ppo.py"].args.beta) == (0.6, 0.2)
+    assert shown.scripts["vanilla_pg.py"].args.beta == shown.scripts["rloo.py"].args.beta == 0.05
+    assert {script.args.max_new_tokens for script in shown.scripts.values()} == {6}
+
+
+def test_nothing_comes_from_elsewhere_and_text_is_text(shown):
+    assert not re.search(r"https?:|//|@import|url\(", shown.text)
+    assert not {"script", "link", "img", "iframe", "base"} & {tag for tag, _ in shown.page.tags}
+    attributes = {name for _, attrs in shown.page.tags for name in attrs}
+    assert attributes == {"lang", "charset", "name", "content", "class", "id", "type", "for", "value", "title", "style"}
+    assert shown.page.prompt == "<b> b & <script>alert('$k')</script> c"
+    assert "&lt;eos&gt;" in shown.text and "<eos>" not in shown.text
+    assert not re.search(r"\$\w", shown.text.replace(r"$k&#x27;", ""))  # nothing was left to fill in
+
+
+def test_an_edited_copy(shown, tmp_path):
+    copy = tmp_path / "my_rloo.py"
+    copy.write_text((ROOT / "rloo.py").read_text().replace("return -(advantages *", "return (advantages *"))
+    output = tmp_path / "page.html"
+    policy = str(shown.run)
+    credit.main(credit.Args((str(copy),), policy=policy, k=K, prompts_per_step=PROMPTS, prompt=1, output=str(output)))
+    (mine,) = Page(output.read_text()).sections.values()
+    for response, other in zip(mine, shown.page.sections["rloo.py"]):
+        assert response.words == other.words and any(other.multipliers)
+        assert response.multipliers == [-multiplier for multiplier in other.multipliers]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"scripts": ("rloo.py", "dpo.py")}, "dpo.py: samples no responses"),
+        ({"scripts": ("rloo.py", "grpo.py --k 2")}, "grpo.py --k 2: all scripts get the same responses, so --k must"),
+        ({"scripts": ("rloo.py", "ppo.py --temperature 1")}, "so --temperature must be the same"),
+        ({"scripts": ("nothing.py",)}, "nothing.py: no such file"),
+        ({"scripts": ("common.py",)}, "common.py: has no Args"),
+        ({"prompt": 4}, "--prompt 4: must be at least 0 and below --prompts-per-step 4"),
+        ({"prompts_per_step": 0}, "--prompts-per-step 0: must be 1 or more"),
+        ({"policy": "./nothing"}, "./nothing: no such file or folder"),
+        ({"output": __file__ + "/page.html"}, "cannot be written"),
+    ],
+)
+def test_bad_input_gets_one_line(run, tmp_path, capsys, flags, message):
+    defaults = {"scripts": ("rloo.py",), "policy": str(run), "prompts_per_step": PROMPTS, "output": str(tmp_path / "x")}
+    with pytest.raises(SystemExit):
+        credit.main(credit.Args(**defaults | flags))
+    (error,) = re.findall("error: .*", capsys.readouterr().err)
+    assert message in error
+
+
+def test_runs_that_cannot_be_shown(run, tmp_path, capsys):
+    new, pairs = shutil.copytree(run, tmp_path / "new"), shutil.copytree(run, tmp_path / "pairs")
+    shutil.rmtree(new / "checkpoints")
+    (pairs / "args.json").write_text(json.dumps({"script": "dpo", "nproc_per_node": 1}))
+    for folder, message in (new, "has no checkpoint yet"), (pairs, "a run of dpo.py, which samples no responses"):
+        with pytest.raises(SystemExit):
+            credit.main(credit.Args(policy=str(folder), output=str(tmp_path / "page.html")))
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_default_policy_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks").symlink_to(ROOT / "tasks")
+    for _ in range(2):
+        credit.main(credit.Args(("vanilla_pg.py",)))
+        (weights,) = (tmp_path / "runs/credit-ppo/checkpoints").glob("*/critic/model.safetensors")
+        made = weights.stat().st_mtime_ns
+    assert weights.stat().st_mtime_ns == made and "000010/critic" in (tmp_path / "runs/credit.html").read_text()
