@@ -192,17 +192,17 @@ def show_script(command, module, update, names, rows, tokenizer):
 
 
 def main(args):
+    require(args.prompt is None or 0 <= args.prompt < args.prompts_per_step,
+            f"--prompt {args.prompt}: must be at least 0 and below --prompts-per-step {args.prompts_per_step}")
+    for command in args.scripts:
+        _, flags = blackbox.parse(command)
+        require(hasattr(flags, "k"), f"{command}: samples no responses, so there is nothing to show")
     output = Path(args.output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.touch()
     except OSError as error:
         stop(f"--output {output}: cannot be written ({one_line(error)}); choose another file")
-    require(args.prompt is None or 0 <= args.prompt < args.prompts_per_step,
-            f"--prompt {args.prompt}: must be at least 0 and below --prompts-per-step {args.prompts_per_step}")
-    for command in args.scripts:
-        _, flags = blackbox.parse(command)
-        require(hasattr(flags, "k"), f"{command}: samples no responses, so there is nothing to show")
     if args.policy == Args.policy and not Path(args.policy).exists():
         ppo = load_module(str(ROOT / "ppo.py"))
         with redirect_stdout(None):
