@@ -101,6 +101,11 @@ def assign_credit(command, given, settings):
         sys.setprofile(None)
     for name in ("examples", "scores", "kl"):
         require(name in names, f"{command}: its main has no variable {name}, so it cannot be shown")
+    if "baseline" in names:  # one for all, or for each prompt, response or token
+        baseline = torch.as_tensor(names["baseline"])
+        rows = min(baseline.numel(), len(update.batch))
+        baseline = baseline.reshape(rows, -1).repeat_interleave(len(update.batch) // rows, 0)  # (N, 1) or (N, T)
+        names["baseline"] = baseline.expand_as(update.weights)
     update.weights *= update.batch.response_mask  # what flows into padding ends there
     return module, update, names
 
@@ -165,9 +170,8 @@ def show_response(row, update, names, tokenizer, scale):
     numbers = {"score": f"{names['scores'][row]:z.3f}", "KL": f"{kl.sum():z.3f}"}
     if "old_values" in names:
         numbers["value"] = in_short(names["old_values"][row][mask])
-    elif "baseline" in names:  # (N,), (B, k), or one number for all
-        baseline = torch.as_tensor(names["baseline"]).reshape(-1).expand(len(update.batch))
-        numbers["baseline"] = f"{baseline[row]:z.3f}"
+    elif "baseline" in names:
+        numbers["baseline"] = in_short(names["baseline"][row][mask])
     if "advantages" in names:  # (N,) or (N, T)
         numbers["advantage"] = in_short(names["advantages"][row].expand(len(mask))[mask])
     numbers["multiplier"] = in_short(weights)

@@ -104,7 +104,7 @@ def expected(name, script):
     if name == "rloo.py":
         return rloo.compute_advantages(rewards_of(script), K)
     if name == "reinforce.py":
-        return rewards_of(script) - script.baseline
+        return rewards_of(script) - script.baseline[:, 0]
     if name == "grpo.py --beta 0":
         return grpo.compute_advantages(script.scores, K) / mask.sum(1)
     if name == "raft.py":
@@ -184,7 +184,7 @@ def test_baselines_values_and_advantages(shown):
             reward = float(numbers["score"]) - 0.05 * float(numbers["KL"])
             assert float(numbers["advantage"]) == pytest.approx(reward - float(numbers["baseline"]), abs=2e-3)
     script = shown.scripts["reinforce.py"]
-    assert script.baseline == script.history[0] != rewards_of(script).mean()  # of an update on other prompts
+    assert (script.baseline == script.history[0]).all() and script.history[0] != rewards_of(script).mean().item()
     script = shown.scripts["vanilla_pg.py"]
     critic = plumbing.load_classifier(str(shown.run / "checkpoints/000002/critic"), torch.device("cpu"))
     with torch.no_grad():
@@ -208,16 +208,23 @@ def test_nothing_comes_from_elsewhere_and_text_is_text(shown):
     assert not re.search(r"\$\w", shown.text.replace(r"$k&#x27;", ""))  # nothing was left to fill in
 
 
-def test_an_edited_copy(shown, tmp_path):
-    copy = tmp_path / "my_rloo.py"
-    copy.write_text((ROOT / "rloo.py").read_text().replace("return -(advantages *", "return (advantages *"))
-    output = tmp_path / "page.html"
-    policy = str(shown.run)
-    credit.main(credit.Args((str(copy),), policy=policy, k=K, prompts_per_step=PROMPTS, prompt=1, output=str(output)))
-    (mine,) = Page(output.read_text()).sections.values()
-    for response, other in zip(mine, shown.page.sections["rloo.py"]):
-        assert response.words == other.words and any(other.multipliers)
-        assert response.multipliers == [-multiplier for multiplier in other.multipliers]
+def test_edited_copies(shown, tmp_path):
+    """One with the wrong sign, and one with the same baseline for each response to a prompt."""
+    source, output = (ROOT / "rloo.py").read_text(), tmp_path / "page.html"
+    edits = {"sign": ("return -(advantages *", "return (advantages *"),
+             "mean": ("(rewards.sum(1, keepdim=True) - rewards) / (k - 1)", "rewards.mean(1, keepdim=True)")}
+    copies = {name: tmp_path / f"{name}.py" for name in edits}
+    for name, edit in edits.items():
+        assert edit[0] in source
+        copies[name].write_text(source.replace(*edit))
+    scripts = tuple(map(str, copies.values()))
+    credit.main(credit.Args(scripts, str(shown.run), k=K, prompts_per_step=PROMPTS, prompt=1, output=str(output)))
+    sign, mean = Page(output.read_text()).sections.values()
+    for wrong, centered, right in zip(sign, mean, shown.page.sections["rloo.py"]):
+        assert wrong.words == centered.words == right.words and any(right.multipliers)
+        assert wrong.multipliers == [-multiplier for multiplier in right.multipliers]
+        assert centered.multipliers == pytest.approx([m * (K - 1) / K for m in right.multipliers], abs=1e-3)
+        assert centered.numbers["baseline"] == mean[0].numbers["baseline"] != right.numbers["baseline"]
 
 
 @pytest.mark.parametrize(
