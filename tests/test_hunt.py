@@ -1,0 +1,219 @@
+"""exercises/hunt.py: a mended copy passes, however it is written; a bug, a hidden symptom or new damage does not."""
+
+import json
+import shlex
+import sys
+import threading
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import tyro
+
+from plumbing import load_module
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "exercises"))
+
+import hunt  # noqa: E402
+import hunt_check  # noqa: E402
+
+BUGS = hunt.load_bugs(ROOT / "exercises" / "bugs.txt")
+each_bug = pytest.mark.parametrize("bug", BUGS, ids=[f"{i}-{Path(bug['script']).stem}" for i, bug in enumerate(BUGS, 1)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remember():
+    """A script that is given the same responses again is not run again."""
+    seen, observe = {}, hunt_check.observe
+
+    def remembered(path, flags, given=None):
+        responses = given and [(sample.update, sample.batch.responses.tolist()) for sample in given.samples]
+        key = Path(path).read_text(), str(flags), str(responses)
+        if key not in seen:
+            seen[key] = observe(path, flags, given)
+        return seen[key]
+
+    with patch.object(hunt_check, "observe", remembered):
+        yield
+
+
+@pytest.fixture
+def check(tmp_path):
+    """What --check says of a text that is meant to mend a bug."""
+    def check(text, bug):
+        files = [tmp_path / "copy.py", tmp_path / "planted.py"]
+        for file, content in zip(files, (text, hunt.plant(bug))):
+            file.write_text(content)
+        return hunt_check.check(str(files[0]), str(ROOT / bug["script"]), str(files[1]))
+    return check
+
+
+def script(bug):
+    return (ROOT / bug["script"]).read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------- the ten bugs
+
+
+def test_ten_bugs_in_nine_scripts():
+    assert len(BUGS) == 10 and len({bug["script"] for bug in BUGS}) == 9
+    assert all(len(bug["silenced"]) >= 2 and len(bug["same"]) >= 4 for bug in BUGS)
+
+
+@each_bug
+def test_a_bug_fits_its_script(bug):
+    """If this fails after an edit of a script, its old text is no longer there: see bugs.txt at the top of hunt.py."""
+    planted = hunt.plant(bug)
+    compile(planted, bug["script"], "exec")
+    for changes in bug["silenced"]:
+        compile(hunt.edit(planted, changes, "silenced"), bug["script"], "exec")
+
+
+@each_bug
+def test_commands_parse(bug):
+    for command in bug["commands"]:
+        python, path, *words = shlex.split(command.format(copy=bug["script"]), comments=True)
+        assert python == "python" and "{copy}" in command
+        tyro.cli(load_module(str(ROOT / path)).Args, args=words)
+
+
+def test_nobody_reads_them_by_accident():
+    pages = [path for path in ROOT.rglob("*") if path.suffix in (".py", ".md", ".json", ".txt")
+             and not {"runs", ".venv", "hunt"} & set(path.relative_to(ROOT).parts)]
+    text = "\n".join(path.read_text() for path in pages)
+    assert "bugs.txt" in text
+    assert not any(new.strip() in text for bug in BUGS for _, new in bug["bug"])
+
+
+@pytest.mark.slow
+@each_bug
+def test_the_script_itself_passes(bug, check):
+    assert check(script(bug), bug) == (True, f"mended: it computes what {bug['script']} computes")
+
+
+@pytest.mark.slow
+@each_bug
+def test_the_other_places_compute_the_same(bug, check):
+    """A copy in which only the bug is mended."""
+    assert check(hunt.edit(script(bug), bug["same"], "same"), bug)[0]
+
+
+@pytest.mark.slow
+@each_bug
+def test_the_bug_is_seen(bug, check):
+    assert check(hunt.plant(bug), bug) == (False, "the bug is still there")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+@each_bug
+def test_hiding_the_symptom_does_not_pass(bug, number, check):
+    mended, message = check(hunt.edit(hunt.plant(bug), bug["silenced"][number], "silenced"), bug)
+    assert not mended and message.startswith(("the bug is still there", "something else is different now"))
+
+
+@pytest.mark.slow
+def test_another_mend_of_the_same_bug_passes(check):
+    """With other random numbers than the script draws: what counts is what is made of the responses."""
+    (bug,) = [bug for bug in BUGS if "isolated_rng(args.seed + run.step)" in hunt.plant(bug)]
+    mended = hunt.plant(bug).replace("isolated_rng(args.seed + run.step)",
+                                     "isolated_rng(args.seed + run.step * args.k + len(samples))")
+    assert check(mended, bug)[0]
+
+
+# --------------------------------------------------------------------------------------------------------- other damage
+
+RLOO = next(bug for bug in BUGS if bug["script"] == "rloo.py")
+DAMAGE = {  # old text of rloo.py, new text -> what is said
+    ("beta: float = 0.05", "beta: float = 0.0"): "the default of --beta",
+    ('"policy/loss": loss, ', ""): "there is no longer policy/loss of update 1",
+    ("        scheduler.step()\n", ""): "policy/lr of update 2 is 0.02, not 0.01",
+    ("            run.save_model(policy)\n", ""): "there is no longer a file run/model/",
+    ("args.k, args.temperature, args.max", "args.k, 1.0, args.max"): "responses are sampled at temperature 1.0",
+    ("1. rollout: k responses per prompt, with", "1.\n        args.k = 5  #"): "prompts have 5 responses",
+    ("batch = rollout(policy", "batch = rollout(reference"): "not sampled from the policy that is trained",
+    ("args.max_new_tokens,\n", "args.max_new_tokens - 1,\n"): "responses have up to 5 tokens",
+    ("        optimizer.step()\n", "        optimizer.step()\n        optimizer.step()\n"): "the gradient of the policy in",
+    ("        optimizer.step()\n", "        raise ValueError('no')\n"): "it stops in line 134: ValueError: no",
+    ("import torch\n", "import torhc\n"): "it stops: RuntimeError",
+    ("        run.log(metrics", "        break\n        run.log(metrics"): "there are 1 updates instead of 2",
+    ("    run = Run(", "    return policy\n    run = Run("): "there are 0 updates instead of 2",
+    ("rewards = sequence_rewards(", "scores[0] = 0 / torch.zeros(())\n        rewards = sequence_rewards("): "it stops",
+    ("microbatches(args.microbatch_tokens, batch)", "[torch.arange(len(batch))]"): "no longer --microbatch-tokens",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", DAMAGE, ids=DAMAGE.values())
+def test_other_damage_is_named(change, check):
+    mended, message = check(hunt.edit(script(RLOO), [change], "rloo.py"), RLOO)
+    assert not mended and DAMAGE[change] in message and "\n" not in message
+
+
+def test_an_endless_loop_is_one_line(tmp_path, monkeypatch):
+    stop, file = tmp_path / "stop", tmp_path / "endless.py"
+    loop = f"    import os, time\n    while not os.path.exists({str(stop)!r}):\n        time.sleep(0.01)\n"
+    file.write_text(hunt.edit(script(RLOO), [("    device = setup(args)\n", loop)], "rloo.py"))
+    monkeypatch.setattr(hunt, "SECONDS", 0.5)
+    before = set(threading.enumerate())
+    mended, message = hunt.check(file, RLOO)
+    stop.touch()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    assert not mended and "still running after 0.5 seconds" in message
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Copies are written to a temporary folder."""
+    monkeypatch.setattr(hunt, "place", lambda number, bug: str(tmp_path / "hunt" / f"{number}.py"))
+    return tmp_path / "hunt"
+
+
+def test_a_copy_that_was_edited_is_not_overwritten(here, capsys):
+    hunt.main(hunt.Args(number=3))
+    hunt.main(hunt.Args(number=3))
+    (here / "3.py").write_text("my work")
+    with pytest.raises(SystemExit):
+        hunt.main(hunt.Args(number=3))
+    assert (here / "3.py").read_text() == "my work" and "you have edited it" in capsys.readouterr().err
+
+
+def test_a_copy_finds_the_project():
+    assert (ROOT / hunt.place(1, BUGS[0])).parents[2] == ROOT
+
+
+def test_all_symptoms_are_listed(capsys):
+    hunt.main(hunt.Args())
+    text = capsys.readouterr().out
+    assert all(hunt.place(number, bug) in text for number, bug in enumerate(BUGS, 1))
+
+
+def test_bugs_of_your_own(tmp_path, here, capsys):
+    bug = {"script": "rloo.py", "symptom": "It forgets.", "commands": ["python {copy}"], "same": [], "silenced": [],
+           "bug": [["return -(advantages", "return (advantages"]]}
+    (tmp_path / "my.json").write_text(json.dumps([bug]))
+    hunt.main(hunt.Args(number=1, bugs=str(tmp_path / "my.json")))
+    assert "return (advantages" in (here / "1.py").read_text() and "It forgets." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"number": 11}, "there are bugs 1 to 10"),
+    ({"number": 0}, "there are bugs 1 to 10"),
+    ({"check": "x.py"}, "--check x.py: give the number of the bug as well"),
+    ({"number": 1, "check": "no/such.py"}, "--check no/such.py: no such file"),
+    ({"bugs": "no/such.json"}, "--bugs no/such.json: cannot be read"),
+    ({"bugs": str(ROOT / "README.md")}, "cannot be read"),
+    ({"bugs": "wrong.json"}, "--bugs wrong.json: each bug needs"),
+])  # fmt: skip
+def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.json").write_text('[{"script": "rloo.py"}]')
+    with pytest.raises(SystemExit) as stopped:
+        hunt.main(hunt.Args(**flags))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
