@@ -1,4 +1,4 @@
-"""README.md and docs/ against the code: commands, flags, links, metric names, the diff and the tables."""
+"""README.md, docs/ and exercises/ against the code: commands, flags, links, metric names, the diff and the tables."""
 
 import contextlib
 import importlib
@@ -17,11 +17,12 @@ import reward_model
 from plumbing import load_module
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "exercises").glob("*.md"))]
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 README = TEXT["README.md"]
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.stem not in ("common", "plumbing", "runs"))
 LAB = ["lab/compare.py", "lab/kill.py", "lab/memory.py", "lab/mutate.py"]
+EXERCISES = ["exercises/check.py", "exercises/questions.py"]
 GROUPS = "objective|rollout|policy|value|rewards|time|eval"  # of metrics
 OTHERS = {"--help", "--nproc-per-node", "--shutdown-timeout", "--logdir", "--index-url"}  # of torchrun, pip, ...
 
@@ -43,7 +44,7 @@ def without_code(text):
 
 def commands():
     """Every `python x.py ...` and `torchrun ... x.py ...` of pages and docstrings, in code blocks and backticks."""
-    sources = [path for folder in (".", "tasks", "lab") for path in (ROOT / folder).glob("*.py")]
+    sources = [path for folder in (".", "tasks", "lab", "exercises") for path in (ROOT / folder).glob("*.py")]
     docstrings = [path.read_text().split('"""')[1].replace("\\\\", "\\") for path in sources]
     for text in (*TEXT.values(), *docstrings):
         text = re.sub(r"\\\n\s*", "", text)
@@ -73,7 +74,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("page", TEXT)
 def test_flags_are_flags_of_some_script(page):
     known = set(OTHERS)
-    for script in (*SCRIPTS, *LAB):
+    for script in (*SCRIPTS, *LAB, *EXERCISES):
         for field in fields(module(script).Args):
             known |= {f"--{prefix}{field.name.replace('_', '-')}" for prefix in ("", "no-")}
     spans = re.findall(r"`([^`\n]+)`", without_code(TEXT[page]))

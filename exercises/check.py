@@ -1,0 +1,308 @@
+"""Check exercises/estimators.py, function by function: right, or wrong and which known mistake it is. Runs no training.
+
+    python exercises/check.py                                      # every function
+    python exercises/check.py rloo_advantages                      # one of them
+    python exercises/check.py --file my.py
+    python exercises/check.py --answers exercises/answers.json     # the ten questions
+    python exercises/check.py --file my.py --answers my.json --json results.json      # both, and for Gradescope
+
+Your functions are called with made-up inputs, and what they return is compared with what the scripts' own functions
+return. Where it differs, it is compared with what known mistakes return (catalogue.py). The exit code is 0 if all is
+right.
+"""
+
+import ast
+import contextlib
+import inspect
+import json
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import questions  # noqa: E402
+import worker  # noqa: E402
+from catalogue import MISTAKES, OUTPUTS, cases, expected_gradient, right  # noqa: E402
+from plumbing import require  # noqa: E402
+
+NAMES = list(vars(right))
+QUOTES = '"' * 3
+NOT_DONE = "not done yet"  # of worker.call and questions.judge
+
+
+@dataclass
+class Args:
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """functions or questions to check; default: all"""
+    file: str | None = None
+    """file with your functions; default: exercises/estimators.py, or none if there are --answers"""
+    answers: str | None = None
+    """JSON file with your answers to the questions"""
+    json: str | None = None
+    """file to write the results to, as Gradescope reads them"""
+    seed: int = 1
+    """of the inputs and of the questions' world"""
+    seconds: float = 3.0
+    """time limit for each function"""
+
+
+# ------------------------------------------------------------------------------------------------- calling functions
+
+class Student:
+    """A process with the student's file, started again when a function has hung or ended it."""
+
+    def __init__(self, path, seconds):
+        self.path, self.seconds = path, seconds
+        self.start()
+
+    def start(self):
+        """Returns nothing; self.error is one line if the file cannot be loaded, else None."""
+        command = [sys.executable, str(HERE / "worker.py"), str(self.path)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.receive(60)  # torch is imported
+        self.error, why = self.receive(self.seconds)
+        if why:
+            self.error = f"{self.path} cannot be loaded: {why}"
+
+    def receive(self, seconds):
+        """The next answer, and None; or None, and why there is none."""
+        killer, begin = threading.Timer(seconds, self.process.kill), time.monotonic()
+        killer.start()
+        try:
+            return pickle.load(self.process.stdout), None
+        except (EOFError, pickle.UnpicklingError):
+            late = time.monotonic() - begin >= seconds
+            return None, f"no answer within {seconds:g} s" if late else "it ended the process"
+        finally:
+            killer.cancel()
+
+    def call(self, name, arguments):
+        """Outcomes of worker.call, one for each case; or one line that says why there are none."""
+        if self.error:
+            return self.error
+        with contextlib.suppress(BrokenPipeError):
+            pickle.dump((name, arguments), self.process.stdin)
+            self.process.stdin.flush()
+        outcomes, why = self.receive(self.seconds)
+        if why:
+            self.stop()
+            self.start()
+        return why or outcomes or f"there is no function {name} in {self.path}"
+
+    def stop(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+# ------------------------------------------------------------------------------------------------------------ judging
+
+def equal(a, b):
+    """Whether two outputs or gradients are the same: numbers to 1e-5, floats of any precision above half."""
+    if not (torch.is_tensor(a) and torch.is_tensor(b)):
+        return a is None and b is None
+    alike = kind(a) == kind(b) or not a.ndim
+    return alike and a.shape == b.shape and bool(close(a, b).all())
+
+
+def close(a, b):
+    """Where two tensors have the same numbers."""
+    return torch.isclose(a.double(), b.double(), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def kind(tensor):
+    """float, int, bool; float16 and bfloat16 are their own kinds: half the digits would be lost."""
+    if tensor.dtype in (torch.float32, torch.float64):
+        return "float"
+    return "int" if tensor.dtype in (torch.int32, torch.int64) else str(tensor.dtype).removeprefix("torch.")
+
+
+def parts(outcome):
+    """What is compared: dict (what, number) -> output, gradient, or whether an output carries gradients."""
+    return {(what, i): value for what in ("outputs", "gradients", "grads") for i, value in enumerate(outcome[what])}
+
+
+def differences(outcome, other):
+    """The keys of the parts in which two outcomes differ."""
+    a, b = parts(outcome), parts(other)
+    same = lambda key: a[key] == b[key] if key[0] == "grads" else equal(a[key], b[key])
+    return {key for key in a.keys() | b.keys() if not (key in a and key in b and same(key))}
+
+
+def judge(name, arguments, outcomes):
+    """What is wrong with a function's outcomes. Returns: a sentence and words of the docstring; None if it is right."""
+    for i, (given, outcome) in enumerate(zip(arguments, outcomes)):
+        if outcome["error"]:
+            return outcome["error"] + (settings(name, given) if outcome["error"] != NOT_DONE else ""), ""
+        if outcome["changed"]:
+            return f"it changes its argument {', '.join(outcome['changed'])} in place: copy first", ""
+        wanted = worker.call(getattr(right, name), given)
+        if wrong := differences(outcome, wanted):
+            return known_mistake(name, arguments, outcomes, i, wrong) or (
+                first_difference(name, given, outcome, wanted), "")
+
+
+def known_mistake(name, arguments, outcomes, i, wrong):
+    """The mistake that returns the same in all parts that are wrong in case i. If there are several: the most alike."""
+    found = []
+    for function, mistake, sentence, words in MISTAKES:
+        if function == name:
+            differing = [differences(outcome, worker.call(mistake, given))
+                         for given, outcome in zip(arguments, outcomes)]
+            if not differing[i] & wrong:
+                found.append((sum(map(len, differing)), sentence, words))
+    return min(found)[1:] if found else None
+
+
+def first_difference(name, given, outcome, wanted):
+    """One line about an outcome that is no known mistake."""
+    labels = OUTPUTS.get(name, ("the result",))
+    if len(outcome["outputs"]) != len(labels):
+        return f"it returns {len(outcome['outputs'])} value(s), should return {len(labels)}: {', '.join(labels)}"
+    for label, ours, theirs in zip(labels, wanted["outputs"], outcome["outputs"]):
+        if not torch.is_tensor(theirs):
+            return f"{label} is {theirs}, should be a tensor of shape {tuple(ours.shape)} on {ours.device}"
+        if ours.shape != theirs.shape:
+            return f"{label} has shape {tuple(theirs.shape)}, should have {tuple(ours.shape)}"
+        if ours.ndim and kind(ours) != kind(theirs):
+            return f"{label} has dtype {theirs.dtype}, should have {ours.dtype}"
+        if not equal(ours, theirs):
+            return label + first_number(theirs, ours) + settings(name, given)
+    leaves = [argument for argument, value in zip(parameters(name), given)
+              if torch.is_tensor(value) and value.requires_grad]
+    for leaf, ours, theirs in zip(leaves, wanted["gradients"], outcome["gradients"]):
+        if not equal(ours, theirs):
+            what = " is missing" if theirs is None else first_number(theirs, ours)
+            return f"the value is right, but its gradient with respect to {leaf}{what}"
+    return "the values are right, but something carries gradients that should not, or the other way round"
+
+
+def first_number(theirs, ours):
+    """Index and values of the first number that differs."""
+    index = (~close(theirs, ours)).nonzero()[0].tolist()
+    return f"{index or ''} is {theirs[tuple(index)].item():.6g}, should be {ours[tuple(index)].item():.6g}"
+
+
+def parameters(name):
+    return list(inspect.signature(getattr(right, name)).parameters)
+
+
+def settings(name, given):
+    """The arguments of a case that are no tensors, such as " (k = 4)"."""
+    plain = [f"{key} = {value}" for key, value in zip(parameters(name), given) if not torch.is_tensor(value)]
+    return f" ({', '.join(plain)})" if plain else ""
+
+
+def bias(name, arguments, outcome, seed):
+    """A line about the expected gradient that advantages for the questions' world give, next to the true gradient."""
+    output = outcome["outputs"][0] if outcome["outputs"] else None
+    if not torch.is_tensor(output) or output.shape != arguments[0].shape or not output.isfinite().all():
+        return ""
+    world = questions.World(seed)
+    expected, true = expected_gradient(name, output, world), world.gradient(world.scores)
+    if (expected - true).norm() < 1e-5 * true.norm():
+        return "over everything that can happen in the questions' world, the mean of the gradient is the true gradient"
+    cosine, projection = questions.cosine_and_projection(expected, true)
+    return ("over everything that can happen in the questions' world, the mean of the gradient is not the true "
+            f"gradient: cosine {cosine:.3f}, projection {projection:.3f}")
+
+
+def docstring_line(name, words, path):
+    """The line of a function's docstring with these words, and its number; "" if the file has no such line."""
+    source = Path(path).read_text()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name and ast.get_docstring(node):
+            for line in range(node.body[0].lineno, node.body[0].end_lineno + 1):
+                if words in (text := source.splitlines()[line - 1]):
+                    return f"docstring, line {line}: {text.strip().removeprefix(QUOTES)}"
+    return ""
+
+
+def check_functions(args, names, path):
+    """Yield (name, whether it is right, lines of text) for each function."""
+    student, all_cases = Student(path, args.seconds), cases(args.seed)
+    for name in names:
+        outcomes = student.call(name, all_cases[name])
+        yield name, *report(name, all_cases[name], outcomes, path, args.seed)
+    student.stop()
+
+
+def report(name, arguments, outcomes, path, seed):
+    """Whether a function is right, and lines of text about it. outcomes: of worker.call, or one line."""
+    if isinstance(outcomes, str):
+        return False, [outcomes]
+    found = judge(name, arguments, outcomes)
+    lines = [found[0]] if found else []
+    if found and found[0] != NOT_DONE:
+        lines.append(docstring_line(name, found[1], path) or docstring_line(name, found[1], HERE / "estimators.py"))
+    if name in ("rloo_advantages", "remax_advantages", "ppo_advantages"):
+        lines.append(bias(name, arguments[-1], outcomes[-1], seed))
+    if printed := next((outcome["printed"] for outcome in outcomes if outcome["printed"].strip()), ""):
+        lines.append(f"it prints: {printed.strip().splitlines()[0][:80]}")
+    return not found, [line for line in lines if line]
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+def read_answers(path):
+    """dict question -> number or list of numbers."""
+    try:
+        answers = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        answers = error
+    require(isinstance(answers, dict), f"--answers {path}: not a JSON object with your answers ({answers}); "
+            "start from exercises/answers.json")
+    return answers
+
+
+def check_answers(args, names):
+    """Yield (name, whether it is right, lines of text) for each question."""
+    answers, world = read_answers(args.answers), questions.World(args.seed)
+    for name in names:
+        wrong = questions.judge(name, answers.get(name), world)
+        yield name, wrong is None, [wrong] if wrong else []
+
+
+def main(args):
+    path = args.file or (None if args.answers else "exercises/estimators.py")
+    questioned = [question.__name__ for question in questions.QUESTIONS] if args.answers else []
+    possible = (NAMES if path else []) + questioned
+    for name in args.names:
+        require(name in possible, f"{name}: no such exercise; there are {', '.join(possible)}")
+    require(path is None or Path(path).is_file(), f"--file {path}: no such file")
+    wanted = lambda names: [name for name in names if not args.names or name in args.names]
+    if args.answers:
+        read_answers(args.answers)
+    results = []
+
+    def show(found):
+        for name, ok, lines in found:
+            done = lines[:1] != [NOT_DONE]
+            print(f"{name:20}", "right" if ok else "WRONG" if done else NOT_DONE)
+            for line in lines if done and (not results or lines != results[-1]["output"].splitlines()) else []:
+                print(" " * 8, line, flush=True)
+            results.append({"name": name, "score": float(ok), "max_score": 1.0, "output": "\n".join(lines),
+                            "status": "passed" if ok else "failed"})
+
+    if path and wanted(NAMES):
+        show(check_functions(args, wanted(NAMES), path))
+    if args.answers:
+        show(check_answers(args, wanted(questioned)))
+    score = sum(result["score"] for result in results)
+    print(f"{score:.0f} of {len(results)} right")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"score": score, "tests": results}, indent=1) + "\n")
+    return score == len(results)
+
+
+if __name__ == "__main__":
+    sys.exit(not main(tyro.cli(Args)))

@@ -1,0 +1,335 @@
+"""exercises/: right solutions pass in any style, known mistakes are called by their names, nothing stops the check."""
+
+import doctest
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "exercises"))
+
+import check  # noqa: E402
+import estimators  # noqa: E402
+import questions  # noqa: E402
+import worker  # noqa: E402
+from catalogue import MISTAKES, cases, right  # noqa: E402
+
+STUDENTS = ROOT / "tests" / "helpers" / "students"
+SHEET = str(ROOT / "exercises" / "estimators.py")
+CASES = {seed: cases(seed) for seed in (1, 2027)}
+
+
+def outcomes(name, function, seed=1):
+    return [worker.call(function, arguments) for arguments in CASES[seed][name]]
+
+
+def verdict(name, function, seed=1):
+    """What check.py says about a function: whether it is right, and its lines."""
+    return check.report(name, CASES[seed][name], outcomes(name, function, seed), SHEET, seed)
+
+
+# ------------------------------------------------------------------------------------------------ what is right
+
+
+def test_the_examples_of_the_docstrings_are_what_the_scripts_return():
+    """Numbers computed by hand, in every docstring."""
+    tests = [test for test in doctest.DocTestFinder().find(estimators) if test.examples]
+    assert {test.name.split(".")[-1] for test in tests} == set(check.NAMES)
+    for test in tests:
+        test.globs = vars(right) | {"torch": torch}
+        assert doctest.DocTestRunner().run(test).failed == 0
+
+
+@pytest.mark.parametrize("style", ["loops", "einsum", "numpy_then_torch"])
+def test_right_solutions_pass_in_any_style(style):
+    student = worker.load(str(STUDENTS / f"{style}.py"))
+    for name, seed in itertools.product(check.NAMES, CASES):
+        ok, lines = verdict(name, getattr(student, name), seed)
+        assert ok and all("is the true gradient" in line for line in lines), lines
+
+
+def test_the_sheet_is_not_done_yet():
+    for name in check.NAMES:
+        assert verdict(name, getattr(estimators, name)) == (False, ["not done yet"])
+
+
+# ------------------------------------------------------------------------------------------------ what is wrong
+
+
+def number_of(mistake):
+    name, _, sentence, _ = mistake
+    return f"{name}-{[row[2] for row in MISTAKES if row[0] == name].index(sentence)}"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=number_of)
+def test_each_mistake_is_called_by_its_name(mistake):
+    name, function, sentence, words = mistake
+    ok, lines = verdict(name, function)
+    assert not ok and lines[0] == sentence
+    number, line = lines[1].removeprefix("docstring, line ").split(": ", 1)
+    assert words in line and line in Path(SHEET).read_text().splitlines()[int(number) - 1]
+
+
+@pytest.mark.slow
+def test_with_other_inputs_too():
+    for name, function, sentence, _ in MISTAKES:
+        assert verdict(name, function, 2027)[1][0] == sentence
+
+
+def test_there_are_many_mistakes_of_every_function():
+    assert len(MISTAKES) >= 40 and len({(name, sentence) for name, _, sentence, _ in MISTAKES}) == len(MISTAKES)
+    assert all(sum(row[0] == name for row in MISTAKES) >= 4 for name in check.NAMES)
+
+
+def test_a_mistake_is_recognized_next_to_another():
+    """A single token is not handled here, which is another mistake; nor does a wrong loss need a wrong count."""
+    wrong = lambda advantages, mask: (advantages - advantages[mask].mean()) / advantages[mask].std(correction=0) * mask
+    assert verdict("whiten_advantages", wrong)[1][0] == "your std has N in its denominator, not N - 1"
+    wrong = lambda *given: (-right.ppo_loss(*given[:2], -given[2], given[3])[0], right.ppo_loss(*given)[1])
+    assert verdict("ppo_loss", wrong)[1][0].startswith("max instead of min")
+
+
+def test_a_wrong_estimator_is_measured():
+    """The group mean instead of leave-one-out: exactly (k - 1) / k of the true gradient, in the same direction."""
+    (line,) = verdict("rloo_advantages", lambda rewards, k: right.grpo_advantages(rewards, k, False))[1][2:]
+    assert line.endswith("cosine 1.000, projection 0.500")
+    assert verdict("rloo_advantages", right.rloo_advantages)[1][0].endswith("is the true gradient")
+    (line,) = verdict("ppo_advantages", lambda *given: right.ppo_advantages(*given[:4], 0.0))[1][2:]
+    assert "is not the true gradient" in line
+
+
+def to_meta(rewards, k):
+    return right.rloo_advantages(rewards, k).to("meta")
+
+
+UNKNOWN = [
+    ("rloo_advantages", lambda rewards, k: 2 * right.rloo_advantages(rewards, k), "the result[0] is"),
+    ("rloo_advantages", lambda rewards, k: right.rloo_advantages(rewards, k).view(-1, k),
+     "the result has shape (3, 4), should have (12,)"),
+    ("rloo_advantages", lambda rewards, k: None, "the result is None, should be a tensor of shape (12,) on cpu"),
+    ("rloo_advantages", lambda rewards, k: right.rloo_advantages(rewards, k).tolist(), "the result is a list, should"),
+    ("rloo_advantages", lambda rewards, k: right.rloo_advantages(rewards, k).numpy(), "the result is a numpy.ndarray"),
+    ("rloo_advantages", to_meta, "the result is a tensor on device meta, should be"),
+    ("rloo_advantages", lambda rewards, k: right.rloo_advantages(rewards, k).half(),
+     "the result has dtype torch.float16, should have torch.float32"),
+    ("rloo_advantages", lambda rewards, k: rewards / 0 * 0, "the result[0] is nan, should be"),
+    ("rloo_advantages", lambda rewards, k: rewards.sub_(1), "it changes its argument rewards in place: copy first"),
+    ("rloo_advantages", lambda rewards: rewards, "raises TypeError: "),
+    ("rloo_advantages", lambda rewards, k: 1 / 0, "raises ZeroDivisionError: division by zero (k = 4)"),
+    ("rloo_advantages", lambda rewards, k: sys.exit("bye"), "raises SystemExit: bye (k = 4)"),
+    ("rloo_advantages", lambda rewards, k: input(), "raises "),
+    ("rloo_advantages", lambda rewards, k: to_meta(rewards, k - 1 / 0), "raises ZeroDivisionError"),
+    ("response_mask", lambda *given: right.response_mask(*given).float(), "the result has dtype torch.float32, should"),
+    ("raft_best", lambda rewards, k: right.raft_best(rewards, k).float(), "the result has dtype torch.float32, should"),
+    ("ppo_loss", lambda *given: right.ppo_loss(*given)[0], "it returns 1 value(s), should return 2: the loss, the "),
+    ("ppo_loss", lambda *given: (right.ppo_loss(*given)[0], 7), "the number of clipped tokens is 7, should be"),
+    ("rloo_loss", lambda *given: right.rloo_loss(*given)[None], "the result has shape (1,), should have ()"),
+    ("rloo_loss", lambda logprobs, advantages: right.rloo_loss(2 * logprobs, advantages) - right.rloo_loss(
+        logprobs.detach(), advantages), "the value is right, but its gradient with respect to logprobs[0, 0] is"),
+    ("reinforce_baseline", lambda *given: 7, "the result is 7, should be"),
+]
+
+
+@pytest.mark.parametrize("name, function, line", UNKNOWN, ids=range(len(UNKNOWN)))
+def test_anything_else_gets_one_line(name, function, line, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    ok, lines = verdict(name, function)
+    assert not ok and lines[0].startswith(line) and "\n" not in lines[0]
+
+
+def test_what_is_printed_is_shown_and_allowed():
+    def function(rewards, k):
+        print("hello\nworld")
+        return right.rloo_advantages(rewards, k)
+
+    ok, lines = verdict("rloo_advantages", function)
+    assert ok and lines[-1] == "it prints: hello"
+
+
+# ------------------------------------------------------------------------------------------------ whole files
+
+UNRULY = """
+import os, time
+
+
+def token_kl(*given):
+    while True:
+        try:
+            time.sleep(9)
+        except BaseException:
+            pass
+
+
+def raft_best(*given):
+    os._exit(0)
+
+
+def value_loss(*given):
+    return value_loss(*given)
+
+
+right_loss = rloo_loss
+
+
+def rloo_loss(*given):
+    os.write(1, b"between the answers")
+    return right_loss(*given)
+
+
+def dpo_loss(*given):
+    raise ValueError("two\\nlines")
+"""
+
+
+def run(capsys, *flags):
+    ok = check.main(check.tyro.cli(check.Args, args=list(map(str, flags))))
+    return ok, capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.slow
+def test_one_function_harms_no_other(tmp_path, capsys):
+    """One hangs and cannot be interrupted, one ends the process, two fail; the others are checked, by a real process."""
+    path, results = tmp_path / "unruly.py", tmp_path / "results.json"
+    path.write_text((STUDENTS / "loops.py").read_text() + UNRULY)
+    ok, lines = run(capsys, "--file", path, "--json", results, "--seconds", 5)
+    assert not ok and lines[-1] == "12 of 16 right"
+    tests = {test["name"]: test for test in json.loads(results.read_text())["tests"]}
+    wrong = {name: test["output"].splitlines()[0] for name, test in tests.items() if test["status"] == "failed"}
+    assert wrong.pop("value_loss").startswith("raises RecursionError")
+    assert wrong == {
+        "token_kl": "no answer within 5 s", "raft_best": "it ended the process",
+        "dpo_loss": f"raises ValueError: two lines (line {path.read_text().count(chr(10))}) (beta = 0.5)"}
+    assert json.loads(results.read_text())["score"] == 12
+    assert tests["rloo_loss"] == {"name": "rloo_loss", "score": 1, "max_score": 1, "output": "", "status": "passed"}
+
+
+@pytest.mark.parametrize("text, line", [
+    ("def f(:", "cannot be loaded: SyntaxError: invalid syntax (line 1)"),
+    ("x = 1\nimport nothing_of_that_name", "cannot be loaded: ModuleNotFoundError: "),
+    ("exit(3)", "cannot be loaded: SystemExit: 3 (line 1)"),
+])
+def test_a_file_that_cannot_be_loaded(tmp_path, text, line):
+    path = tmp_path / "my.py"
+    path.write_text(text)
+    assert worker.load(str(path)).startswith(f"{path} {line}")
+
+
+@pytest.mark.slow
+def test_an_empty_file(tmp_path, capsys):
+    path = tmp_path / "my.py"
+    path.write_text("")
+    ok, lines = run(capsys, "raft_best", "dpo_loss", "--file", path)
+    assert not ok and lines == [
+        "raft_best            WRONG", f"         there is no function raft_best in {path}",
+        "dpo_loss             WRONG", f"         there is no function dpo_loss in {path}", "0 of 2 right"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--file", "nowhere.py"], "--file nowhere.py: no such file"),
+    (["rlo"], "rlo: no such exercise; there are response_mask, "),
+    (["--answers", "nowhere.json"], "--answers nowhere.json: not a JSON object with your answers ("),
+    (["rloo_loss", "--answers", "exercises/answers.json"], "rloo_loss: no such exercise; there are kl, "),
+])
+def test_bad_flags_get_one_line(flags, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        check.main(check.tyro.cli(check.Args, args=flags))
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+# ------------------------------------------------------------------------------------------------ the questions
+
+WORLD = questions.World()
+
+
+def test_the_world_by_hand():
+    """Every table a distribution, and answers from plain loops over the tables."""
+    policy, reference = WORLD.policy.tolist(), WORLD.reference.tolist()
+    probability = lambda table, text: math.prod(
+        table[{"": 0, "a": 1, "b": 2}[text[:t]]]["ab.".index(token)] for t, token in enumerate(text))
+    pi = [probability(policy, text) for text in questions.RESPONSES]
+    ref = [probability(reference, text) for text in questions.RESPONSES]
+    r = WORLD.scores.tolist()
+    assert sum(pi) == pytest.approx(1) and sum(ref) == pytest.approx(1) and WORLD.probs.tolist() == pytest.approx(pi)
+    kl = sum(p * math.log(p / q) for p, q in zip(pi, ref))
+    assert questions.kl(WORLD) == pytest.approx([kl])
+    assert questions.objective(WORLD) == pytest.approx([sum(p * x for p, x in zip(pi, r)) - 2 * kl])
+    z = sum(q * math.exp(x / 2) for q, x in zip(ref, r))
+    assert questions.optimum(WORLD)[1] == pytest.approx(2 * math.log(z))  # J(pi*) = beta log Z
+    assert 0 < questions.ascent(WORLD)[0] < questions.optimum(WORLD)[1] - questions.objective(WORLD)[0]
+    best = [0.0] * 7
+    for draw in itertools.product(range(7), repeat=4):
+        best[max(draw, key=lambda i: r[i])] += math.prod(ref[i] for i in draw)
+    assert questions.best_of_n(WORLD)[0] == pytest.approx(sum(p * math.log(p / q) for p, q in zip(best, ref)))
+
+
+def test_gradients_in_plain_loops():
+    """Gradients of a softmax table: 1 - p for the token taken, -p for the others, in each state passed."""
+    policy, r = WORLD.policy.tolist(), WORLD.scores.tolist()
+
+    def gradient(text):
+        found = [0.0] * 9
+        for t, token in enumerate(text):
+            state = {"": 0, "a": 1, "b": 2}[text[:t]]
+            for other in range(3):
+                found[3 * state + other] += ("ab."[other] == token) - policy[state][other]
+        return found
+
+    pi, scores = WORLD.probs.tolist(), [gradient(text) for text in questions.RESPONSES]
+    true = [sum(p * x * g[j] for p, x, g in zip(pi, r, scores)) for j in range(9)]
+    assert WORLD.gradient(WORLD.scores).tolist() == pytest.approx(true)
+    for constant, answers in ((0, questions.variance(WORLD)), (10, questions.plus_ten(WORLD))):
+        plain = sum(p * ((x + constant) * g[j] - t) ** 2 for p, x, g in zip(pi, r, scores) for j, t in enumerate(true))
+        pairs = sum(pi[a] * pi[b] * ((r[a] - r[b]) * (scores[a][j] - scores[b][j]) / 2 - t) ** 2
+                    for a in range(7) for b in range(7) for j, t in enumerate(true))
+        assert answers[:2] == pytest.approx([plain, pairs])
+    assert questions.gae(WORLD)[0] == pytest.approx(0, abs=1e-12)  # lambda = 1: unbiased, whatever the critic says
+    half = [sum(p * q * (r[a] - r[b]) * (scores[a][j] / len(questions.RESPONSES[a]) -
+                                         scores[b][j] / len(questions.RESPONSES[b])) / 2
+                for a, p in enumerate(pi) for b, q in enumerate(pi)) for j in range(9)]
+    dot = lambda a, b: sum(x * y for x, y in zip(a, b))
+    expected = [dot(half, true) / math.sqrt(dot(half, half) * dot(true, true)), dot(half, true) / dot(true, true)]
+    assert questions.length_mean(WORLD) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("question, wrong, sentence", questions.MISCONCEPTIONS)
+def test_each_misconception_is_told(question, wrong, sentence):
+    assert questions.judge(question, wrong(WORLD), WORLD) == sentence
+
+
+def test_answers_as_a_student_gives_them(tmp_path, capsys):
+    template = json.loads((ROOT / "exercises" / "answers.json").read_text())
+    assert list(template) == [question.__name__ for question in questions.QUESTIONS] and len(template) == 10
+    for question in questions.QUESTIONS:
+        answer = template[question.__name__]
+        assert len(question(WORLD)) == (len(answer) if isinstance(answer, list) else 1)
+        assert questions.judge(question.__name__, answer, WORLD) == "not done yet"
+        template[question.__name__] = [float(f"{number:.4g}") for number in question(WORLD)]
+    template["kl"] = template["kl"][0]
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps(template))
+    ok, lines = run(capsys, "--answers", path)
+    assert ok and lines[-1] == "10 of 10 right"
+    assert run(capsys, "--answers", path, "--seed", 2)[1][-1] != "10 of 10 right"  # last year's answers
+    path.write_text('{"kl": "0.3", "gae": [0, 0], "optimum": [NaN, 2], "variance": [7, 7, 7], "objective": 9}')
+    lines = run(capsys, "--answers", path)[1]
+    assert [line.strip() for line in lines if line.startswith("    ")] == [
+        "['0.3'] should be 1 number(s)", "wrong", "number 1, 2 of 2 is wrong", "number 1, 2, 3 of 3 is wrong",
+        "2 number(s), should be 3"]
+
+
+def test_other_worlds_have_answers_too():
+    for seed in range(2, 6):
+        world = questions.World(seed)
+        assert all(math.isfinite(number) for question in questions.QUESTIONS for number in question(world))
+        assert questions.objective(world) != questions.objective(WORLD)
+
+
+def test_the_sheet_has_the_world_and_the_questions(capsys):
+    questions.main(questions.Args())
+    assert capsys.readouterr().out.strip() in (ROOT / "exercises" / "README.md").read_text()
