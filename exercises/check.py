@@ -14,6 +14,7 @@ right.
 import ast
 import contextlib
 import inspect
+import itertools
 import json
 import pickle
 import subprocess
@@ -33,7 +34,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import questions  # noqa: E402
 import worker  # noqa: E402
 from catalogue import MISTAKES, OUTPUTS, cases, expected_gradient, right  # noqa: E402
-from plumbing import require  # noqa: E402
+from plumbing import one_line, require  # noqa: E402
 
 NAMES = list(vars(right))
 QUOTES = '"' * 3
@@ -88,8 +89,6 @@ class Student:
 
     def call(self, name, arguments):
         """Outcomes of worker.call, one for each case; or one line that says why there are none."""
-        if self.error:
-            return self.error
         with contextlib.suppress(BrokenPipeError):
             pickle.dump((name, arguments), self.process.stdin)
             self.process.stdin.flush()
@@ -210,10 +209,10 @@ def bias(name, arguments, outcome, seed):
     world = questions.World(seed)
     expected, true = expected_gradient(name, output, world), world.gradient(world.scores)
     if (expected - true).norm() < 1e-5 * true.norm():
-        return "over everything that can happen in the questions' world, the mean of the gradient is the true gradient"
+        return "its mean gradient over everything that can happen in the questions' world is the true gradient"
     cosine, projection = questions.cosine_and_projection(expected, true)
-    return ("over everything that can happen in the questions' world, the mean of the gradient is not the true "
-            f"gradient: cosine {cosine:.3f}, projection {projection:.3f}")
+    return ("its mean gradient over everything that can happen in the questions' world is off: cosine to the true one "
+            f"{cosine:.3f}, length along it {projection:.3f}")
 
 
 def docstring_line(name, words, path):
@@ -227,12 +226,14 @@ def docstring_line(name, words, path):
     return ""
 
 
-def check_functions(args, names, path):
+def check_functions(path, names, seed, seconds):
     """Yield (name, whether it is right, lines of text) for each function."""
-    student, all_cases = Student(path, args.seconds), cases(args.seed)
-    for name in names:
-        outcomes = student.call(name, all_cases[name])
-        yield name, *report(name, all_cases[name], outcomes, path, args.seed)
+    student, all_cases = Student(path, seconds), cases(seed)
+    for i, name in enumerate(names):
+        if student.error:
+            yield name, False, ["not checked" if i else student.error]
+        else:
+            yield name, *report(name, all_cases[name], student.call(name, all_cases[name]), path, seed)
     student.stop()
 
 
@@ -258,45 +259,39 @@ def read_answers(path):
     try:
         answers = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        answers = error
+        answers = one_line(error)
     require(isinstance(answers, dict), f"--answers {path}: not a JSON object with your answers ({answers}); "
             "start from exercises/answers.json")
     return answers
 
 
-def check_answers(args, names):
+def check_answers(answers, names, seed):
     """Yield (name, whether it is right, lines of text) for each question."""
-    answers, world = read_answers(args.answers), questions.World(args.seed)
+    world = questions.World(seed)
     for name in names:
         wrong = questions.judge(name, answers.get(name), world)
         yield name, wrong is None, [wrong] if wrong else []
 
 
 def main(args):
-    path = args.file or (None if args.answers else "exercises/estimators.py")
+    path = args.file or (None if args.answers else str(HERE / "estimators.py"))
+    functions = NAMES if path else []
     questioned = [question.__name__ for question in questions.QUESTIONS] if args.answers else []
-    possible = (NAMES if path else []) + questioned
     for name in args.names:
-        require(name in possible, f"{name}: no such exercise; there are {', '.join(possible)}")
+        require(name in functions + questioned,
+                f"{name}: no such exercise; there are {', '.join(functions + questioned)}")
     require(path is None or Path(path).is_file(), f"--file {path}: no such file")
-    wanted = lambda names: [name for name in names if not args.names or name in args.names]
-    if args.answers:
-        read_answers(args.answers)
+    require(args.json is None or Path(args.json).absolute().parent.is_dir(), f"--json {args.json}: no such folder")
+    answers = read_answers(args.answers) if args.answers else {}
+    wanted = lambda names: [name for name in names if name in (args.names or names)]
+    found = check_functions(path, wanted(functions), args.seed, args.seconds) if wanted(functions) else []
     results = []
-
-    def show(found):
-        for name, ok, lines in found:
-            done = lines[:1] != [NOT_DONE]
-            print(f"{name:20}", "right" if ok else "WRONG" if done else NOT_DONE)
-            for line in lines if done and (not results or lines != results[-1]["output"].splitlines()) else []:
-                print(" " * 8, line, flush=True)
-            results.append({"name": name, "score": float(ok), "max_score": 1.0, "output": "\n".join(lines),
-                            "status": "passed" if ok else "failed"})
-
-    if path and wanted(NAMES):
-        show(check_functions(args, wanted(NAMES), path))
-    if args.answers:
-        show(check_answers(args, wanted(questioned)))
+    for name, ok, lines in itertools.chain(found, check_answers(answers, wanted(questioned), args.seed)):
+        print(f"{name:20}", "right" if ok else NOT_DONE if lines == [NOT_DONE] else "WRONG")
+        for line in lines if lines != [NOT_DONE] else []:
+            print(" " * 8, line, flush=True)
+        results.append({"name": name, "score": float(ok), "max_score": 1.0, "output": "\n".join(lines),
+                        "status": "passed" if ok else "failed"})
     score = sum(result["score"] for result in results)
     print(f"{score:.0f} of {len(results)} right")
     if args.json:

@@ -38,8 +38,8 @@ class World:
         generator = torch.Generator().manual_seed(seed)
         shuffled = lambda values: torch.tensor(values, dtype=torch.float64)[
             torch.randperm(len(values), generator=generator)]
-        tables = lambda: torch.stack([shuffled(row) for row in ([0.2, 0.3, 0.5], [0.1, 0.3, 0.6], [0.15, 0.25, 0.6])])
-        self.policy, self.reference = tables(), tables()  # (3, 3), state (start, a, b) x token (a, b, .)
+        table = lambda: torch.stack([shuffled(row) for row in ([0.2, 0.3, 0.5], [0.1, 0.3, 0.6], [0.15, 0.25, 0.6])])
+        self.policy, self.reference = table(), table()  # (3, 3), state (start, a, b) x token (a, b, .)
         self.scores = shuffled([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0, 6.0])  # (M,)
         self.values = shuffled([-1.5, 1.0, 3.0])  # (3,), of the states, by a critic that knows nothing
         self.tokens = torch.tensor([["ab.".index(token) for token in f"{text:.<2}"] for text in RESPONSES])  # (M, T)

@@ -97,10 +97,10 @@ def test_a_mistake_is_recognized_next_to_another():
 def test_a_wrong_estimator_is_measured():
     """The group mean instead of leave-one-out: exactly (k - 1) / k of the true gradient, in the same direction."""
     (line,) = verdict("rloo_advantages", lambda rewards, k: right.grpo_advantages(rewards, k, False))[1][2:]
-    assert line.endswith("cosine 1.000, projection 0.500")
+    assert line.endswith("cosine to the true one 1.000, length along it 0.500")
     assert verdict("rloo_advantages", right.rloo_advantages)[1][0].endswith("is the true gradient")
     (line,) = verdict("ppo_advantages", lambda *given: right.ppo_advantages(*given[:4], 0.0))[1][2:]
-    assert "is not the true gradient" in line
+    assert " is off: " in line
 
 
 def to_meta(rewards, k):
@@ -220,8 +220,12 @@ def test_a_file_that_cannot_be_loaded(tmp_path, text, line):
 
 
 @pytest.mark.slow
-def test_an_empty_file(tmp_path, capsys):
+def test_a_broken_file_and_an_empty_one(tmp_path, capsys):
     path = tmp_path / "my.py"
+    path.write_text("def")
+    assert run(capsys, "raft_best", "dpo_loss", "--file", path)[1] == [
+        "raft_best            WRONG", f"         {path} cannot be loaded: SyntaxError: invalid syntax (line 1)",
+        "dpo_loss             WRONG", "         not checked", "0 of 2 right"]
     path.write_text("")
     ok, lines = run(capsys, "raft_best", "dpo_loss", "--file", path)
     assert not ok and lines == [
@@ -234,6 +238,7 @@ def test_an_empty_file(tmp_path, capsys):
     (["rlo"], "rlo: no such exercise; there are response_mask, "),
     (["--answers", "nowhere.json"], "--answers nowhere.json: not a JSON object with your answers ("),
     (["rloo_loss", "--answers", "exercises/answers.json"], "rloo_loss: no such exercise; there are kl, "),
+    (["--json", "nowhere/results.json"], "--json nowhere/results.json: no such folder"),
 ])
 def test_bad_flags_get_one_line(flags, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
