@@ -209,10 +209,10 @@ def bias(name, arguments, outcome, seed):
     world = questions.World(seed)
     expected, true = expected_gradient(name, output, world), world.gradient(world.scores)
     if (expected - true).norm() < 1e-5 * true.norm():
-        return "its mean gradient over everything that can happen in the questions' world is the true gradient"
+        return "expected gradient in the questions' world: the true gradient"
     cosine, projection = questions.cosine_and_projection(expected, true)
-    return ("its mean gradient over everything that can happen in the questions' world is off: cosine to the true one "
-            f"{cosine:.3f}, length along it {projection:.3f}")
+    return ("expected gradient in the questions' world: "
+            f"cosine to the true gradient {cosine:.3f}, length along it {projection:.3f}")
 
 
 def docstring_line(name, words, path):
