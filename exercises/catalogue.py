@@ -230,6 +230,11 @@ def outside(logprobs, old_logprobs, clip):
     return ((logprobs - old_logprobs).exp() - 1).abs() > clip
 
 
+def with_count(count):
+    """ppo_loss with another count of clipped tokens."""
+    return lambda *given: (ppo.compute_loss(*given)[0], count(*given))
+
+
 def ema_only(wrong):
     return lambda history, kind, window, decay: (
         wrong(history, decay) if kind == "ema" and history else right.reinforce_baseline(history, kind, window, decay))
@@ -263,7 +268,7 @@ MISTAKES = [
     ("token_kl", only("k1", lambda logprobs, ref_logprobs: ref_logprobs - logprobs),
      "k1 has the wrong sign: KL would be rewarded, and the policy would run from the reference", "k1 ="),
     ("token_kl", only("k1", lambda logprobs, ref_logprobs: (logprobs - ref_logprobs).abs()),
-     "your k1 is an absolute value: single values are often negative, and only so is the mean right", "k1 ="),
+     "your k1 is an absolute value: single values may be negative, and only so is their mean the KL", "k1 ="),
     ("token_kl", only("k1", lambda logprobs, ref_logprobs: logprobs.exp() * (logprobs - ref_logprobs)),
      "you weight k1 by the probability of the token: tokens are sampled from pi already",
      "from tokens that were sampled"),
@@ -299,8 +304,8 @@ MISTAKES = [
      "the score lands one token after the last, and is lost where a response fills the row", "last real token"),
     ("token_rewards", lambda scores, kl, beta, mask: placed(scores, mask).roll(-1, 1) - beta * kl,
      "the score lands one token before the last: EOS would not be paid for", "last real token"),
-    ("token_rewards", lambda scores, kl, beta, mask: right.token_rewards(scores, kl, beta, mask & False | (
-        torch.arange(mask.shape[1]) == 0)), "the score lands on the first token", "last real token"),
+    ("token_rewards", lambda scores, kl, beta, mask: F.pad(scores.unsqueeze(1), (0, mask.shape[1] - 1)) - beta * kl,
+     "the score lands on the first token", "last real token"),
     ("token_rewards", lambda scores, kl, beta, mask: right.token_rewards(scores, -kl, beta, mask),
      "you add the KL: it would be rewarded", "r_t ="),
     ("token_rewards", lambda scores, kl, beta, mask: right.token_rewards(
@@ -316,7 +321,7 @@ MISTAKES = [
     ("rloo_advantages", sample_major(right.rloo_advantages),
      SAMPLE_MAJOR, "prompt-major"),
     ("rloo_advantages", lambda rewards, k: rewards - (k - 1) / k * others(rewards, k),
-     "you divided by k, not k - 1: the baseline is too small", "mean of the other"),
+     "you divided by k, not k - 1: the baseline is only (k - 1)/k of what it should be", "mean of the other"),
     ("rloo_advantages", lambda rewards, k: rewards - (k - 1) * others(rewards, k),
      "you subtract the sum of the others, not their mean", "mean of the other"),
     ("rloo_advantages", lambda rewards, k: -right.rloo_advantages(rewards, k),
@@ -485,16 +490,13 @@ MISTAKES = [
     ("ppo_loss", detached(ppo.compute_loss), NO_GRADIENT, "scalar with gradients"),
     ("ppo_loss", lambda logprobs, old, *given: ppo.compute_loss(logprobs, logprobs.detach(), *given),
      "your ratio is always 1: you detached logprobs instead of using old_logprobs", "pi(y_t) / pi_old(y_t)"),
-    ("ppo_loss", lambda logprobs, old, advantages, clip: (
-        ppo.compute_loss(logprobs, old, advantages, clip)[0], outside(logprobs, old, clip).sum()),
+    ("ppo_loss", with_count(lambda logprobs, old, advantages, clip: outside(logprobs, old, clip).sum()),
      "your count of clipped tokens counts padding too, and tokens whose gradient is not cut", "counts as clipped"),
-    ("ppo_loss", lambda logprobs, old, advantages, clip: (
-        ppo.compute_loss(logprobs, old, advantages, clip)[0], (outside(logprobs, old, clip) & (logprobs != 0)).sum()),
+    ("ppo_loss", with_count(lambda logprobs, old, advantages, clip: (
+        outside(logprobs, old, clip) & (logprobs != 0)).sum()),
      "your count of clipped tokens has all outside the range, also those whose gradient is not cut",
      "counts as clipped"),
-    ("ppo_loss", lambda logprobs, old, advantages, clip: (
-        ppo.compute_loss(logprobs, old, advantages, clip)[0],
-        ppo.compute_loss(logprobs, old, advantages, clip)[1] / logprobs.numel()),
+    ("ppo_loss", with_count(lambda logprobs, *given: ppo.compute_loss(logprobs, *given)[1] / logprobs.numel()),
      "you return the share of clipped tokens: the number is wanted, which can be summed over micro-batches",
      "the number of clipped tokens"),
 
