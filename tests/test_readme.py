@@ -21,8 +21,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 README = TEXT["README.md"]
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.stem not in ("common", "plumbing", "runs"))
-LAB = ["lab/compare.py", "lab/kill.py", "lab/memory.py", "lab/mutate.py"]
-EXERCISES = ["exercises/check.py", "exercises/questions.py"]
+LAB = sorted(str(path.relative_to(ROOT)) for folder in ("lab", "exercises") for path in (ROOT / folder).glob("*.py")
+             if "class Args" in path.read_text())
 GROUPS = "objective|rollout|policy|value|rewards|time|eval"  # of metrics
 OTHERS = {"--help", "--nproc-per-node", "--shutdown-timeout", "--logdir", "--index-url"}  # of torchrun, pip, ...
 
@@ -74,7 +74,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("page", TEXT)
 def test_flags_are_flags_of_some_script(page):
     known = set(OTHERS)
-    for script in (*SCRIPTS, *LAB, *EXERCISES):
+    for script in (*SCRIPTS, *LAB):
         for field in fields(module(script).Args):
             known |= {f"--{prefix}{field.name.replace('_', '-')}" for prefix in ("", "no-")}
     spans = re.findall(r"`([^`\n]+)`", without_code(TEXT[page]))
