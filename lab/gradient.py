@@ -188,17 +188,14 @@ def gradients(command, batch, draws, k, greedy, warmup, flags):
 
         return blackbox.run(command, given, len(draws), WARMUP, **flags)
 
-    others = [shuffled(draw, k) for draw in draws[:: len(draws) // 5 + 1]]
+    others = [shuffled(draw, k) for draw in draws[:: len(draws) // 5 + 1] if k > 1]
     updates = run([*draws, *others, draws[0]])
     found = torch.stack([update.gradient for update in updates])  # (D + ..., P)
+    close = lambda a, b: (a - b).norm() <= 1e-9 * found.norm(dim=1).amax()
     if not close(found[0], found[-1]):  # main remembers something outside of run.state: start it anew for each rollout
         found = torch.stack([run([draw])[0].gradient for draw in (*draws, *others)])
-    ordered = all(map(close, found[:: len(draws) // 5 + 1], found[len(draws) :]))
-    return found[: len(draws)], updates[0].generated, ordered
-
-
-def close(a, b):
-    return (a - b).norm() <= 1e-9 * (a.norm() + b.norm())
+    same = all(map(close, found[: len(draws) : len(draws) // 5 + 1], found[len(draws) :])) if others else True
+    return found[: len(draws)], updates[0].generated, same
 
 
 def measure(command, world, args):
@@ -221,15 +218,15 @@ def measure(command, world, args):
         found, generated = torch.stack([update.gradient for update in updates]), 2
     else:
         require(hasattr(flags, "k"), f"{command}: has no flag --k, responses per prompt")
-        generator = torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)
         warmup, _ = sampled_draws(probabilities, prompts, flags.k, WARMUP)
         greedy = [world.greedy(prompt) for prompt in prompts]
         for possible, in_every_order in ((math.comb(world.M + flags.k - 1, flags.k), False), (world.M**flags.k, True)):
             exact = possible ** len(prompts) <= args.draws
             draws, weights = (all_draws(probabilities, prompts, flags.k, in_every_order) if exact
                               else sampled_draws(probabilities, prompts, flags.k, args.draws))
-            found, generated, ordered = gradients(command, batch, draws, flags.k, greedy, warmup, settings(args))
-            if ordered or not exact:
+            found, generated, same = gradients(command, batch, draws, flags.k, greedy, warmup, settings(args))
+            if same or not exact:
                 break
     true = world.true_gradient(prompts, flags.temperature, flags.beta, penalty)
     mean = weights @ found  # (P,)
@@ -289,12 +286,13 @@ def draw(results, path):
     key = "\n".join(f"{number}  {command}" for number, command in enumerate(found, 1))
     axes.text(1.02, 0.9, key, transform=axes.transAxes, va="top", fontsize=9, linespacing=1.5)
     figure.draw_without_rendering()  # now pixels are known
-    labels = []  # (pixel, numbers): points that would hide each other share a label
-    for number, pixel in enumerate(axes.transData.transform(points), 1):
-        near = [numbers for place, numbers in labels if abs(place[0] - pixel[0]) < 40 and abs(place[1] - pixel[1]) < 14]
-        near[0].append(number) if near else labels.append((pixel, [number]))
-    for pixel, numbers in labels:
-        axes.annotate(", ".join(map(str, numbers)), axes.transData.inverted().transform(pixel), xytext=(6, 0),
+    labels = {}  # place in pixels -> numbers: points that would hide each other share a label
+    for number, (x, y) in enumerate(axes.transData.transform(points).tolist(), 1):
+        near = [place for place in labels if abs(place[0] - x) < 14 and abs(place[1] - y) < 14]
+        numbers = labels.pop(near[0]) if near else []
+        labels[max([x, *(place[0] for place in near)]), near[0][1] if near else y] = [*numbers, number]
+    for place, numbers in labels.items():
+        axes.annotate(", ".join(map(str, numbers)), axes.transData.inverted().transform(place), xytext=(6, 0),
                       textcoords="offset points", va="center", fontsize=9)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

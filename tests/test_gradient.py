@@ -1,0 +1,296 @@
+"""lab/gradient.py agrees with test_exact.py, names the bias in broken copies of scripts, finds none in sound ones."""
+
+import math
+from pathlib import Path
+
+import pytest
+import test_exact as exact
+import torch
+from helpers import loop
+from helpers.exact import Enumeration
+from helpers.tiny import make_float64_critic
+
+import gradient
+import reinforce
+import remax
+import rloo
+import vanilla_pg
+from plumbing import load_module
+
+ROOT = Path(__file__).parent.parent
+SMALL = gradient.Args(length=2, prompts=1)  # 3 responses to a prompt
+
+
+def measure(command, args=SMALL):
+    """The Result of a script, or the line that says why there is none."""
+    with loop.float64():
+        return gradient.attempt(command, gradient.make_world(args), args)
+
+
+# ------------------------------------------------------------------------------------------------ against test_exact.py
+
+
+def sequence_loss(world, k):
+    rewards = world.sequence_rewards(exact.BETA)
+    return lambda rows: rloo.compute_loss(world.logprobs[rows], rloo.compute_advantages(rewards[rows], k)) / k
+
+
+def remax_loss(world, k):
+    rewards, baseline = world.token_rewards(exact.BETA), world.scores[world.greedy].expand(k)
+    return lambda rows: remax.compute_loss(
+        world.logprobs[rows], remax.compute_advantages(rewards[rows], baseline, world.mask[rows])) / k
+
+
+def vanilla_pg_loss(world, k):
+    rewards = world.token_rewards(exact.BETA)
+    return lambda rows: vanilla_pg.compute_loss(
+        world.logprobs[rows],
+        vanilla_pg.compute_advantages(rewards[rows], world.values[rows], world.mask[rows])[0]) / k
+
+
+def reinforce_loss(world, k):
+    rewards = world.sequence_rewards(exact.BETA)
+    return lambda rows: reinforce.compute_loss(world.logprobs[rows], rewards[rows]) / k
+
+
+SAME = {
+    "rloo.py": sequence_loss,
+    "reinforce.py --baseline none": reinforce_loss,
+    "remax.py": remax_loss,
+    "vanilla_pg.py": vanilla_pg_loss,
+    "ppo.py --lam 1 --no-whiten": lambda world, k: exact.ppo_loss(world, 1.0),
+    "ppo.py --lam 0.95 --no-whiten": lambda world, k: exact.ppo_loss(world, 0.95),
+    "ppo.py --lam 0 --no-whiten --clip inf": lambda world, k: exact.ppo_loss(world, 0.0),
+    "ppo.py --lam 1": lambda world, k: exact.ppo_loss(world, 1.0, whiten=True),
+    "reinforce_pp.py --no-normalize-scores": lambda world, k: exact.reinforce_pp_loss(world, True),
+    "reinforce_pp_baseline.py --no-whiten": lambda world, k: exact.reinforce_pp_baseline_loss(world, k, exact.BETA),
+    "grpo.py": lambda world, k: exact.grpo_loss(world, k, True, True, exact.BETA),
+    "grpo.py --no-scale-std --no-length-mean": lambda world, k: exact.grpo_loss(world, k, False, False, exact.BETA),
+    "grpo.py --no-length-mean --beta 0": lambda world, k: exact.grpo_loss(world, k, True, False),
+}  # fmt: skip
+
+
+def same_world(length, k):
+    """The Args and the world of Enumeration(words=2, length)."""
+    args = gradient.Args(words=2, length=length, prompts=1, k=k, beta=exact.BETA, missing_eos_penalty=0.0)
+    world, enumerated = gradient.make_world(args), Enumeration(words=2, length=length)
+    world.scores, world.critic = enumerated.scores, make_float64_critic(3, seed=6)
+    with torch.no_grad():
+        world.critic.score.weight *= 3
+    return args, world, enumerated
+
+
+QUICK = ("rloo.py", "ppo.py --lam 1", "grpo.py")
+
+
+@pytest.mark.parametrize("command", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SAME])
+def test_agrees_with_the_expectation_of_the_scripts_functions(command):
+    args, world, enumerated = same_world(length=2, k=2)
+    with loop.float64():
+        found = gradient.measure(command, world, args)
+        beta = 0.0 if "--beta 0" in command else exact.BETA
+        cosine, projection = exact.bias(enumerated, SAME[command](enumerated, 2), 2, beta)
+    assert (found.cosine, found.length) == (pytest.approx(cosine, abs=1e-9), pytest.approx(projection, abs=1e-9))
+    assert found.bias**2 == pytest.approx(1 + (projection / cosine) ** 2 - 2 * projection, abs=1e-9)
+
+
+KNOWN = {  # command -> k, and its name in test_exact.BIASED
+    "ppo.py --lam 0.95 --no-whiten": (1, "ppo, lambda 0.95, wrong critic"),
+    "ppo.py --lam 0 --no-whiten": (1, "ppo, lambda 0, wrong critic"),
+    "grpo.py --no-scale-std --no-length-mean": (2, "grpo, KL k3 in the loss"),
+    "reinforce_pp_baseline.py --no-whiten": (2, "reinforce_pp_baseline, k = 2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", KNOWN)
+def test_known_bias(command):
+    k, name = KNOWN[command]
+    args, world, _ = same_world(length=3, k=k)
+    with loop.float64():
+        found = gradient.measure(command, world, args)
+    assert (found.cosine, found.length) == pytest.approx(exact.BIASED[name][1], abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ edited copies
+
+
+def edited(folder, script, *changes):
+    """The path of a copy of a script in which texts are replaced; None is the end of the file."""
+    text = (ROOT / script).read_text()
+    for old, new in changes:
+        assert old is None or text.count(old) == 1, old
+        text = text + new if old is None else text.replace(old, new)
+    path = folder / f"my_{Path(script).name}"
+    path.write_text(text)
+    return path
+
+
+MORE = "        # 2. score"  # after the rollout
+BASELINE = "(rewards.sum(1, keepdim=True) - rewards) / (k - 1)"
+ADVANTAGES = "compute_advantages(rewards, args.k)"
+SCORE_BEFORE_EOS = """
+def token_rewards(scores, kl, beta, response_mask):
+    rewards = -beta * kl
+    rewards[torch.arange(len(scores)), (response_mask.sum(1) - 2).clamp(min=0)] += scores
+    return rewards
+"""
+VALUE_AT_TOKEN = """
+from common import classifier_outputs
+
+@torch.no_grad()
+def no_grad_values(critic, batch, max_tokens):
+    return classifier_outputs(critic, batch, last=True)[:, 1:] * batch.response_mask
+"""
+RAW = "reinforce_pp.py", "--no-normalize-scores --no-whiten"
+BROKEN = {  # script, flags, and what is replaced by what
+    "the step goes down": ("rloo.py", "", ("return -(advantages", "return (advantages")),
+    "the KL is rewarded": ("rloo.py", "", ("(scores, kl, args.beta)", "(scores, -kl, args.beta)")),
+    "self in the baseline": ("rloo.py", "", (BASELINE, "rewards.mean(1, keepdim=True)")),
+    "sample-major rows": ("rloo.py", "", ("rewards.view(-1, k)", "rewards.view(k, -1).T")),
+    "the KL of one token": (
+        *RAW, ("token_rewards(shaped, kl, args.beta, batch.response_mask)", "shaped.unsqueeze(1) - args.beta * kl"),
+        ("rewards.flip(1).cumsum(1).flip(1)", "rewards")),
+    "the KL of the next token": ("rloo.py", "", ("(scores, kl, args.beta)", "(scores, kl[:, 1:], args.beta)")),
+    "1/length": ("rloo.py", "", ("logprobs.sum(1))", "logprobs.sum(1) / (logprobs != 0).sum(1))")),
+    "std": ("rloo.py", "", ("(rewards - baseline)", "((rewards - baseline) / (rewards.std(1, keepdim=True) + 1e-4))")),
+    "EOS left out of the mask": (
+        "rloo.py", "", (MORE, f"        batch.response_mask &= batch.responses != tokenizer.eos_token_id\n{MORE}")),
+    "GAE off by one": ("ppo.py", "--lam 1 --no-whiten", ("range(rewards.shape[1])", "range(rewards.shape[1] - 1)")),
+    "the score before EOS": (*RAW, (None, SCORE_BEFORE_EOS)),
+    "the critic read at the token": ("vanilla_pg.py", "", (None, VALUE_AT_TOKEN)),
+    "no temperature in the reference": (
+        "rloo.py", "", ("(reference, batch, args.temperature,", "(reference, batch, 1.0,")),
+}
+SOUND = {
+    "a baseline from the other prompts": (
+        "rloo.py", "", (BASELINE, "(rewards.sum() - rewards.sum(1, keepdim=True)) / (rewards.numel() - k)")),
+    "a baseline from other prompts by their order": (
+        "rloo.py", "", ("rewards.view(-1, k)", "rewards.view(k, -1)"),
+        (BASELINE, "(rewards.sum(0, keepdim=True) - rewards) / (k - 1)")),
+    "a constant baseline": ("rloo.py", "", (BASELINE, "1.7")),
+    "a baseline that is added": ("rloo.py", "", ("(rewards - baseline)", "(rewards + baseline)")),
+    "a baseline that main remembers": (
+        "reinforce.py", "--k 1", ("    run = Run(", "    average = 0.0\n    run = Run("),
+        ("rewards - baseline", "rewards - average\n        average = 0.9 * average + 0.1 * rewards.mean().item()")),
+    "a baseline that run.state remembers": (
+        "rloo.py", "", (ADVANTAGES, "rewards - run.state.get('average', 0.0)\n"
+                        "        run.state['average'] = run.state.get('average', 0.0) + 0.1 * rewards.mean().item()")),
+    "several mini-batches": ("ppo.py", "--lam 1 --no-whiten --minibatches 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_names_the_bias_of_a_broken_copy(name, tmp_path):
+    script, flags, *changes = BROKEN[name]
+    args = gradient.Args(length=1, prompts=2) if name == "sample-major rows" else SMALL
+    found = measure(f"{edited(tmp_path, script, *changes)} {flags}", args)
+    assert found.bias > 1e-3
+    if name in ("self in the baseline", "sample-major rows"):  # every second row's advantage is its own
+        assert found.verdict() == "the right direction, 0.50 of the length"
+    else:
+        assert found.verdict().startswith("biased: points ") and found.angle > 0.3
+    if name == "the step goes down":
+        assert found.verdict() == "biased: points 180° off, away from it, -1.00 of the length"
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_finds_no_bias_in_a_sound_copy(name, tmp_path):
+    script, flags, *changes = SOUND[name]
+    args = gradient.Args(length=1, prompts=2) if "prompts" in name else SMALL
+    found = measure(f"{edited(tmp_path, script, *changes)} {flags}", args)
+    assert found.error == 0 and found.verdict() == "unbiased to 1e-6"
+    if name == "a baseline that is added":  # which only the variance can tell
+        assert found.variance > 1.2 * measure("rloo.py").variance
+
+
+# ------------------------------------------------------------------------------------------------ variance
+
+
+def test_a_constant_reward_costs_variance_only_without_a_baseline():
+    """By the square of the constant: with equal steps, the third difference is 0 and the second is not."""
+    def variances(command, *constants):
+        worlds = (gradient.Args(length=2, prompts=1, k=2, constant=constant) for constant in constants)
+        return [measure(command, world).variance for world in worlds]
+
+    a, b, c, d = variances("reinforce.py --baseline none --k 1", 0.0, 3.0, 6.0, 9.0)
+    assert c - 2 * b + a > 0.1 * a and d - 3 * c + 3 * b - a == pytest.approx(0, abs=1e-9 * d) and d > 10 * a
+    for command in ("rloo.py", "remax.py --k 1"):
+        a, b = variances(command, 0.0, 9.0)
+        assert b == pytest.approx(a)
+
+
+def test_equal_numbers_of_responses():
+    """Twice the responses have half the variance; ReMax's greedy ones count."""
+    one, two = (gradient.Args(length=2, prompts=1, k=k, spread=0.0) for k in (1, 2))
+    command = "reinforce.py --baseline none"
+    assert measure(command, one).variance == pytest.approx(measure(command, two).variance)
+    assert 2 * measure("remax.py", two).variance / 3 == pytest.approx(measure("remax.py", one).variance / 2)
+
+
+def test_sampled_where_there_are_too_many_draws():
+    args = gradient.Args(length=2, prompts=1, k=3, draws=9)
+    found, exactly = measure("rloo.py", args), measure("rloo.py", gradient.Args(length=2, prompts=1, k=3))
+    assert found.draws == 9 and found.error == pytest.approx(math.sqrt(found.variance / 3 / 9))
+    assert found.verdict() == f"no bias seen: {found.bias:.2f} ± {found.error:.2f}"
+    assert exactly.draws == 10 and exactly.error == 0
+
+
+# ------------------------------------------------------------------------------------------------ the black box
+
+
+@pytest.mark.parametrize("command", ["ppo.py --minibatches 2 --epochs 2", "grpo.py", "raft.py", "lab/rloo_token.py"])
+def test_the_weights_of_tokens_make_the_gradient(command):
+    with loop.float64():
+        args = gradient.Args(prompts=1)
+        world = gradient.make_world(args)
+        rows = [0, 2]
+        (update,) = gradient.blackbox.run(command, lambda *_: world.batch[rows], **gradient.settings(args))
+        loss = -(world.logprobs(args.temperature)[rows] * update.weights).sum() / len(rows)
+        gradients = torch.autograd.grad(loss, list(world.policy.parameters()))
+    assert update.gradient.norm() > 1e-3
+    torch.testing.assert_close(torch.cat([part.flatten() for part in gradients]), update.gradient)
+    assert len(update.samples) == 5 and "policy/loss" in update.metrics and update.generated == 2
+
+
+def test_a_script_that_does_not_fit_gets_one_line(tmp_path):
+    again = "rollout(policy, tokenizer, examples['prompt_ids'], args.k, args.temperature, args.max_new_tokens)"
+    lines = {
+        str(edited(tmp_path, "rloo.py", (MORE, f"        {again}\n{MORE}"))): "samples twice in an update",
+        "nothing.py": "nothing.py: no such file",
+        "plot.py": "has no Run",
+        "sft.py": "has no flag --beta",
+        "rloo.py --kk 4": "--kk",
+        "rloo.py --k 1": "--k 1: the baseline is the mean of the other",
+    }
+    for command, line in lines.items():
+        found = measure(command)
+        assert isinstance(found, str) and line in found and "\n" not in found, found
+    fails = edited(tmp_path, "remax.py", ("(returns - baseline.", "(returns - baselin."))
+    number = 1 + fails.read_text()[: fails.read_text().index("baselin.")].count("\n")
+    assert measure(str(fails)) == f"NameError: name 'baselin' is not defined (my_remax.py, line {number})"
+
+
+def test_table_and_picture(tmp_path, capsys):
+    args = gradient.Args(scripts=("rloo.py", "dpo.py", "nothing.py"), length=2, prompts=1, output=f"{tmp_path}/a.png")
+    with loop.float64():
+        gradient.main(args)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert [row[-1] for row in rows][0] == "unbiased to 1e-6 |" and "no such file" in rows[2][-1]
+    assert rows[1][-1].startswith("biased") and (tmp_path / "a.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------------------------ rloo_token.py
+
+
+def test_rloo_token_by_hand():
+    rloo_token = load_module(str(ROOT / "lab/rloo_token.py"))
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [8.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    assert rloo_token.compute_advantages(rewards, mask, 2).tolist() == [[-1.0, -2.0, -4.0], [1.0, 0.0, 0.0]]
+
+
+def test_rloo_token_has_a_little_less_variance():
+    args = gradient.Args(length=2, prompts=1, beta=1.0)
+    ours, rloos = measure("lab/rloo_token.py", args), measure("rloo.py", args)
+    assert ours.verdict() == "unbiased to 1e-6" and ours.variance < rloos.variance
