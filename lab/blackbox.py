@@ -62,7 +62,7 @@ def parse(command, **settings):
         require(hasattr(module, name), f"{path.name}: has no {name}; a script that fits has the form of rloo.py")
     known = {item.name for item in fields(module.Args)}
     default = module.Args(**{name: value for name, value in settings.items() if name in known})
-    return module, tyro.cli(module.Args, args=words, default=default)
+    return module, tyro.cli(module.Args, args=words, default=default) if words else default
 
 
 def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
@@ -98,7 +98,7 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
                 seen.append(Update())
                 yield dataset[[i % len(dataset) for i in (rows(update) if rows else range(size))]]
                 require(seen[-1].steps, f"{self.name}.py: an update took no step of the policy's optimizer")
-                if seen[-1].batch:
+                if seen[-1].batch is not None:
                     seen[-1].weights /= len(seen[-1].steps)
             same = all(map(torch.equal, before, self.policy.parameters()))
             require(same, f"{self.name}.py: moves the policy other than by a step of its optimizer")
@@ -153,4 +153,5 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
         for name in replaced.keys() & vars(module).keys():
             stack.enter_context(patch.object(module, name, replaced[name]))
         module.main(args)
+    require(len(seen) == warmup + count, f"{command}: stops after {len(seen)} of --num-updates {warmup + count}")
     return seen[warmup:]

@@ -174,7 +174,7 @@ def shuffled(draw, k):
     return tuple(row for i in range(0, len(draw), k) for row in chance.sample(draw[i : i + k], k))
 
 
-def gradients(command, batch, draws, k, greedy, warmup, flags):
+def run_draws(command, batch, draws, k, greedy, warmup, flags):
     """The gradient of a script's `main` for each of the rollouts.
 
     Args: command; batch (all responses); draws (tuples of its rows, one for each rollout); k; greedy (rows of the
@@ -190,6 +190,7 @@ def gradients(command, batch, draws, k, greedy, warmup, flags):
 
     others = [shuffled(draw, k) for draw in draws[:: len(draws) // 5 + 1] if k > 1]
     updates = run([*draws, *others, draws[0]])
+    require(updates[0].batch is not None, f"{command}: its main does not call `rollout`")
     found = torch.stack([update.gradient for update in updates])  # (D + ..., P)
     close = lambda a, b: (a - b).norm() <= 1e-9 * found.norm(dim=1).amax()
     if not close(found[0], found[-1]):  # main remembers something outside of run.state: start it anew for each rollout
@@ -198,37 +199,51 @@ def gradients(command, batch, draws, k, greedy, warmup, flags):
     return found[: len(draws)], updates[0].generated, same
 
 
+def all_rollouts(command, world, args, flags, batch, prompts):
+    """The gradients of every rollout, or of a sample of them, in the world.
+
+    Returns: gradients (D, P), their weights (D,), the responses that each needs, and whether these are all rollouts.
+    """
+    probabilities = batch.old_logprobs.sum(1).exp().view(-1, world.M)  # (B, M)
+    torch.manual_seed(args.seed)
+    warmup, _ = sampled_draws(probabilities, prompts, flags.k, WARMUP)
+    greedy = [world.greedy(prompt) for prompt in prompts]
+    for in_every_order in (False, True):
+        possible = world.M**flags.k if in_every_order else math.comb(world.M + flags.k - 1, flags.k)
+        exact = possible ** len(prompts) <= args.draws
+        draws, weights = (all_draws(probabilities, prompts, flags.k, in_every_order) if exact
+                          else sampled_draws(probabilities, prompts, flags.k, args.draws))
+        found, generated, same = run_draws(command, batch, draws, flags.k, greedy, warmup, settings(args))
+        if same or not exact:
+            return found, weights, generated, exact
+    return found, weights, generated, exact
+
+
+def all_pairs(command, world, args, batch, scores):
+    """The same for a script that learns from pairs: two samples, of which the better one is likely the chosen one."""
+    probabilities = batch.old_logprobs.sum(1).exp().view(-1, world.M)  # (B, M)
+    scores = scores.view(-1, world.M)  # (B, M)
+    wins = torch.sigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))  # (B, M, M), Bradley and Terry's
+    weights = 2 * wins * probabilities.unsqueeze(2) * probabilities.unsqueeze(1) / args.prompts  # (B, M, M)
+    flags = settings(args) | {"dataset": f"{WORLD}:pairs"}
+    updates = blackbox.run(command, None, weights.numel(), rows=lambda update: [update],
+                           replace={"encode": load_module(WORLD).encode}, **flags)
+    return torch.stack([update.gradient for update in updates]), weights.flatten(), 2, True
+
+
 def measure(command, world, args):
     """The Result of a command such as "ppo.py --lam 0"."""
     _, flags = blackbox.parse(command, **settings(args))
-    for name in ("beta", "temperature"):
-        require(hasattr(flags, name), f"{command}: has no flag --{name}, which the true gradient depends on")
+    pairs = hasattr(flags, "rejected_column")
+    for name in ("beta", "temperature") if pairs else ("beta", "temperature", "k", "prompts_per_step"):
+        require(hasattr(flags, name), f"{command}: has no flag --{name.replace('_', '-')}")
     penalty = getattr(flags, "missing_eos_penalty", args.missing_eos_penalty)
+    prompts = [i % args.prompts for i in range(args.prompts if pairs else flags.prompts_per_step)]
     batch = replace(world.batch, old_logprobs=world.logprobs(flags.temperature).detach())
-    probabilities = batch.old_logprobs.sum(1).exp().view(-1, world.M)  # (B, M)
-    prompts = [i % args.prompts for i in range(getattr(flags, "prompts_per_step", args.prompts))]
-    exact = True
-    if hasattr(flags, "rejected_column"):  # it learns from pairs: two samples, the better one more likely the chosen
-        scores = (world.scores - penalty * ~batch.ended).view(-1, world.M)  # (B, M)
-        wins = torch.sigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))  # (B, M, M), Bradley and Terry's
-        weights = (2 * wins * probabilities.unsqueeze(2) * probabilities.unsqueeze(1)).flatten() / args.prompts
-        updates = blackbox.run(command, None, len(weights), rows=lambda update: [update],
-                               replace={"encode": load_module(WORLD).encode},
-                               **settings(args) | {"dataset": f"{WORLD}:pairs"})
-        found, generated = torch.stack([update.gradient for update in updates]), 2
-    else:
-        require(hasattr(flags, "k"), f"{command}: has no flag --k, responses per prompt")
-        torch.manual_seed(args.seed)
-        warmup, _ = sampled_draws(probabilities, prompts, flags.k, WARMUP)
-        greedy = [world.greedy(prompt) for prompt in prompts]
-        for possible, in_every_order in ((math.comb(world.M + flags.k - 1, flags.k), False), (world.M**flags.k, True)):
-            exact = possible ** len(prompts) <= args.draws
-            draws, weights = (all_draws(probabilities, prompts, flags.k, in_every_order) if exact
-                              else sampled_draws(probabilities, prompts, flags.k, args.draws))
-            found, generated, same = gradients(command, batch, draws, flags.k, greedy, warmup, settings(args))
-            if same or not exact:
-                break
-    true = world.true_gradient(prompts, flags.temperature, flags.beta, penalty)
+    found, weights, generated, exact = (
+        all_pairs(command, world, args, batch, world.scores - penalty * ~batch.ended) if pairs
+        else all_rollouts(command, world, args, flags, batch, prompts))  # (D, P), (D,)
+    true = world.true_gradient(prompts, flags.temperature, flags.beta, penalty)  # (P,)
     mean = weights @ found  # (P,)
     variance = (weights @ (found - mean).square().sum(1) / true.norm() ** 2).item()
     return Result(
@@ -248,8 +263,8 @@ def attempt(command, world, args):
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return measure(command, world, args)
     except SystemExit:
-        lines = [line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines()]
-        return " ".join(line for line in lines if line).removeprefix("error: ") or "it exits"
+        words = " ".join(line.strip(" │╭╮╰╯─-") for line in said.getvalue().splitlines())
+        return " ".join(words.partition("error: ")[2].split() or words.split() or ["exits"])
     except Exception as error:
         name = Path(shlex.split(command)[0]).name
         lines = [f", line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)

@@ -80,10 +80,11 @@ def same_world(length, k):
     return args, world, enumerated
 
 
+SLOW = [pytest.mark.slow]
 QUICK = ("rloo.py", "ppo.py --lam 1", "grpo.py")
 
 
-@pytest.mark.parametrize("command", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SAME])
+@pytest.mark.parametrize("command", [pytest.param(name, marks=SLOW * (name not in QUICK)) for name in SAME])
 def test_agrees_with_the_expectation_of_the_scripts_functions(command):
     args, world, enumerated = same_world(length=2, k=2)
     with loop.float64():
