@@ -18,7 +18,8 @@ To plant bugs of your own, give a JSON file as --bugs: a list with an entry for 
      "same": [["old text", "new text"], ...],       other places, written differently to no effect
      "silenced": [[["old text", "new text"], ...], ...]}        edits of the copy that must not pass: for the tests
 
-bugs.txt holds the ten bugs, compressed so that nobody reads them by accident: `base64 -d bugs.txt | gunzip` shows them.
+bugs.txt holds the ten bugs, compressed so that nobody reads them by accident. To edit one, unpack it with
+`base64 -d bugs.txt | gunzip > bugs.json`, and pack it again with `gzip -c bugs.json | base64 > bugs.txt`.
 """
 
 import base64
@@ -58,7 +59,7 @@ def require(ok, message):
         raise SystemExit(2)
 
 
-# -------------------------------------------------------------------------------------------------------------- the bugs
+# ------------------------------------------------------------------------------------------------------------- the bugs
 
 def load_bugs(path):
     """The list of bugs in a JSON file, plain or compressed."""

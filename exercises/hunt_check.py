@@ -20,52 +20,40 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.tensorboard import SummaryWriter
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
 
 import common  # noqa: E402
 import plumbing  # noqa: E402
 import runs  # noqa: E402
 from plumbing import batches, load_module, one_line  # noqa: E402
+from tiny_world import make_model, make_tokenizer  # noqa: E402
 
 
-# -------------------------------------------------------------------------------------------------------- the tiny world
-# Named by the ordinary flags: --model exercises/hunt_check.py:policy. GPT-2s, since Llama's RMSNorm is in float32.
+# ------------------------------------------------------------------------------------------------------- the tiny world
+# Named by the ordinary flags, for example --model exercises/hunt_check.py:policy.
 
-WORDS = "a b c d e f".split()
+TOKENIZER = make_tokenizer(words=6)
+TOKENIZER.pad_token = TOKENIZER.eos_token
 PROMPTS = ["a b c", "d", "e f a b", "b b", "c e d f a", "f"]
-VALUE = dict(zip(WORDS, (1.0, -0.7, 0.4, 2.1, -1.3, 0.2)))
-
-
-@functools.cache
-def tokenizer():
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<eos>", *WORDS])}, unk_token="a"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<eos>", eos_token="<eos>")
-
-
-@functools.cache
-def make(cls, seed):
-    torch.manual_seed(seed)
-    return cls(GPT2Config(vocab_size=len(tokenizer()), n_embd=8, n_layer=1, n_head=2, n_positions=16, eos_token_id=0,
-                          num_labels=1, initializer_range=0.5)).double().eval()
+VALUE = dict(zip("abcdef", (1.0, -0.7, 0.4, 2.1, -1.3, 0.2)))
+make = functools.cache(functools.partial(make_model, vocab_size=len(TOKENIZER)))
 
 
 def policy():
-    return copy.deepcopy(make(GPT2LMHeadModel, 1)), tokenizer()
+    return copy.deepcopy(make(GPT2LMHeadModel, seed=1)), TOKENIZER
 
 
 def reference():
-    return copy.deepcopy(make(GPT2LMHeadModel, 2)), tokenizer()
+    return copy.deepcopy(make(GPT2LMHeadModel, seed=2)), TOKENIZER
 
 
 def critic():
-    return copy.deepcopy(make(GPT2ForSequenceClassification, 3)), tokenizer()
+    return copy.deepcopy(make(GPT2ForSequenceClassification, seed=3, num_labels=1)), TOKENIZER
 
 
 def reward(prompts, completions, **_):
@@ -83,19 +71,19 @@ WORLD = {name: f"{__file__}:{name}" for name in ("policy", "reference", "critic"
 ROWS = {}  # of the dataset, by split
 BASE = dict(model=WORLD["policy"], reference=WORLD["reference"], critic=WORLD["critic"], reward=(WORLD["reward"],),
             dataset=WORLD["prompts"], gold="none", device="cpu", num_updates=2, prompts_per_step=3, eval_prompts=2,
-            eval_every=0, lr=0.02, critic_lr=0.03, max_grad_norm=1e9)
+            eval_every=0, lr=0.005, critic_lr=0.03, max_grad_norm=1e9)
 SETTINGS = [  # each flag of an algorithm has at least two values in these
     dict(k=3, beta=0.3, temperature=0.7, max_new_tokens=6, missing_eos_penalty=0.5, microbatch_tokens=24,
          minibatches=2),
     dict(k=2, beta=0.1, temperature=1.3, max_new_tokens=3, missing_eos_penalty=2.0, microbatch_tokens=10_000,
-         minibatches=1, max_grad_norm=0.5, lr=0.2, baseline="ema", decay=0.3, whiten=False, lam=0.5,
+         minibatches=1, max_grad_norm=0.5, lr=0.01, baseline="ema", decay=0.3, whiten=False, lam=0.5,
          gamma=0.9, value_clip=0.05, rank_by="score", scale_std=False, length_mean=False, normalize_scores=False),
     dict(k=4, beta=0.0, temperature=1.0, max_new_tokens=5, missing_eos_penalty=0.0, microbatch_tokens=1, minibatches=3,
-         epochs=2, clip=0.05, lr=0.1, critic_lr=0.2, baseline="none", lam=1.0, clip_scores=1.0),
+         epochs=2, clip=0.05, lr=0.003, critic_lr=0.2, baseline="none", lam=1.0, clip_scores=1.0),
 ]
 
 
-# ------------------------------------------------------------------------------------------------- what a script computes
+# ----------------------------------------------------------------------------------------------- what a script computes
 
 def observe(path, flags, given=None):
     """Run a script's own main in the tiny world, in float64, and record what it computes.
@@ -179,7 +167,7 @@ def rows_of(seen, update, greedy=False):
     parts = [sample.batch for sample in seen.samples if (sample.update, sample.greedy) == (update, greedy)]
     if not parts:
         return None, [[] for _ in seen.updates[update - 1]]
-    batch = common.concatenate(parts, tokenizer().pad_token_id)
+    batch = common.concatenate(parts, TOKENIZER.pad_token_id)
     prompts = [ids[mask].tolist() for ids, mask in zip(batch.prompts, batch.prompt_mask)]
     return batch, [[row for row, ids in enumerate(prompts) if ids == prompt] for prompt in seen.updates[update - 1]]
 
@@ -190,12 +178,12 @@ def sampled(seen, update, greedy):
     return batch[torch.tensor(rows).flatten()]
 
 
-# ------------------------------------------------------------------------------------------------------------- the check
+# ------------------------------------------------------------------------------------------------------------ the check
 
 def wrong_samples(seen, flags):
     """What is wrong with how a script has sampled: a list of sentences."""
     if len(seen.updates) != flags["num_updates"]:
-        return [f"there are {len(seen.updates)} updates instead of {flags['num_updates']}"]
+        return [f"it makes {len(seen.updates)} of {flags['num_updates']} updates"]
     wrong = []
     for sample in seen.samples:
         trained, temperature, max_new_tokens = sample.how
@@ -208,6 +196,12 @@ def wrong_samples(seen, flags):
     counts = {len(rows) for update in range(1, len(seen.updates) + 1) for rows in rows_of(seen, update)[1]}
     wrong += [f"prompts have {count} responses" for count in counts - {flags["k"]}]
     return wrong
+
+
+def same(found, expected):
+    """Whether two tensors are equal up to rounding errors of other ways to compute them."""
+    tolerance = 1e-9 + 1e-6 * expected.nan_to_num().abs().max()
+    return torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
 def sentence(name, found, expected):
@@ -230,7 +224,7 @@ def compare(path, script, flags):
         other = found.numbers.get(name)
         if other is None:
             wrong.append(f"there is no longer {name}")
-        elif not torch.allclose(other, value, rtol=0, atol=1e-9 + 1e-6 * value.nan_to_num().abs().max(), equal_nan=True):
+        elif not same(other, value):
             wrong.append(sentence(name, other, value))
     wrong += [f"there is also {name}" for name in found.numbers.keys() - expected.numbers.keys() if "gradient" in name]
     return wrong + [f"there is no longer a file {name}" for name in set(expected.files) - set(found.files)]

@@ -62,11 +62,13 @@ def read_run(folder):
     settings, scalars = plot.read_run(folder)
     path = Path(folder) / "evaluation.json"
     require(path.is_file(), f"{folder}: has no evaluation.json: the run has not finished; continue it with --resume")
-    evaluation = json.loads(path.read_text())["after"]
-    last = lambda name: scalars[name][max(scalars[name])]
-    same = all(abs(last(f"eval/{name}") - value) < 1e-4 for name, value in evaluation.items())
-    require(same, f"{folder}: evaluation.json does not say what the run has logged; do not edit it")
-    return settings, last("time/samples"), evaluation
+    last = {name: values[max(values)] for name, values in scalars.items()}
+    try:
+        evaluation = json.loads(path.read_text())["after"]
+        assert all(abs(last[f"eval/{name}"] - value) < 1e-4 for name, value in evaluation.items())
+    except (ValueError, KeyError, TypeError, AssertionError):
+        require(False, f"{folder}: evaluation.json does not say what the run has logged; was it edited?")
+    return settings, last["time/samples"], evaluation
 
 
 def not_comparable(rubric, settings, samples):
@@ -98,7 +100,7 @@ def grade(folder, rubric):
         tests.append({"name": name, "score": points, "max_score": threshold["points"],
                       "status": "passed" if met else "failed", "output": "\n".join(wrong) or f"it is {value:.3f}"})
         if not wrong:
-            print(f"  {name:<24}{value:>8.3f}   {'met' if met else 'NOT MET':<9}{points} of {threshold['points']} points")
+            print(f"  {name:<24}{value:>8.3f}   {'met' if met else 'NOT MET':<9}{points} of {threshold['points']}")
     score = sum(test["score"] for test in tests)
     print(f"  {score} of {sum(test['max_score'] for test in tests)} points")
     return {"score": score, "tests": tests}

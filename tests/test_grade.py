@@ -99,8 +99,11 @@ def test_calibration(write_run, tmp_path, capsys):
 
 
 def test_bad_input_is_one_line(write_run, tmp_path, capsys):
-    good, unfinished, edited = write_run("good"), write_run("unfinished"), write_run("edited", logged=GOOD | {"kl": 9.0})
+    good, unfinished = write_run("good"), write_run("unfinished")
+    edited = write_run("edited", logged=GOOD | {"kl": 9.0})
     (Path(unfinished) / "evaluation.json").unlink()
+    damaged = write_run("damaged")
+    (Path(damaged) / "evaluation.json").write_text("{")
     (tmp_path / "wrong.json").write_text('{"samples": 1}')
     gsm = write_run("gsm", after={"score": 1.0})
     for folders, flags, message in [
@@ -108,6 +111,7 @@ def test_bad_input_is_one_line(write_run, tmp_path, capsys):
         ((str(tmp_path / "no"),), {}, "is not a run folder"),
         ((unfinished,), {}, "has no evaluation.json: the run has not finished"),
         ((edited,), {}, "does not say what the run has logged"),
+        ((damaged,), {}, "does not say what the run has logged"),
         ((gsm,), {}, "its evaluation has no gold"),
         ((good,), {"rubric": "no.json"}, "--rubric no.json: no such file"),
         ((good,), {"rubric": str(tmp_path / "wrong.json")}, "not a rubric"),

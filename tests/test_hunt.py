@@ -1,6 +1,7 @@
 """exercises/hunt.py: a mended copy passes, however it is written; a bug, a hidden symptom or new damage does not."""
 
 import json
+import re
 import shlex
 import sys
 import threading
@@ -19,7 +20,7 @@ import hunt  # noqa: E402
 import hunt_check  # noqa: E402
 
 BUGS = hunt.load_bugs(ROOT / "exercises" / "bugs.txt")
-each_bug = pytest.mark.parametrize("bug", BUGS, ids=[f"{i}-{Path(bug['script']).stem}" for i, bug in enumerate(BUGS, 1)])
+each_bug = pytest.mark.parametrize("bug", BUGS, ids=[f"{i}-{bug['script'][:-3]}" for i, bug in enumerate(BUGS, 1)])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +54,7 @@ def script(bug):
     return (ROOT / bug["script"]).read_text()
 
 
-# ---------------------------------------------------------------------------------------------------------- the ten bugs
+# --------------------------------------------------------------------------------------------------------- the ten bugs
 
 
 def test_ten_bugs_in_nine_scripts():
@@ -72,9 +73,10 @@ def test_a_bug_fits_its_script(bug):
 
 @each_bug
 def test_commands_parse(bug):
+    assert any("{copy}" in command for command in bug["commands"])
     for command in bug["commands"]:
         python, path, *words = shlex.split(command.format(copy=bug["script"]), comments=True)
-        assert python == "python" and "{copy}" in command
+        assert python == "python"
         tyro.cli(load_module(str(ROOT / path)).Args, args=words)
 
 
@@ -128,17 +130,17 @@ RLOO = next(bug for bug in BUGS if bug["script"] == "rloo.py")
 DAMAGE = {  # old text of rloo.py, new text -> what is said
     ("beta: float = 0.05", "beta: float = 0.0"): "the default of --beta",
     ('"policy/loss": loss, ', ""): "there is no longer policy/loss of update 1",
-    ("        scheduler.step()\n", ""): "policy/lr of update 2 is 0.02, not 0.01",
+    ("        scheduler.step()\n", ""): "policy/lr of update 2 is 0.005, not 0.0025",
     ("            run.save_model(policy)\n", ""): "there is no longer a file run/model/",
     ("args.k, args.temperature, args.max", "args.k, 1.0, args.max"): "responses are sampled at temperature 1.0",
     ("1. rollout: k responses per prompt, with", "1.\n        args.k = 5  #"): "prompts have 5 responses",
     ("batch = rollout(policy", "batch = rollout(reference"): "not sampled from the policy that is trained",
     ("args.max_new_tokens,\n", "args.max_new_tokens - 1,\n"): "responses have up to 5 tokens",
-    ("        optimizer.step()\n", "        optimizer.step()\n        optimizer.step()\n"): "the gradient of the policy in",
+    ("        optimizer.step()\n", "        optimizer.step()\n" * 2): "the gradient of the policy in",
     ("        optimizer.step()\n", "        raise ValueError('no')\n"): "it stops in line 134: ValueError: no",
     ("import torch\n", "import torhc\n"): "it stops: RuntimeError",
-    ("        run.log(metrics", "        break\n        run.log(metrics"): "there are 1 updates instead of 2",
-    ("    run = Run(", "    return policy\n    run = Run("): "there are 0 updates instead of 2",
+    ("        run.log(metrics", "        break\n        run.log(metrics"): "it makes 1 of 2 updates",
+    ("    run = Run(", "    return policy\n    run = Run("): "it makes 0 of 2 updates",
     ("rewards = sequence_rewards(", "scores[0] = 0 / torch.zeros(())\n        rewards = sequence_rewards("): "it stops",
     ("microbatches(args.microbatch_tokens, batch)", "[torch.arange(len(batch))]"): "no longer --microbatch-tokens",
 }
@@ -191,6 +193,15 @@ def test_all_symptoms_are_listed(capsys):
     hunt.main(hunt.Args())
     text = capsys.readouterr().out
     assert all(hunt.place(number, bug) in text for number, bug in enumerate(BUGS, 1))
+
+
+@pytest.mark.slow
+def test_the_exit_code_says_whether_it_is_mended(capsys):
+    for number, code in ((5, 0), (6, 1)):  # bug 5 is one of rloo.py
+        with pytest.raises(SystemExit) as stopped:
+            hunt.main(hunt.Args(number=number, check=str(ROOT / "rloo.py")))
+        assert stopped.value.code == code
+    assert re.findall(r"rloo.py: (.*?):", capsys.readouterr().out) == ["mended", "something else is different now"]
 
 
 def test_bugs_of_your_own(tmp_path, here, capsys):
