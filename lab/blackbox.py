@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import tyro
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -95,6 +96,7 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
                     self.state = copy.deepcopy(snapshot[0])
                     set_random_states(snapshot[1])
                 self.state["step"], self.start = warmup + update + 1, 0.0
+                self.noise = np.random.default_rng((self.args.seed, self.step))
                 seen.append(Update())
                 yield dataset[[i % len(dataset) for i in (rows(update) if rows else range(size))]]
                 require(seen[-1].steps, f"{self.name}.py: an update took no step of the policy's optimizer")
