@@ -126,6 +126,9 @@ def check_args(args):
     for name, least, most in (("k", 1, 8), ("prompts", 1, 4), ("words", 1, 6), ("length", 1, 6), ("draws", 1, 10**6)):
         value = getattr(args, name)
         require(least <= value <= most, f"--{name} {value}: must be between {least} and {most}")
+    count = sum(args.words**n for n in range(args.length + 1))
+    require(count <= 200, f"--words {args.words} --length {args.length}: {count} responses to a prompt are too many; "
+                          "200 are possible")
     for name, ok in (("temperature", args.temperature > 0), ("peaked", args.peaked > 0), ("beta", args.beta >= 0)):
         require(ok, f"--{name} {getattr(args, name)}: must be {'0 or more' if name == 'beta' else 'positive'}")
     require(args.critic_error >= 0, f"--critic-error {args.critic_error}: must be 0 or more")
@@ -225,6 +228,7 @@ def all_pairs(command, world, args, batch, scores):
     scores = scores.view(-1, world.M)  # (B, M)
     wins = torch.sigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))  # (B, M, M), Bradley and Terry's
     weights = 2 * wins * probabilities.unsqueeze(2) * probabilities.unsqueeze(1) / args.prompts  # (B, M, M)
+    require(weights.numel() <= args.draws, f"{command}: there are {weights.numel()} pairs, more than --draws")
     flags = settings(args) | {"dataset": f"{WORLD}:pairs"}
     updates = blackbox.run(command, None, weights.numel(), rows=lambda update: [update],
                            replace={"encode": load_module(WORLD).encode}, **flags)
@@ -288,29 +292,31 @@ def draw(results, path):
     """A picture of all results: how far off the mean gradient points, and the variance of a step of length 1."""
     found = {command: result for command, result in results.items()
              if not isinstance(result, str) and result.length > 0}  # others have no right length
-    figure, axes = plt.subplots(figsize=(10, 5), facecolor="white", layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 5), dpi=120, facecolor="white", layout="constrained")
     axes.set(yscale="log", xlabel="bias: angle between mean and true gradient (degrees)",
              ylabel="variance × responses, at length 1\n(share of the true gradient's squared norm)")
-    points = [(result.angle, result.noise) for result in found.values()]
+    places = {False: {}, True: {}}  # whether it is biased -> place -> numbers in the key
+    for number, result in enumerate(found.values(), 1):
+        places[result.angle > 1e-3].setdefault((result.angle, result.noise), []).append(str(number))
     for biased, color, marker, name in ((False, "#0072b2", "o", "no bias"), (True, "#d55e00", "^", "biased")):
-        chosen = [point for point, result in zip(points, found.values()) if (result.angle > 1e-3) == biased]
-        axes.scatter(*zip(*chosen) if chosen else ([], []), c=color, marker=marker, s=45, label=name, zorder=2)
-    axes.margins(0.08, 0.1)
+        axes.scatter(*zip(*places[biased] or [(math.nan, 1.0)]), c=color, marker=marker, s=45, label=name, zorder=2)
+    axes.margins(0.15, 0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, ncols=2)
     key = "\n".join(f"{number}  {command}" for number, command in enumerate(found, 1))
     axes.text(1.02, 0.9, key, transform=axes.transAxes, va="top", fontsize=9, linespacing=1.5)
     figure.draw_without_rendering()  # now pixels are known
-    labels = {}  # place in pixels -> numbers: points that would hide each other share a label
-    for number, (x, y) in enumerate(axes.transData.transform(points).tolist(), 1):
-        near = [place for place in labels if abs(place[0] - x) < 14 and abs(place[1] - y) < 14]
-        numbers = labels.pop(near[0]) if near else []
-        labels[max([x, *(place[0] for place in near)]), near[0][1] if near else y] = [*numbers, number]
-    for place, numbers in labels.items():
-        axes.annotate(", ".join(map(str, numbers)), axes.transData.inverted().transform(place), xytext=(6, 0),
-                      textcoords="offset points", va="center", fontsize=9)
+    for biased, side, align in ((False, -1, "right"), (True, 1, "left")):
+        labels = []  # pixel, place and numbers of each: points that would hide each other share one
+        for place, numbers in places[biased].items():
+            pixel = axes.transData.transform(place)
+            near = [label for label in labels if abs(label[0] - pixel).max() < 14]
+            near[0][2].extend(numbers) if near else labels.append((pixel, place, numbers))
+        for _, place, numbers in labels:
+            axes.annotate(", ".join(numbers), place, xytext=(7 * side, 0), textcoords="offset points", ha=align,
+                          va="center", fontsize=9)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
     plt.close(figure)
 
 

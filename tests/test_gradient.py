@@ -209,7 +209,7 @@ def test_finds_no_bias_in_a_sound_copy(name, tmp_path):
 
 
 def test_a_constant_reward_costs_variance_only_without_a_baseline():
-    """By the square of the constant: with equal steps, the third difference is 0 and the second is not."""
+    """By its square: with equal steps, the third difference is 0 and the second is not."""
     def variances(command, *constants):
         worlds = (gradient.Args(length=2, prompts=1, k=2, constant=constant) for constant in constants)
         return [measure(command, world).variance for world in worlds]
@@ -270,6 +270,18 @@ def test_a_script_that_does_not_fit_gets_one_line(tmp_path):
     fails = edited(tmp_path, "remax.py", ("(returns - baseline.", "(returns - baselin."))
     number = 1 + fails.read_text()[: fails.read_text().index("baselin.")].count("\n")
     assert measure(str(fails)) == f"NameError: name 'baselin' is not defined (my_remax.py, line {number})"
+
+
+@pytest.mark.parametrize("flags, line", [
+    ({"words": 6, "length": 4}, "--words 6 --length 4: 1555 responses to a prompt are too many; 200 are possible"),
+    ({"prompts": 5}, "--prompts 5: must be between 1 and 4"),
+    ({"temperature": 0.0}, "--temperature 0.0: must be positive"),
+    ({"output": "a.pdf"}, "--output a.pdf: must be the name of a PNG file"),
+])  # fmt: skip
+def test_bad_flags(flags, line, capsys):
+    with pytest.raises(SystemExit):
+        gradient.main(gradient.Args(**flags))
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_table_and_picture(tmp_path, capsys):
