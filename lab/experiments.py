@@ -1,0 +1,265 @@
+"""The papers' experiments, as data for lab/papers.py: what is claimed, the commands, what is drawn."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Claim(NamedTuple):
+    """`metric` (see papers.measure) of the arms in `more`, less that of those in `less`, is above `least`."""
+    text: str  # what the paper says
+    metric: str
+    more: tuple[str, ...]
+    less: tuple[str, ...] = ()
+    least: float = 0.0
+
+
+@dataclass
+class Experiment:
+    title: str
+    source: str  # paper and figure
+    arms: dict[str, str]  # label -> command; the learning rate is filled in unless it is given
+    claims: list[Claim]
+    panels: list[tuple[str, str]]  # x and y of each part of the picture; x "" for one point per arm
+    columns: tuple[str, ...] = ("score", "final score", "final gold", "final kl", "final length")  # of the table
+    seeds: int = 5
+    tax: bool = False  # whether evaluate.py measures the trained policies
+
+
+RATES = ("2.5e-5", "5e-5", "1e-4")
+RUN = "--num-updates 60 --eval-every 20"
+K4, K1 = f"--prompts-per-step 4 {RUN}", f"--prompts-per-step 16 {RUN}"  # 16 responses per update
+PPO = "ppo.py --value-clip inf --minibatches 2"
+TUNED = {  # a command, and what it takes to generate 16 responses per update; longer commands have the same rate
+    "rloo.py": K4,
+    "raft.py": K4,
+    "grpo.py": K4,
+    "reinforce_pp.py": K4,
+    "reinforce_pp_baseline.py": K4,
+    "reinforce.py": K1,
+    "reinforce.py --baseline none": K1,
+    "remax.py": f"--prompts-per-step 8 {RUN}",
+    "vanilla_pg.py": K1,
+    PPO: K1,
+    "dpo.py": f"--batch-size 8 {RUN}",
+}
+BASE = {name: f"{name} {size}" for name, size in TUNED.items()}
+
+RLOO4, RAFT4 = {"RLOO, k 4": BASE["rloo.py"]}, {"RAFT, k 4": BASE["raft.py"]}
+K2 = "--k 2 --prompts-per-step 4 --num-updates 120 --eval-every 20"  # as many prompts per step, half the responses
+RLOO2, RAFT2 = {"RLOO, k 2": f"rloo.py {K2}"}, {"RAFT, k 2": f"raft.py {K2}"}
+REINFORCE = {"REINFORCE, baseline": BASE["reinforce.py"]}
+NONE = {"REINFORCE, no baseline": BASE["reinforce.py --baseline none"]}
+VANILLA = {"vanilla PG": BASE["vanilla_pg.py"]}
+PPO95 = {"PPO, λ 0.95": f"{BASE[PPO]} --lam 0.95"}
+REMAX = {"ReMax": BASE["remax.py"]}
+PLUS = {"REINFORCE++": BASE["reinforce_pp.py"]}
+PLUS_BASELINE = {"REINFORCE++-baseline": BASE["reinforce_pp_baseline.py"]}
+GRPO = {"GRPO": BASE["grpo.py"]}
+DPO = {"DPO": BASE["dpo.py"]}
+LAMBDAS = {f"PPO, λ {lam}": f"{BASE[PPO]} --lam {lam}" for lam in ("0", "0.5", "0.95", "1")}
+
+SHORT = "--k 2 --prompts-per-step 8 --num-updates 60 --eval-every 20"
+BETAS = ("0.1", "0.25", "0.5", "1.0")
+STD = 0.75  # of the scores of the SFT policy's responses
+SIGMAS = (0, 1, 3, 5)
+
+FREE = "--beta 0 --lr 1e-3 --num-updates 120 --eval-every 10"  # no KL penalty, and large steps
+SMALL = "--lr 1e-3 --num-updates 80 --eval-every 20"  # 8 responses per update, and large steps
+MATH = ("--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy --dataset tasks/mini_math.py:prompts "
+        "--temperature 1 --max-new-tokens 12 --beta 0 --lr 1e-4 --num-updates 60 --eval-every 20 --eval-prompts 512")
+
+
+def pairs(metric, labels, text):
+    """A claim for each two neighbours of `labels`, the first being above the second."""
+    return [Claim(text.format(a, b), metric, (a,), (b,)) for a, b in zip(labels, labels[1:])]
+
+
+EXPERIMENTS = {
+    "lr": Experiment(
+        "The learning rate of each algorithm", "our choice, on seed 100",
+        {f"{name} --lr {rate}": f"{BASE[name]} --num-updates 40 --lr {rate}" for name in TUNED for rate in RATES},
+        [], [], ("score",), seeds=0,
+    ),
+    "fig2": Experiment(
+        "REINFORCE, RLOO, vanilla PG and PPO", "Back to Basics, figure 2",
+        RLOO4 | REINFORCE | VANILLA | PPO95,
+        [
+            Claim("RLOO above PPO", "score", tuple(RLOO4), tuple(PPO95)),
+            Claim("RLOO above vanilla PG", "score", tuple(RLOO4), tuple(VANILLA)),
+            Claim("REINFORCE with a baseline above PPO", "score", tuple(REINFORCE), tuple(PPO95)),
+            Claim("REINFORCE with a baseline above vanilla PG", "score", tuple(REINFORCE), tuple(VANILLA)),
+            Claim("vanilla PG above PPO", "score", tuple(VANILLA), tuple(PPO95)),
+            Claim("RLOO above REINFORCE with a baseline", "score", tuple(RLOO4), tuple(REINFORCE)),
+        ],
+        [("updates", "score"), ("updates", "gold"), ("kl", "score")],
+    ),
+    "noisy": Experiment(
+        "Large steps on 8 responses", "ours: where the estimators differ",
+        {
+            "RLOO, k 4": f"rloo.py --prompts-per-step 2 {SMALL}",
+            "RAFT, k 4": f"raft.py --prompts-per-step 2 {SMALL}",
+            "ReMax": f"remax.py --prompts-per-step 4 {SMALL}",
+            "REINFORCE, baseline": f"reinforce.py --prompts-per-step 8 {SMALL}",
+            "vanilla PG": f"vanilla_pg.py --prompts-per-step 8 {SMALL}",
+            "PPO, λ 0.95": f"ppo.py --value-clip inf --minibatches 1 --prompts-per-step 8 {SMALL}",
+        },
+        [
+            Claim("RLOO above REINFORCE with a baseline (gold)", "gold", ("RLOO, k 4",), ("REINFORCE, baseline",)),
+            Claim("RLOO above RAFT (gold)", "gold", ("RLOO, k 4",), ("RAFT, k 4",)),
+            Claim("RLOO above ReMax (gold)", "gold", ("RLOO, k 4",), ("ReMax",)),
+            Claim("RLOO above vanilla PG (gold)", "gold", ("RLOO, k 4",), ("vanilla PG",)),
+            Claim("RLOO above PPO (gold)", "gold", ("RLOO, k 4",), ("PPO, λ 0.95",)),
+            Claim("REINFORCE with a baseline strays further than RLOO (KL)", "kl", ("REINFORCE, baseline",),
+                  ("RLOO, k 4",)),
+        ],
+        [("updates", "score"), ("updates", "gold"), ("updates", "kl")],
+        ("score", "gold", "final score", "final gold", "final kl", "final length"),
+    ),
+    "fig3": Experiment(
+        "RLOO and RAFT, against steps and against samples", "Back to Basics, figures 3 and 4",
+        RLOO4 | RLOO2 | RAFT4 | RAFT2,
+        [
+            Claim("RLOO above RAFT at k 4", "score", ("RLOO, k 4",), ("RAFT, k 4",)),
+            Claim("RLOO above RAFT at k 2", "score", ("RLOO, k 2",), ("RAFT, k 2",)),
+            Claim("RLOO k 2 above RAFT k 4 at equal samples", "score", ("RLOO, k 2",), ("RAFT, k 4",)),
+            Claim("RLOO k 2 above RAFT k 4 at equal steps", "score at update 60", ("RLOO, k 2",), ("RAFT, k 4",)),
+        ],
+        [("updates", "score"), ("samples", "score"), ("samples", "gold")],
+    ),
+    "fig1": Experiment(
+        "PPO's λ", "Back to Basics, figure 1 and section 3.1",
+        LAMBDAS,
+        pairs("score", list(LAMBDAS)[::-1], "{} above {}"),
+        [("updates", "score"), ("updates", "gold")],
+    ),
+    "clip": Experiment(
+        "Clipping off, and the ratio off", "Back to Basics, figure 1 and section 3.2",
+        {"PPO, λ 1": LAMBDAS["PPO, λ 1"], "without clipping": f"{LAMBDAS['PPO, λ 1']} --clip inf",
+         "without ratio (vanilla PG)": VANILLA["vanilla PG"]},
+        [
+            Claim("less than 5% of the tokens are clipped", "clipfrac", (), ("PPO, λ 1",), -0.05),
+            Claim("without clipping above PPO", "score", ("without clipping",), ("PPO, λ 1",)),
+            Claim("without the ratio above PPO", "score", ("without ratio (vanilla PG)",), ("PPO, λ 1",)),
+        ],
+        [("updates", "score"), ("updates", "gold")],
+    ),
+    "remax": Experiment(
+        "ReMax: the greedy baseline, and what it saves", "ReMax, sections 4 and 5",
+        REMAX | NONE | PPO95,
+        [
+            Claim("ReMax above REINFORCE without a baseline", "score", ("ReMax",), ("REINFORCE, no baseline",)),
+            Claim("the same, gold reward", "gold", ("ReMax",), ("REINFORCE, no baseline",)),
+            Claim("ReMax at least 1.6 times as fast as PPO (log of CPU s per update)", "log seconds", tuple(PPO95),
+                  ("ReMax",), 0.47),
+            Claim("ReMax takes less memory than PPO (MB)", "peak_mb", tuple(PPO95), ("ReMax",)),
+        ],
+        [("samples", "score"), ("samples", "gold"), ("", "seconds")],
+        ("score", "final score", "final gold", "final kl", "seconds", "peak_mb"),
+    ),
+    "table1": Experiment(
+        "Win rates", "Back to Basics, table 1",
+        RLOO4 | RLOO2 | RAFT4 | RAFT2 | REINFORCE | VANILLA | PPO95 | DPO,
+        pairs("win_rate", [*RLOO4, *RAFT4, *REINFORCE, *VANILLA, *PPO95, *DPO], "{} above {}")
+        + [Claim("RLOO, k 4 above PPO, λ 0.95", "win_rate", tuple(RLOO4), tuple(PPO95)),
+           Claim("RLOO, k 4 above DPO", "win_rate", tuple(RLOO4), tuple(DPO)),
+           Claim("RLOO, k 2 above RAFT, k 2", "win_rate", tuple(RLOO2), tuple(RAFT2))],
+        [("", "win_rate"), ("", "gold"), ("", "kl")],
+        ("win_rate", "score", "gold", "kl"),
+        tax=True,
+    ),
+    "table2": Experiment(
+        "The alignment tax", "Back to Basics, table 2",
+        RLOO4 | RLOO2 | RAFT4 | RAFT2 | REINFORCE | VANILLA | PPO95 | DPO,
+        [
+            Claim("perplexity: PPO above RLOO", "perplexity", tuple(PPO95), tuple(RLOO4)),
+            Claim("perplexity: vanilla PG above RLOO", "perplexity", tuple(VANILLA), tuple(RLOO4)),
+            Claim("perplexity: PPO above REINFORCE", "perplexity", tuple(PPO95), tuple(REINFORCE)),
+            Claim("perplexity: PPO above RAFT", "perplexity", tuple(PPO95), tuple(RAFT4)),
+            Claim("length: DPO's responses longer than RLOO's", "length", tuple(DPO), tuple(RLOO4)),
+            Claim("length: PPO's responses shorter than RLOO's", "length", tuple(RLOO4), tuple(PPO95)),
+            Claim("variance of the reward: RAFT above RLOO at k 4", "variance", tuple(RAFT4), tuple(RLOO4)),
+            Claim("variance of the reward: RAFT above RLOO at k 2", "variance", tuple(RAFT2), tuple(RLOO2)),
+            Claim("variance of the reward: vanilla PG above REINFORCE", "variance", tuple(VANILLA), tuple(REINFORCE)),
+        ],
+        [("", "length"), ("", "perplexity"), ("", "variance")],
+        ("length", "perplexity", "diversity_1", "diversity_2", "variance"),
+        tax=True,
+    ),
+    "gao": Experiment(
+        "Over-optimization: proxy and gold reward against √KL", "Gao et al. 2023; left open in Back to Basics, section 7",
+        {
+            "RLOO, k 4": f"rloo.py --prompts-per-step 4 {FREE}",
+            "RAFT, k 4": f"raft.py --prompts-per-step 4 {FREE}",
+            "REINFORCE++": f"reinforce_pp.py --prompts-per-step 4 {FREE}",
+            "PPO, λ 0.95": f"{PPO} --prompts-per-step 16 {FREE}",
+        },
+        [Claim(f"{name}: the gold reward ends below where it began", "growth of gold", (), (name,))
+         for name in ("RLOO, k 4", "RAFT, k 4", "REINFORCE++", "PPO, λ 0.95")]
+        + [Claim("at the same KL (8), RAFT's gold reward is above RLOO's", "gold at KL 8", ("RAFT, k 4",), ("RLOO, k 4",)),
+           Claim("at the same KL (8), RLOO's gold reward is above REINFORCE++'s", "gold at KL 8", ("RLOO, k 4",),
+                 ("REINFORCE++",)),
+           Claim("at the same KL (8), RLOO's gold reward is above PPO's", "gold at KL 8", ("RLOO, k 4",),
+                 ("PPO, λ 0.95",))],
+        [("√kl", "score"), ("√kl", "gold"), ("updates", "kl")],
+        ("final score", "final gold", "fall of gold", "final kl", "final length"),
+        seeds=3,
+    ),
+    "plus": Experiment(
+        "REINFORCE++ and GRPO: reward per KL, growth of length", "REINFORCE++, experiments",
+        {name: f"{command} --beta 0" for name, command in (PLUS | PLUS_BASELINE | GRPO).items()},
+        [
+            Claim("REINFORCE++ above GRPO at the same KL (0.5)", "score at KL 0.5", ("REINFORCE++",), ("GRPO",)),
+            Claim("REINFORCE++-baseline above GRPO at the same KL (0.5)", "score at KL 0.5", ("REINFORCE++-baseline",),
+                  ("GRPO",)),
+            Claim("REINFORCE++ above GRPO at the same steps", "score", ("REINFORCE++",), ("GRPO",)),
+            Claim("GRPO's responses grow more than REINFORCE++'s", "growth of length", ("GRPO",), ("REINFORCE++",)),
+        ],
+        [("kl", "score"), ("updates", "score"), ("updates", "length")],
+    ),
+    "fig6": Experiment(
+        "Noise on the reward", "Back to Basics, figure 6 and section 5.2.2",
+        {f"{name}, σ {sigma}": f"{script} {SHORT} --reward-noise {sigma * STD}"
+         for name, script in (("RLOO", "rloo.py"), ("RAFT", "raft.py")) for sigma in SIGMAS},
+        [Claim(f"RAFT loses more than RLOO at σ {sigma}", "score", ("RAFT, σ 0", f"RLOO, σ {sigma}"),
+               (f"RAFT, σ {sigma}", "RLOO, σ 0")) for sigma in SIGMAS[1:]]
+        + [Claim("RLOO above RAFT at σ 5", "score", ("RLOO, σ 5",), ("RAFT, σ 5",))],
+        [("updates", "score"), ("updates", "gold")],
+    ),
+    "fig5": Experiment(
+        "The weight of the KL penalty", "Back to Basics, figure 5 and section 5.2.2",
+        {f"{name}, β {beta}": f"{script} {SHORT} --beta {beta}"
+         for name, script in (("RLOO", "rloo.py"), ("RAFT", "raft.py")) for beta in BETAS},
+        [Claim(f"RLOO's reward above RAFT's at β {beta}", "score", (f"RLOO, β {beta}",), (f"RAFT, β {beta}",))
+         for beta in BETAS]
+        + [Claim(f"RAFT's KL above RLOO's at β {beta}", "kl", (f"RAFT, β {beta}",), (f"RLOO, β {beta}",))
+           for beta in BETAS[1:]],
+        [("updates", "score"), ("updates", "kl")],
+        seeds=3,
+    ),
+    "rouge": Experiment(
+        "ROUGE-L as the reward", "left open in Back to Basics, section 7",
+        {"reward model": BASE["rloo.py"], "ROUGE-L": f"{BASE['rloo.py']} --reward tasks/rouge.py:rouge_l --beta 0.01"},
+        [
+            Claim("optimizing ROUGE-L raises it", "growth of score", ("ROUGE-L",)),
+            Claim("optimizing ROUGE-L raises the gold reward", "growth of gold", ("ROUGE-L",)),
+            Claim("the reward model raises the gold reward more", "growth of gold", ("reward model",), ("ROUGE-L",)),
+        ],
+        [("updates", "gold"), ("kl", "gold"), ("updates", "length")],
+    ),
+    "length": Experiment(
+        "GRPO's 1/length, on summaries", "Dr. GRPO, figure 5",
+        {"GRPO": f"{BASE['grpo.py']} --beta 0", "GRPO, no 1/length": f"{BASE['grpo.py']} --beta 0 --no-length-mean"},
+        [Claim("responses grow more with 1/length", "growth of length", ("GRPO",), ("GRPO, no 1/length",))],
+        [("updates", "length"), ("updates", "score")],
+    ),
+    "wrong": Experiment(
+        "GRPO's 1/length, on wrong answers (mini math)", "Dr. GRPO, figure 5",
+        {"GRPO": f"grpo.py {MATH}", "GRPO, no 1/length": f"grpo.py {MATH} --no-length-mean"},
+        [
+            Claim("wrong answers end longer with 1/length", "wrong_length_after", ("GRPO",), ("GRPO, no 1/length",)),
+            Claim("wrong answers grow with 1/length", "growth_of_wrong", ("GRPO",)),
+        ],
+        [("updates", "length"), ("updates", "score"), ("", "wrong_length_after")],
+        ("score", "final score", "wrong_length_before", "wrong_length_after"),
+    ),
+}

@@ -1,0 +1,420 @@
+"""Run the papers' experiments again at toy scale: a picture, a table and a verdict for each.
+
+    python lab/papers.py                    # the list: what each shows, what it costs, and its last result
+    python lab/papers.py fig1 fig3 table1   # runs what is missing, then draws; "all" for all of them
+    python lab/papers.py fig1 --redraw      # only draws, from the numbers in docs/results
+
+Finished runs are kept, so you can stop a sweep and start it again. Each experiment leaves its numbers and its picture in
+docs/results, and docs/results.md is brought up to date.
+
+All start from the SFT policy of mini TL;DR and generate 960 responses, 16 per update: 60 updates with a constant
+learning rate. The rate of each algorithm is the one of RATES with the highest mean score over 40 updates from seed 100,
+which is not used again. An interval is that of Student's t at 95%, over seeds; differences are taken seed by seed, since
+runs of one seed see the same prompts. A claim holds if its interval lies above 0, does not hold if it lies below, and
+otherwise these runs cannot tell.
+"""
+
+import importlib
+import json
+import math
+import os
+import re
+import resource
+import shlex
+import shutil
+import statistics
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
+
+import evaluate  # noqa: E402
+import kill  # noqa: E402
+import plot  # noqa: E402
+from experiments import EXPERIMENTS, RATES, TUNED  # noqa: E402
+from plumbing import require  # noqa: E402
+
+RESULTS = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "results.md"
+MARKER = "<!-- everything below is written by lab/papers.py -->"
+VERDICTS = {"does not hold": "Against the papers", "cannot tell": "What these runs cannot tell",
+            "holds": "In agreement with the papers"}
+EVERY_RUN = "--lr-schedule constant --save-every 0"  # a checkpoint only at the end
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5% quantile, by n
+
+
+@dataclass
+class Args:
+    experiments: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """experiments to run, by their names in the list; "all" for all of them"""
+    jobs: int = 2
+    """runs in parallel, each on one core"""
+    redraw: bool = False
+    """run nothing: draw pictures and tables from the numbers in docs/results"""
+    output: str = "runs/papers"
+    """folder for the runs"""
+
+
+# ------------------------------------------------------------------------------------------------------------------ runs
+
+def commands(experiment, rates):
+    """The full command of each arm: dict label -> command, without the seed. Args: rates (see `chosen_rates`)."""
+    full = {}
+    for label, command in experiment.arms.items():
+        if "--lr " not in command:
+            tuned = max((name for name in TUNED if command.startswith(name)), key=len)
+            command += f" --lr {rates[tuned]}"
+        full[label] = f"{command} {EVERY_RUN}"
+    return full
+
+
+def folder_of(command, seed, output):
+    """The folder of a run: its flags, without those that every run has."""
+    name = command.removesuffix(EVERY_RUN).replace(".py", "").replace("--", "")
+    return Path(output).resolve() / f"{re.sub('[^a-zA-Z0-9.]+', '_', name).strip('_')}_seed{seed}"
+
+
+def train(command, folder):
+    """Run one script into a folder, and write what it cost to cost.json."""
+    time.perf_counter = time.process_time  # time/seconds then counts CPU time, which a busy machine does not change
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    script, *flags = shlex.split(command)
+    module = importlib.import_module(script.removesuffix(".py"))
+    module.main(tyro.cli(module.Args, args=[*flags, "--output", str(folder)]))
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    cost = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mb": (usage.ru_maxrss - before) / 1024}
+    (folder / "cost.json").write_text(json.dumps(cost))
+
+
+def alone(function, log, *values):
+    """Call function(*values) on one thread, with its output in the file `log`. For a process of its own."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    function(*values)
+
+
+def call(context, function, log, *values):
+    """`alone`, in a new process. Exits if it fails."""
+    process = context.Process(target=alone, args=(function, log, *values))
+    process.start()
+    process.join()
+    require(process.exitcode == 0, f"a run failed; its command and output are in {log}")
+
+
+def finish(context, command, seed, tax, output):
+    """Run one command with one seed, and evaluate.py on its policy if `tax`, unless that has been done already.
+
+    Returns: its numbers (see `read_numbers`), with those of evaluate.py as "tax".
+    """
+    folder = folder_of(command, seed, output)
+    numbers, taxed, log = folder / "numbers.json", folder / "tax.json", f"{folder}.log"
+    if not numbers.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted sweep
+        Path(log).write_text(f"python {command} --seed {seed}\n")
+        call(context, train, log, f"{command} --seed {seed}", folder)
+        numbers.write_text(json.dumps(read_numbers(folder)))
+        shutil.rmtree(folder / "checkpoints")
+    found = json.loads(numbers.read_text())
+    if tax:
+        if not taxed.exists():
+            policy = (str(folder / "model"),)
+            call(context, evaluate.main, log, evaluate.Args(policies=policy, eval_prompts=500, output=str(taxed)))
+        (policy,) = json.loads(taxed.read_text())["policies"].values()
+        found["tax"] = {name: round(value, 4) for name, value in policy.items()}
+    return found
+
+
+def read_numbers(folder):
+    """What pictures and tables need of one run: curves over its evaluations, and what it cost."""
+    settings, scalars = plot.read_run(folder)
+    steps = sorted(scalars["eval/score"])
+    samples = {0: 0} | scalars["time/samples"]
+    numbers = {"updates": steps, "samples": [int(samples[step]) for step in steps]}
+    for name in ("score", "gold", "win_rate", "kl", "length"):
+        if f"eval/{name}" in scalars:
+            numbers[name] = [round(scalars[f"eval/{name}"][step], 4) for step in steps]
+    if "policy/clipfrac" in scalars:
+        numbers["clipfrac"] = round(statistics.mean(scalars["policy/clipfrac"].values()), 5)
+    seconds = scalars["time/seconds"]
+    numbers["seconds"] = round(max(seconds.values()) / max(seconds), 4)  # per update
+    if "mini_math" in settings["dataset"]:  # of the wrong answers, before and after training
+        state = torch.load(next((folder / "checkpoints").glob("*/state.pt")), weights_only=True)["state"]
+        for when in ("before", "after"):
+            values, _ = state[when]
+            numbers[f"wrong_length_{when}"] = round(values["length"][values["score"] == 0].mean().item(), 4)
+        numbers["growth_of_wrong"] = round(numbers["wrong_length_after"] - numbers["wrong_length_before"], 4)
+    return numbers | {name: round(value, 2) for name, value in json.loads((folder / "cost.json").read_text()).items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ statistics
+
+def interval(values):
+    """Mean, and Student's 95% interval for it: (mean, low, high). Args: values (list of float, 2 to 10)."""
+    mean, half = statistics.mean(values), T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def verdict(low, high):
+    """What an interval says about a claim that a number is above 0."""
+    return "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell"
+
+
+def at_kl(run, name, kl):
+    """A run's curve `name` where its KL first reaches `kl`, interpolated between evaluations; nan if it does not."""
+    for i in range(1, len(run["kl"])):
+        if run["kl"][i] >= kl:
+            share = (kl - run["kl"][i - 1]) / (run["kl"][i] - run["kl"][i - 1])
+            return run[name][i - 1] + share * (run[name][i] - run[name][i - 1])
+    return math.nan
+
+
+def measure(run, metric):
+    """One number of one run.
+
+    "score", "gold": mean over the evaluations after the start, that is, the height of the curve. "final score": of the
+    last one. "score at update 60"; "gold at KL 3" (interpolated). "growth of length": last less first. "fall of gold":
+    highest less last. "log seconds". Others are numbers of the run, or of evaluate.py (`tax`).
+    """
+    if metric in run.get("tax", {}):
+        return run["tax"][metric]
+    if metric in run and not isinstance(run[metric], list):
+        return run[metric]
+    kind, _, name = metric.partition(" ")
+    if not name:
+        return statistics.mean(run[metric][1:])
+    if kind == "final":
+        return run[name][-1]
+    if kind == "growth":
+        return run[name.removeprefix("of ")][-1] - run[name.removeprefix("of ")][0]
+    if kind == "fall":
+        return max(run[name.removeprefix("of ")]) - run[name.removeprefix("of ")][-1]
+    if kind == "log":
+        return math.log(run[name])
+    if name.startswith("at KL"):
+        return at_kl(run, kind, float(name.split()[-1]))
+    return run[kind][run["updates"].index(int(name.split()[-1]))]  # at update
+
+
+def judge(claim, arms):
+    """The interval of a claim, and its verdict: (mean, low, high, verdict).
+
+    Args: claim (see experiments.Claim); arms (label -> {"runs": {seed: numbers}}).
+    """
+    total = lambda labels, seed: sum(measure(arms[label]["runs"][seed], claim.metric) for label in labels)
+    seeds = sorted(set.intersection(*(set(arms[label]["runs"]) for label in (*claim.more, *claim.less))))
+    mean, low, high = interval([total(claim.more, seed) - total(claim.less, seed) - claim.least for seed in seeds])
+    return mean, low, high, verdict(low, high)
+
+
+def chosen_rates(arms):
+    """The learning rate of each tuned command: dict command -> rate. Args: arms of the experiment "lr"."""
+    scores = lambda name: {rate: measure(arms[f"{name} --lr {rate}"]["runs"]["100"], "score") for rate in RATES}
+    return {name: max(RATES, key=scores(name).get) for name in TUNED}
+
+
+# ---------------------------------------------------------------------------------------------------- pictures and tables
+
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito
+MARKERS = "osD^vP*X"
+AXES = {"updates": "steps", "samples": "responses", "score": "reward", "gold": "gold reward", "kl": "KL to the reference",
+        "√kl": "√KL", "length": "response length (tokens)", "seconds": "CPU seconds per update", "win_rate": "win rate",
+        "wrong_length_after": "length of wrong answers", "variance": "variance of the reward"}
+
+
+def draw(name, arms):
+    """Write an experiment's picture: curves with the 95% band over seeds, or one point with its interval per arm."""
+    panels = EXPERIMENTS[name].panels
+    figure, axes = plot.plt.subplots(1, len(panels), squeeze=False, figsize=(4.2 * len(panels), 3.4))
+    for axis, (x, y) in zip(axes[0], panels):
+        for i, (label, arm) in enumerate(arms.items()):
+            runs, style = list(arm["runs"].values()), {"color": COLORS[i], "marker": MARKERS[i], "markersize": 5}
+            if not x:
+                mean, low, high = interval([measure(run, y) for run in runs])
+                axis.errorbar(mean, -i, xerr=[[mean - low], [high - mean]], capsize=3, **style)
+                continue
+            points = [interval(list(values)) for values in zip(*(run[y] for run in runs))]
+            mean, low, high = zip(*points)
+            xs = [statistics.mean(values) for values in zip(*(run[x.removeprefix("√")] for run in runs))]
+            xs = [math.sqrt(max(0.0, value)) for value in xs] if x == "√kl" else xs
+            axis.plot(xs, mean, label=label, **style)
+            if "kl" not in x:  # the KL differs between seeds, and can fall
+                axis.fill_between(xs, low, high, color=COLORS[i], alpha=0.15, linewidth=0)
+        axis.set_xlabel(AXES.get(x or y, x or y))
+        if x:
+            axis.set_ylabel(AXES.get(y, y))
+        else:
+            axis.set_yticks([-i for i in range(len(arms))], list(arms))
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="lower center", ncols=4, bbox_to_anchor=(0.5, 1.0), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{name}.png", dpi=100, bbox_inches="tight")
+    plot.plt.close(figure)
+
+
+def markdown(rows):
+    """A Markdown table. Args: rows (lists of str), the header first."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+def number(value, digits=2):
+    """As text; a dash if it is not a number."""
+    return "–" if math.isnan(value) else f"{value:z.{digits}f}"
+
+
+def arm_rows(name, arms):
+    """The table of an experiment: mean ± half of the 95% interval, for each arm and column."""
+    rows = [["", *EXPERIMENTS[name].columns]]
+    for label, arm in arms.items():
+        cells = []
+        for column in EXPERIMENTS[name].columns:
+            mean, low, _ = interval([measure(run, column) for run in arm["runs"].values()])
+            cells.append(f"{number(mean)} ± {number(mean - low)}")
+        rows.append([label, *cells])
+    return rows
+
+
+def claim_rows(name, arms):
+    """One row per claim, as on the page: (verdict, cells)."""
+    experiment, rows = EXPERIMENTS[name], []
+    for claim in experiment.claims:
+        mean, low, high, said = judge(claim, arms)
+        shown = mean + claim.least, low + claim.least, high + claim.least
+        digits = 3 if max(map(abs, shown)) < 0.1 else 2
+        needed = f" (must exceed {claim.least})" if claim.least else ""
+        here = "{} [{}, {}]".format(*(number(value, digits) for value in shown)) + f" {claim.metric}{needed}"
+        rows.append((said, [claim.text, experiment.source, here, str(experiment.seeds), f"**{said}**",
+                            f"`python lab/papers.py {name}`", f"[{name}](results/{name}.png)"]))
+    return rows
+
+
+def write_page():
+    """Bring docs/results.md up to date, from the marker on: all claims, then a picture and a table per experiment."""
+    saved = {name: arms for name in EXPERIMENTS if name != "lr" and (arms := read(name))}
+    claims = [row for name, arms in saved.items() for row in claim_rows(name, arms)]
+    parts = [MARKER]
+    for said, heading in VERDICTS.items():
+        rows = [cells for verdict, cells in claims if verdict == said]
+        header = ["claim", "where", "here: difference [95% interval]", "seeds", "verdict", "command", "picture"]
+        parts += [f"## {heading}", markdown([header, *rows]) if rows else "Nothing."]
+    parts.append("## Numbers and pictures")
+    for name, arms in saved.items():
+        experiment = EXPERIMENTS[name]
+        parts += [f"### {name}: {experiment.title}", f"![{experiment.title}](results/{name}.png)",
+                  markdown(arm_rows(name, arms)), "\n".join(f"    python {arm['command']}" for arm in arms.values())]
+    before = PAGE.read_text().partition(MARKER)[0]
+    PAGE.write_text(before + "\n\n".join(parts) + "\n")
+
+
+def minutes(names):
+    """CPU minutes of the saved runs of some experiments; a run that several share counts once."""
+    runs = {(arm["command"], seed): numbers["cpu_seconds"] for name in names if read(name)
+            for arm in read(name).values() for seed, numbers in arm["runs"].items()}
+    return sum(runs.values()) / 60
+
+
+def print_list():
+    """What each experiment shows, what it cost, and its last result."""
+    for name, experiment in EXPERIMENTS.items():
+        arms = read(name)
+        found = [said for said, _ in claim_rows(name, arms)] if arms else []
+        result = ", ".join(f"{found.count(said)} {said}" for said in VERDICTS if said in found) if arms else "not run yet"
+        runs = len(experiment.arms) * len(seeds_of(experiment))
+        cost = f"{runs} runs, {minutes([name]):.0f} CPU minutes" if arms else f"{runs} runs"
+        print(f"{name:<8} {experiment.title} ({experiment.source})\n{'':<8} {cost}; {result}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ main
+
+def seeds_of(experiment):
+    """Its seeds; those of the learning rates are not reported elsewhere."""
+    return range(1, experiment.seeds + 1) or [100]
+
+
+def stored():
+    """Every run in docs/results: dict (command, seed, whether evaluated) -> numbers."""
+    runs = {}
+    for path in RESULTS.glob("*.json"):
+        for arm in json.loads(path.read_text()).values():
+            for seed, numbers in arm["runs"].items():
+                runs[arm["command"], int(seed), "tax" in numbers] = numbers
+    return runs
+
+
+def sweep(names, rates, args):
+    """Run what is missing of the named experiments, and save the numbers of each as soon as it is complete."""
+    known, waiting = stored(), defaultdict(list)
+    plans = {name: commands(EXPERIMENTS[name], rates) for name in names}
+    for name in names:
+        for seed in seeds_of(EXPERIMENTS[name]):
+            for command in plans[name].values():
+                job = command, seed, EXPERIMENTS[name].tax
+                if job not in known:
+                    waiting[job].append(name)
+    missing = {name: sum(name in users for users in waiting.values()) for name in names}
+    for name in names:
+        if not missing[name]:
+            save(name, plans[name], known)
+    context = kill.processes() if waiting else None
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = pool.map(lambda job: finish(context, *job, args.output), waiting)
+        for (job, users), numbers in zip(waiting.items(), tqdm(results, total=len(waiting), unit="run")):
+            known[job] = numbers
+            for name in users:
+                missing[name] -= 1
+                if not missing[name]:
+                    save(name, plans[name], known)
+
+
+def save(name, plan, known):
+    """Write an experiment's numbers to docs/results."""
+    experiment, arms = EXPERIMENTS[name], {}
+    for label, command in plan.items():
+        runs = {str(seed): known[command, seed, experiment.tax] for seed in seeds_of(experiment)}
+        arms[label] = {"command": command, "runs": runs}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    lines = [f"{json.dumps(label, ensure_ascii=False)}: {json.dumps(arm)}" for label, arm in arms.items()]
+    (RESULTS / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read(name):
+    """An experiment's saved numbers: dict label -> {"command", "runs": {seed: numbers}}; None if there are none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def main(args):
+    names = list(EXPERIMENTS) if args.experiments == ("all",) else list(args.experiments)
+    for name in names:
+        require(name in EXPERIMENTS, f"{name}: unknown experiment; choose from {', '.join(EXPERIMENTS)}, or all")
+    require(args.jobs >= 1, f"--jobs {args.jobs}: must be 1 or more")
+    if names and not args.redraw:
+        sweep(["lr"], {}, args)
+        sweep(names, chosen_rates(read("lr")), args)
+    for name in names:
+        require(read(name), f"{name}: docs/results has no numbers of it yet; run it without --redraw")
+        if EXPERIMENTS[name].panels:
+            draw(name, read(name))
+    if names:
+        write_page()
+    print_list()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

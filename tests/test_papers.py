@@ -1,0 +1,174 @@
+"""lab/papers.py: its statistics by hand, its sweep with fake runs, its commands, and its page against the numbers."""
+
+import importlib
+import json
+import math
+import shlex
+
+import papers
+import pytest
+import torch
+import tyro
+from experiments import EXPERIMENTS, RATES, TUNED, Claim, Experiment
+
+RUN = {"updates": [0, 20, 40], "score": [0.0, 1.0, 3.0], "gold": [4.0, 6.0, 5.0], "kl": [0.0, 2.0, 4.0],
+       "clipfrac": 0.25, "seconds": math.e}
+
+
+def arms(**values):
+    """Arms whose runs have nothing but a "height": label -> list of one number per seed."""
+    return {label: {"runs": {str(seed): {"height": number} for seed, number in enumerate(numbers, 1)}}
+            for label, numbers in values.items()}
+
+
+def test_intervals_by_hand():
+    """Of 1 ... 5: std sqrt(2.5), divided by sqrt(5) 0.70711, times 2.776. Of 0 and 2: std sqrt(2), half-width 12.706."""
+    assert papers.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3, 3 - 1.96292, 3 + 1.96292), abs=1e-4)
+    assert papers.interval([0.0, 2.0]) == pytest.approx((1, -11.706, 13.706))
+
+
+@pytest.mark.parametrize("n", papers.T)
+def test_quantiles_leave_a_fortieth_on_each_side(n):
+    """The density of Student's t with n - 1 degrees of freedom, integrated from 0 to the quantile."""
+    df = n - 1
+    x = torch.linspace(0, papers.T[n], 100_001, dtype=torch.float64)
+    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    assert torch.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x).item() == pytest.approx(0.475, abs=2e-5)
+
+
+@pytest.mark.parametrize("low, high, said", [
+    (0.1, 0.3, "holds"), (-0.3, -0.1, "does not hold"), (-0.1, 0.3, "cannot tell"), (0.0, 0.3, "cannot tell"),
+    (math.nan, math.nan, "cannot tell")])
+def test_verdicts(low, high, said):
+    assert papers.verdict(low, high) == said
+
+
+def test_differences_are_taken_seed_by_seed():
+    """The seeds differ by far more than the arms do, and yet the claim holds."""
+    found = papers.judge(Claim("", "height", ("a",), ("b",)), arms(a=[1.0, 11.0, 21.0], b=[0.5, 10.0, 20.5]))
+    assert found[0] == pytest.approx(2 / 3) and found[3] == "cannot tell"  # 0.5, 1, 0.5: half-width 0.717
+    found = papers.judge(Claim("", "height", ("a",), ("b",)), arms(a=[1.0, 11.0, 21.0], b=[0.5, 10.4, 20.5]))
+    assert found == (pytest.approx(1.6 / 3), pytest.approx(0.3899, abs=1e-4), pytest.approx(0.6768, abs=1e-4), "holds")
+
+
+def test_claims_add_and_subtract_arms_and_a_threshold():
+    """(a + b) - c - 1, by seed: 1 + 2 - 1 - 1 = 1 and 3 + 4 - 2 - 1 = 4."""
+    claim = Claim("", "height", ("a", "b"), ("c",), 1.0)
+    mean, low, high, _ = papers.judge(claim, arms(a=[1.0, 3.0], b=[2.0, 4.0], c=[1.0, 2.0]))
+    assert (mean, high - mean) == pytest.approx((2.5, 1.5 * 12.706)) and low < 0
+
+
+@pytest.mark.parametrize("metric, value", [
+    ("score", 2.0), ("final gold", 5.0), ("growth of score", 3.0), ("fall of gold", 1.0), ("clipfrac", 0.25),
+    ("log seconds", 1.0), ("score at update 20", 1.0), ("gold at KL 1", 5.0), ("score at KL 3", 2.0)])
+def test_measures_by_hand(metric, value):
+    assert papers.measure(RUN, metric) == pytest.approx(value)
+
+
+def test_a_kl_that_is_never_reached_is_no_number():
+    assert math.isnan(papers.measure(RUN, "gold at KL 5"))
+
+
+def test_evaluated_policies_are_measured_by_evaluate():
+    assert papers.measure(RUN | {"tax": {"score": 7.0}}, "score") == 7.0
+
+
+def test_the_rate_with_the_highest_score_is_chosen():
+    runs = {f"{name} --lr {rate}": {"runs": {"100": {"score": [9.0, abs(i - j % 3) * -1.0]}}}
+            for j, name in enumerate(TUNED) for i, rate in enumerate(RATES)}
+    assert papers.chosen_rates(runs) == {name: RATES[j % 3] for j, name in enumerate(TUNED)}
+
+
+# ----------------------------------------------------------------------------------------------------------------- sweeps
+
+class FakeRuns:
+    """Runs that only note their command, and fail after `most` of them."""
+
+    def __init__(self):
+        self.done, self.most = [], 100
+
+    def __call__(self, context, function, log, command, folder):
+        (folder / "checkpoints").mkdir(parents=True)  # fails if the folder is there
+        papers.require(len(self.done) < self.most, "out of disk space")
+        (folder / "note.json").write_text(json.dumps({"command": command}))
+        self.done.append(command)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Two experiments of two arms that share one, with fake runs."""
+    pair = lambda a, b: Experiment("", "", {a: f"rloo.py --k {a}", b: f"rloo.py --k {b}"}, [], [], seeds=2)
+    runs = FakeRuns()
+    monkeypatch.setattr(papers, "EXPERIMENTS", {"first": pair("2", "3"), "second": pair("3", "4")})
+    monkeypatch.setattr(papers, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(papers.kill, "processes", lambda: None)
+    monkeypatch.setattr(papers, "read_numbers", lambda folder: json.loads((folder / "note.json").read_text()))
+    monkeypatch.setattr(papers, "call", runs)
+    return runs
+
+
+def test_runs_that_experiments_share_are_made_once(fake, tmp_path):
+    papers.sweep(["first", "second"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "runs")))
+    assert len(fake.done) == len(set(fake.done)) == 6
+    runs = papers.read("second")["3"]["runs"]
+    assert runs["2"]["command"] == f"rloo.py --k 3 --lr 0.1 {papers.EVERY_RUN} --seed 2"
+    assert runs == papers.read("first")["3"]["runs"]
+
+
+def test_an_interrupted_sweep_goes_on(fake, tmp_path):
+    args = papers.Args(output=str(tmp_path / "runs"), jobs=1)
+    fake.most = 3
+    with pytest.raises(SystemExit):
+        papers.sweep(["first"], {"rloo.py": "0.1"}, args)
+    assert len(fake.done) == 3 and papers.read("first") is None
+    fake.most = 100
+    papers.sweep(["first"], {"rloo.py": "0.1"}, args)
+    assert len(fake.done) == len(set(fake.done)) == 4
+    assert [sorted(arm["runs"]) for arm in papers.read("first").values()] == [["1", "2"]] * 2
+
+
+def test_saved_numbers_are_not_computed_again(fake, tmp_path):
+    """Without the runs' folders: a reader has only docs/results. With another learning rate, they do not count."""
+    papers.sweep(["first"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "runs")))
+    before = papers.read("first")
+    papers.sweep(["first"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "elsewhere")))
+    assert len(fake.done) == 4 and papers.read("first") == before
+    papers.sweep(["first"], {"rloo.py": "0.2"}, papers.Args(output=str(tmp_path / "elsewhere")))
+    assert len(fake.done) == 8
+
+
+# ----------------------------------------------------------------------------------------------- the real experiments
+
+def test_every_command_parses():
+    found = {command for experiment in EXPERIMENTS.values()
+             for command in papers.commands(experiment, dict.fromkeys(TUNED, RATES[0])).values()}
+    for command in found:
+        script, *flags = shlex.split(command)
+        tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=[*flags, "--output", "x"])
+    folders = {papers.folder_of(command, 1, "x").name for command in found}
+    assert len(folders) == len(found) > 60 and max(map(len, folders)) < 230
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_claims_are_about_the_experiments_arms(name):
+    experiment = EXPERIMENTS[name]
+    for claim in experiment.claims:
+        assert {*claim.more, *claim.less} <= experiment.arms.keys()
+    assert len(experiment.arms) <= len(papers.COLORS) or not experiment.panels
+
+
+def test_the_page_agrees_with_the_saved_numbers(tmp_path, monkeypatch):
+    page = papers.PAGE.read_text()
+    monkeypatch.setattr(papers, "PAGE", tmp_path / "results.md")
+    papers.PAGE.write_text(page)
+    papers.write_page()
+    assert papers.PAGE.read_text() == page
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_saved_numbers_are_of_todays_commands(name):
+    experiment, saved = EXPERIMENTS[name], papers.read(name)
+    rates = {} if name == "lr" else papers.chosen_rates(papers.read("lr"))
+    assert {label: arm["command"] for label, arm in saved.items()} == papers.commands(experiment, rates)
+    for arm in saved.values():
+        assert sorted(map(int, arm["runs"])) == list(papers.seeds_of(experiment))
