@@ -90,6 +90,8 @@ EXPERIMENTS = {
             Claim("REINFORCE with a baseline above vanilla PG", "score", tuple(REINFORCE), tuple(VANILLA)),
             Claim("vanilla PG above PPO", "score", tuple(VANILLA), tuple(PPO95)),
             Claim("RLOO above REINFORCE with a baseline", "score", tuple(RLOO4), tuple(REINFORCE)),
+            Claim("at the same KL (1), RLOO above PPO", "score at KL 1", tuple(RLOO4), tuple(PPO95)),
+            Claim("at the same KL (1), RLOO above REINFORCE", "score at KL 1", tuple(RLOO4), tuple(REINFORCE)),
         ],
         [("updates", "score"), ("updates", "gold"), ("kl", "score")],
     ),
@@ -123,6 +125,7 @@ EXPERIMENTS = {
             Claim("RLOO above RAFT at k 2", "score", ("RLOO, k 2",), ("RAFT, k 2",)),
             Claim("RLOO k 2 above RAFT k 4 at equal samples", "score", ("RLOO, k 2",), ("RAFT, k 4",)),
             Claim("RLOO k 2 above RAFT k 4 at equal steps", "score at update 60", ("RLOO, k 2",), ("RAFT, k 4",)),
+            Claim("at the same KL (1), RLOO above RAFT at k 4", "score at KL 1", ("RLOO, k 4",), ("RAFT, k 4",)),
         ],
         [("updates", "score"), ("samples", "score"), ("samples", "gold")],
     ),
@@ -224,6 +227,7 @@ EXPERIMENTS = {
                (f"RAFT, σ {sigma}", "RLOO, σ 0")) for sigma in SIGMAS[1:]]
         + [Claim("RLOO above RAFT at σ 5", "score", ("RLOO, σ 5",), ("RAFT, σ 5",))],
         [("updates", "score"), ("updates", "gold")],
+        seeds=3,
     ),
     "fig5": Experiment(
         "The weight of the KL penalty", "Back to Basics, figure 5 and section 5.2.2",

@@ -47,8 +47,8 @@ from plumbing import require  # noqa: E402
 RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 MARKER = "<!-- everything below is written by lab/papers.py -->"
-VERDICTS = {"does not hold": "Against the papers", "cannot tell": "What these runs cannot tell",
-            "holds": "In agreement with the papers"}
+VERDICTS = {"does not hold": "What does not hold here", "cannot tell": "What these runs cannot tell",
+            "holds": "What holds here"}
 EVERY_RUN = "--lr-schedule constant --save-every 0"  # a checkpoint only at the end
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5% quantile, by n
 
@@ -131,7 +131,7 @@ def finish(context, command, seed, tax, output):
     if tax:
         if not taxed.exists():
             policy = (str(folder / "model"),)
-            call(context, evaluate.main, log, evaluate.Args(policies=policy, eval_prompts=500, output=str(taxed)))
+            call(context, evaluate.main, log, evaluate.Args(policies=policy, eval_prompts=250, output=str(taxed)))
         (policy,) = json.loads(taxed.read_text())["policies"].values()
         found["tax"] = {name: round(value, 4) for name, value in policy.items()}
     return found
@@ -293,13 +293,15 @@ def claim_rows(name, arms):
     """One row per claim, as on the page: (verdict, cells)."""
     experiment, rows = EXPERIMENTS[name], []
     for claim in experiment.claims:
-        mean, low, high, said = judge(claim, arms)
-        shown = mean + claim.least, low + claim.least, high + claim.least
-        digits = 3 if max(map(abs, shown)) < 0.1 else 2
-        needed = f" (must exceed {claim.least})" if claim.least else ""
-        here = "{} [{}, {}]".format(*(number(value, digits) for value in shown)) + f" {claim.metric}{needed}"
-        rows.append((said, [claim.text, experiment.source, here, str(experiment.seeds), f"**{said}**",
-                            f"`python lab/papers.py {name}`", f"[{name}](results/{name}.png)"]))
+        *values, said = judge(claim, arms)
+        mean, low, high = (value + claim.least for value in values)
+        bound = f" (above {claim.least:g}?)" if claim.least or not claim.less else ""
+        if not claim.more:  # the claim is that a number is below a bound
+            mean, low, high, bound = -mean, -high, -low, f" (below {-claim.least:g}?)"
+        digits = 3 if max(abs(low), abs(high)) < 0.1 else 2
+        here = "{} [{}, {}]".format(*(number(value, digits) for value in (mean, low, high)))
+        rows.append((said, [claim.text, experiment.source, f"{claim.metric}: {here}{bound}", str(experiment.seeds),
+                            f"**{said}**", f"`python lab/papers.py {name}`", f"[{name}](results/{name}.png)"]))
     return rows
 
 
@@ -310,7 +312,7 @@ def write_page():
     parts = [MARKER]
     for said, heading in VERDICTS.items():
         rows = [cells for verdict, cells in claims if verdict == said]
-        header = ["claim", "where", "here: difference [95% interval]", "seeds", "verdict", "command", "picture"]
+        header = ["claim", "where", "here: mean [95% interval]", "seeds", "verdict", "command", "picture"]
         parts += [f"## {heading}", markdown([header, *rows]) if rows else "Nothing."]
     parts.append("## Numbers and pictures")
     for name, arms in saved.items():
