@@ -51,6 +51,7 @@ REINFORCE = {"REINFORCE, baseline": BASE["reinforce.py"]}
 NONE = {"REINFORCE, no baseline": BASE["reinforce.py --baseline none"]}
 VANILLA = {"vanilla PG": BASE["vanilla_pg.py"]}
 PPO95 = {"PPO, λ 0.95": f"{BASE[PPO]} --lam 0.95"}
+PPO_ONE = {"PPO, λ 0.95, one step": f"ppo.py --value-clip inf --minibatches 1 {K1} --lam 0.95 --lr 1e-4"}
 REMAX = {"ReMax": BASE["remax.py"]}
 PLUS = {"REINFORCE++": BASE["reinforce_pp.py"]}
 PLUS_BASELINE = {"REINFORCE++-baseline": BASE["reinforce_pp_baseline.py"]}
@@ -59,11 +60,11 @@ DPO = {"DPO": BASE["dpo.py"]}
 LAMBDAS = {f"PPO, λ {lam}": f"{BASE[PPO]} --lam {lam}" for lam in ("0", "0.5", "0.95", "1")}
 
 SHORT = "--k 2 --prompts-per-step 8 --num-updates 60 --eval-every 20"
-BETAS = ("0.1", "0.25", "0.5", "1.0")
+BETAS = ("0.1", "1.0")
 STD = 0.75  # of the scores of the SFT policy's responses
-SIGMAS = (0, 1, 3, 5)
+SIGMAS = (0, 1, 5)
 
-FREE = "--beta 0 --lr 1e-3 --num-updates 120 --eval-every 10"  # no KL penalty, and large steps
+FREE = "--beta 0 --lr 1e-3 --num-updates 80 --eval-every 10"  # no KL penalty, and large steps
 SMALL = "--lr 1e-3 --num-updates 80 --eval-every 20"  # 8 responses per update, and large steps
 MATH = ("--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy --dataset tasks/mini_math.py:prompts "
         "--temperature 1 --max-new-tokens 12 --beta 0 --lr 1e-4 --num-updates 60 --eval-every 20 --eval-prompts 512")
@@ -82,13 +83,16 @@ EXPERIMENTS = {
     ),
     "fig2": Experiment(
         "REINFORCE, RLOO, vanilla PG and PPO", "Back to Basics, figure 2",
-        RLOO4 | REINFORCE | VANILLA | PPO95,
+        RLOO4 | REINFORCE | VANILLA | PPO95 | PPO_ONE,
         [
             Claim("RLOO above PPO", "score", tuple(RLOO4), tuple(PPO95)),
+            Claim("RLOO above PPO with one step per rollout, as RLOO has", "score", tuple(RLOO4), tuple(PPO_ONE)),
             Claim("RLOO above vanilla PG", "score", tuple(RLOO4), tuple(VANILLA)),
             Claim("REINFORCE with a baseline above PPO", "score", tuple(REINFORCE), tuple(PPO95)),
+            Claim("the same, PPO with one step per rollout", "score", tuple(REINFORCE), tuple(PPO_ONE)),
             Claim("REINFORCE with a baseline above vanilla PG", "score", tuple(REINFORCE), tuple(VANILLA)),
             Claim("vanilla PG above PPO", "score", tuple(VANILLA), tuple(PPO95)),
+            Claim("vanilla PG above PPO with one step per rollout", "score", tuple(VANILLA), tuple(PPO_ONE)),
             Claim("RLOO above REINFORCE with a baseline", "score", tuple(RLOO4), tuple(REINFORCE)),
             Claim("at the same KL (1), RLOO above PPO", "score at KL 1", tuple(RLOO4), tuple(PPO95)),
             Claim("at the same KL (1), RLOO above REINFORCE", "score at KL 1", tuple(RLOO4), tuple(REINFORCE)),
@@ -145,6 +149,7 @@ EXPERIMENTS = {
             Claim("without the ratio above PPO", "score", ("without ratio (vanilla PG)",), ("PPO, λ 1",)),
         ],
         [("updates", "score"), ("updates", "gold")],
+        seeds=3,
     ),
     "remax": Experiment(
         "ReMax: the greedy baseline, and what it saves", "ReMax, sections 4 and 5",
@@ -168,6 +173,7 @@ EXPERIMENTS = {
            Claim("RLOO, k 2 above RAFT, k 2", "win_rate", tuple(RLOO2), tuple(RAFT2))],
         [("", "win_rate"), ("", "gold"), ("", "kl")],
         ("win_rate", "score", "gold", "kl"),
+        seeds=3,
         tax=True,
     ),
     "table2": Experiment(
@@ -186,6 +192,7 @@ EXPERIMENTS = {
         ],
         [("", "length"), ("", "perplexity"), ("", "variance")],
         ("length", "perplexity", "diversity_1", "diversity_2", "variance"),
+        seeds=3,
         tax=True,
     ),
     "gao": Experiment(
@@ -209,15 +216,19 @@ EXPERIMENTS = {
     ),
     "plus": Experiment(
         "REINFORCE++ and GRPO: reward per KL, growth of length", "REINFORCE++, experiments",
-        {name: f"{command} --beta 0" for name, command in (PLUS | PLUS_BASELINE | GRPO).items()},
+        {name: f"{command} --beta 0" for name, command in (PLUS | PLUS_BASELINE | GRPO).items()}
+        | {"REINFORCE++, one step": f"{BASE['reinforce_pp.py']} --beta 0 --minibatches 1"},
         [
-            Claim("REINFORCE++ above GRPO at the same KL (0.5)", "score at KL 0.5", ("REINFORCE++",), ("GRPO",)),
-            Claim("REINFORCE++-baseline above GRPO at the same KL (0.5)", "score at KL 0.5", ("REINFORCE++-baseline",),
+            Claim("REINFORCE++ above GRPO at the same KL (1.5)", "score at KL 1.5", ("REINFORCE++",), ("GRPO",)),
+            Claim("REINFORCE++-baseline above GRPO at the same KL (1.5)", "score at KL 1.5", ("REINFORCE++-baseline",),
                   ("GRPO",)),
-            Claim("REINFORCE++ above GRPO at the same steps", "score", ("REINFORCE++",), ("GRPO",)),
+            Claim("REINFORCE++ above GRPO at the same responses", "score", ("REINFORCE++",), ("GRPO",)),
+            Claim("the same, REINFORCE++ with one step per rollout, as GRPO has", "score", ("REINFORCE++, one step",),
+                  ("GRPO",)),
             Claim("GRPO's responses grow more than REINFORCE++'s", "growth of length", ("GRPO",), ("REINFORCE++",)),
         ],
         [("kl", "score"), ("updates", "score"), ("updates", "length")],
+        seeds=3,
     ),
     "fig6": Experiment(
         "Noise on the reward", "Back to Basics, figure 6 and section 5.2.2",
@@ -255,6 +266,7 @@ EXPERIMENTS = {
         {"GRPO": f"{BASE['grpo.py']} --beta 0", "GRPO, no 1/length": f"{BASE['grpo.py']} --beta 0 --no-length-mean"},
         [Claim("responses grow more with 1/length", "growth of length", ("GRPO",), ("GRPO, no 1/length",))],
         [("updates", "length"), ("updates", "score")],
+        seeds=3,
     ),
     "wrong": Experiment(
         "GRPO's 1/length, on wrong answers (mini math)", "Dr. GRPO, figure 5",

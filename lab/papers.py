@@ -173,10 +173,14 @@ def verdict(low, high):
 
 
 def at_kl(run, name, kl):
-    """A run's curve `name` where its KL first reaches `kl`, interpolated between evaluations; nan if it does not."""
-    for i in range(1, len(run["kl"])):
-        if run["kl"][i] >= kl:
-            share = (kl - run["kl"][i - 1]) / (run["kl"][i] - run["kl"][i - 1])
+    """A run's curve `name` where its KL first reaches `kl`; nan if it does not.
+
+    Between two evaluations it is taken as linear in √KL, as rewards are near the start (Gao et al. 2023).
+    """
+    roots, root = [math.sqrt(max(0.0, value)) for value in run["kl"]], math.sqrt(kl)
+    for i in range(1, len(roots)):
+        if roots[i] >= root:
+            share = (root - roots[i - 1]) / (roots[i] - roots[i - 1])
             return run[name][i - 1] + share * (run[name][i] - run[name][i - 1])
     return math.nan
 

@@ -4,7 +4,9 @@ import importlib
 import json
 import math
 import shlex
+from dataclasses import replace
 
+import matplotlib.image
 import papers
 import pytest
 import torch
@@ -60,7 +62,7 @@ def test_claims_add_and_subtract_arms_and_a_threshold():
 
 @pytest.mark.parametrize("metric, value", [
     ("score", 2.0), ("final gold", 5.0), ("growth of score", 3.0), ("fall of gold", 1.0), ("clipfrac", 0.25),
-    ("log seconds", 1.0), ("score at update 20", 1.0), ("gold at KL 1", 5.0), ("score at KL 3", 2.0)])
+    ("log seconds", 1.0), ("score at update 20", 1.0), ("gold at KL 0.5", 5.0), ("score at KL 3", 2.08525)])
 def test_measures_by_hand(metric, value):
     assert papers.measure(RUN, metric) == pytest.approx(value)
 
@@ -135,6 +137,44 @@ def test_saved_numbers_are_not_computed_again(fake, tmp_path):
     assert len(fake.done) == 4 and papers.read("first") == before
     papers.sweep(["first"], {"rloo.py": "0.2"}, papers.Args(output=str(tmp_path / "elsewhere")))
     assert len(fake.done) == 8
+
+
+def test_a_real_run_with_its_evaluation(context, world, tmp_path, monkeypatch):
+    """On the tiny world: the numbers are those of the log, the cost is counted, and a second call runs nothing."""
+    def call(context, function, log, *values):  # the evaluation, with the tiny world's models
+        if function is papers.evaluate.main:
+            values = [replace(values[0], reference=world.policy, reward=(world.reward,), judge="reward", gold="none",
+                              dataset=world.data, eval_prompts=4, max_new_tokens=6)]
+        isolated(context, function, log, *values)
+
+    isolated = papers.call
+    monkeypatch.setattr(papers, "call", call)
+    command = (f"rloo.py --model {world.policy} --reward {world.reward} --gold none --dataset {world.data} --k 2 "
+               f"--num-updates 2 --prompts-per-step 4 --max-new-tokens 6 --eval-prompts 4 --eval-every 1 --device cpu")
+    monkeypatch.setattr(papers, "folder_of", lambda command, seed, output: tmp_path / f"run{seed}")
+    found = papers.finish(context, command, 3, True, None)
+    _, scalars = papers.plot.read_run(tmp_path / "run3")
+    assert found["updates"] == [0, 1, 2] and found["samples"] == [0, 8, 16]
+    assert found["score"] == pytest.approx(list(scalars["eval/score"].values()), abs=1e-4)
+    assert found["cpu_seconds"] > found["seconds"] > 0 and found["tax"]["perplexity"] > 1
+    assert "--seed 3" in (tmp_path / "run3.log").read_text()
+    assert papers.finish(None, command, 3, True, None) == found
+
+
+def test_a_failing_run_names_its_log(context, tmp_path, capsys):
+    log = tmp_path / "run9.log"
+    with pytest.raises(SystemExit):
+        papers.call(context, papers.train, str(log), "rloo.py --k 1", tmp_path / "run9")
+    assert str(log) in capsys.readouterr().err and "--k 1" in log.read_text()
+
+
+def test_a_picture_of_curves_and_points(fake, tmp_path):
+    runs = {str(seed): RUN for seed in (1, 2)}
+    papers.EXPERIMENTS["first"].panels = [("updates", "score"), ("√kl", "gold"), ("", "seconds")]
+    papers.RESULTS.mkdir()
+    papers.draw("first", {"2": {"runs": runs}, "3": {"runs": runs}})
+    height, width, _ = matplotlib.image.imread(papers.RESULTS / "first.png").shape
+    assert width > 2 * height > 200
 
 
 # ----------------------------------------------------------------------------------------------- the real experiments
