@@ -89,7 +89,8 @@ EXPERIMENTS = {
             Claim("RLOO above PPO with one step per rollout, as RLOO has", "score", tuple(RLOO4), tuple(PPO_ONE)),
             Claim("RLOO above vanilla PG", "score", tuple(RLOO4), tuple(VANILLA)),
             Claim("REINFORCE with a baseline above PPO", "score", tuple(REINFORCE), tuple(PPO95)),
-            Claim("the same, PPO with one step per rollout", "score", tuple(REINFORCE), tuple(PPO_ONE)),
+            Claim("REINFORCE with a baseline above PPO with one step per rollout", "score", tuple(REINFORCE),
+                  tuple(PPO_ONE)),
             Claim("REINFORCE with a baseline above vanilla PG", "score", tuple(REINFORCE), tuple(VANILLA)),
             Claim("vanilla PG above PPO", "score", tuple(VANILLA), tuple(PPO95)),
             Claim("vanilla PG above PPO with one step per rollout", "score", tuple(VANILLA), tuple(PPO_ONE)),
@@ -156,7 +157,7 @@ EXPERIMENTS = {
         REMAX | NONE | PPO95,
         [
             Claim("ReMax above REINFORCE without a baseline", "score", ("ReMax",), ("REINFORCE, no baseline",)),
-            Claim("the same, gold reward", "gold", ("ReMax",), ("REINFORCE, no baseline",)),
+            Claim("ReMax above REINFORCE without a baseline (gold)", "gold", ("ReMax",), ("REINFORCE, no baseline",)),
             Claim("ReMax at least 1.6 times as fast as PPO (log of CPU s per update)", "log seconds", tuple(PPO95),
                   ("ReMax",), 0.47),
             Claim("ReMax takes less memory than PPO (MB)", "peak_mb", tuple(PPO95), ("ReMax",)),
@@ -167,10 +168,10 @@ EXPERIMENTS = {
     "table1": Experiment(
         "Win rates", "Back to Basics, table 1",
         RLOO4 | RLOO2 | RAFT4 | RAFT2 | REINFORCE | VANILLA | PPO95 | DPO,
-        pairs("win_rate", [*RLOO4, *RAFT4, *REINFORCE, *VANILLA, *PPO95, *DPO], "{} above {}")
-        + [Claim("RLOO, k 4 above PPO, λ 0.95", "win_rate", tuple(RLOO4), tuple(PPO95)),
-           Claim("RLOO, k 4 above DPO", "win_rate", tuple(RLOO4), tuple(DPO)),
-           Claim("RLOO, k 2 above RAFT, k 2", "win_rate", tuple(RLOO2), tuple(RAFT2))],
+        pairs("win_rate", [*RLOO4, *RAFT4, *REINFORCE, *VANILLA, *PPO95, *DPO], "win rate: {} above {}")
+        + [Claim("win rate: RLOO, k 4 above PPO, λ 0.95", "win_rate", tuple(RLOO4), tuple(PPO95)),
+           Claim("win rate: RLOO, k 4 above DPO", "win_rate", tuple(RLOO4), tuple(DPO)),
+           Claim("win rate: RLOO, k 2 above RAFT, k 2", "win_rate", tuple(RLOO2), tuple(RAFT2))],
         [("", "win_rate"), ("", "gold"), ("", "kl")],
         ("win_rate", "score", "gold", "kl"),
         seeds=3,
@@ -196,7 +197,8 @@ EXPERIMENTS = {
         tax=True,
     ),
     "gao": Experiment(
-        "Over-optimization: proxy and gold reward against √KL", "Gao et al. 2023; left open in Back to Basics, section 7",
+        "Over-optimization: proxy and gold reward against √KL",
+        "Gao et al. 2023; left open in Back to Basics, section 7",
         {
             "RLOO, k 4": f"rloo.py --prompts-per-step 4 {FREE}",
             "RAFT, k 4": f"raft.py --prompts-per-step 4 {FREE}",
@@ -205,7 +207,8 @@ EXPERIMENTS = {
         },
         [Claim(f"{name}: the gold reward ends below where it began", "growth of gold", (), (name,))
          for name in ("RLOO, k 4", "RAFT, k 4", "REINFORCE++", "PPO, λ 0.95")]
-        + [Claim("at the same KL (8), RAFT's gold reward is above RLOO's", "gold at KL 8", ("RAFT, k 4",), ("RLOO, k 4",)),
+        + [Claim("at the same KL (8), RAFT's gold reward is above RLOO's", "gold at KL 8", ("RAFT, k 4",),
+                 ("RLOO, k 4",)),
            Claim("at the same KL (8), RLOO's gold reward is above REINFORCE++'s", "gold at KL 8", ("RLOO, k 4",),
                  ("REINFORCE++",)),
            Claim("at the same KL (8), RLOO's gold reward is above PPO's", "gold at KL 8", ("RLOO, k 4",),
@@ -223,7 +226,7 @@ EXPERIMENTS = {
             Claim("REINFORCE++-baseline above GRPO at the same KL (1.5)", "score at KL 1.5", ("REINFORCE++-baseline",),
                   ("GRPO",)),
             Claim("REINFORCE++ above GRPO at the same responses", "score", ("REINFORCE++",), ("GRPO",)),
-            Claim("the same, REINFORCE++ with one step per rollout, as GRPO has", "score", ("REINFORCE++, one step",),
+            Claim("REINFORCE++ with one step per rollout, as GRPO has, above GRPO", "score", ("REINFORCE++, one step",),
                   ("GRPO",)),
             Claim("GRPO's responses grow more than REINFORCE++'s", "growth of length", ("GRPO",), ("REINFORCE++",)),
         ],
@@ -238,7 +241,6 @@ EXPERIMENTS = {
                (f"RAFT, σ {sigma}", "RLOO, σ 0")) for sigma in SIGMAS[1:]]
         + [Claim("RLOO above RAFT at σ 5", "score", ("RLOO, σ 5",), ("RAFT, σ 5",))],
         [("updates", "score"), ("updates", "gold")],
-        seeds=3,
     ),
     "fig5": Experiment(
         "The weight of the KL penalty", "Back to Basics, figure 5 and section 5.2.2",
@@ -264,7 +266,8 @@ EXPERIMENTS = {
     "length": Experiment(
         "GRPO's 1/length, on summaries", "Dr. GRPO, figure 5",
         {"GRPO": f"{BASE['grpo.py']} --beta 0", "GRPO, no 1/length": f"{BASE['grpo.py']} --beta 0 --no-length-mean"},
-        [Claim("responses grow more with 1/length", "growth of length", ("GRPO",), ("GRPO, no 1/length",))],
+        [Claim("GRPO: responses grow more with 1/length than without", "growth of length", ("GRPO",),
+               ("GRPO, no 1/length",))],
         [("updates", "length"), ("updates", "score")],
         seeds=3,
     ),
@@ -272,8 +275,9 @@ EXPERIMENTS = {
         "GRPO's 1/length, on wrong answers (mini math)", "Dr. GRPO, figure 5",
         {"GRPO": f"grpo.py {MATH}", "GRPO, no 1/length": f"grpo.py {MATH} --no-length-mean"},
         [
-            Claim("wrong answers end longer with 1/length", "wrong_length_after", ("GRPO",), ("GRPO, no 1/length",)),
-            Claim("wrong answers grow with 1/length", "growth_of_wrong", ("GRPO",)),
+            Claim("GRPO: wrong answers end longer with 1/length than without", "wrong_length_after", ("GRPO",),
+                  ("GRPO, no 1/length",)),
+            Claim("GRPO: wrong answers grow with 1/length", "growth_of_wrong", ("GRPO",)),
         ],
         [("updates", "length"), ("updates", "score"), ("", "wrong_length_after")],
         ("score", "final score", "wrong_length_before", "wrong_length_after"),

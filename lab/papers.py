@@ -4,12 +4,12 @@
     python lab/papers.py fig1 fig3 table1   # runs what is missing, then draws; "all" for all of them
     python lab/papers.py fig1 --redraw      # only draws, from the numbers in docs/results
 
-Finished runs are kept, so you can stop a sweep and start it again. Each experiment leaves its numbers and its picture in
-docs/results, and docs/results.md is brought up to date.
+Finished runs are kept, so you can stop a sweep and start it again. Each experiment leaves its numbers and its picture
+in docs/results, and docs/results.md is brought up to date.
 
 All start from the SFT policy of mini TL;DR and generate 960 responses, 16 per update: 60 updates with a constant
-learning rate. The rate of each algorithm is the one of RATES with the highest mean score over 40 updates from seed 100,
-which is not used again. An interval is that of Student's t at 95%, over seeds; differences are taken seed by seed, since
+learning rate. The rate of each algorithm is the one of RATES with the highest mean score over 40 updates from seed
+100, which is not used again. An interval is Student's, at 95%, over seeds; differences are taken seed by seed, since
 runs of one seed see the same prompts. A claim holds if its interval lies above 0, does not hold if it lies below, and
 otherwise these runs cannot tell.
 """
@@ -65,7 +65,7 @@ class Args:
     """folder for the runs"""
 
 
-# ------------------------------------------------------------------------------------------------------------------ runs
+# ----------------------------------------------------------------------------------------------------------------- runs
 
 def commands(experiment, rates):
     """The full command of each arm: dict label -> command, without the seed. Args: rates (see `chosen_rates`)."""
@@ -159,7 +159,7 @@ def read_numbers(folder):
     return numbers | {name: round(value, 2) for name, value in json.loads((folder / "cost.json").read_text()).items()}
 
 
-# ------------------------------------------------------------------------------------------------------------ statistics
+# ----------------------------------------------------------------------------------------------------------- statistics
 
 def interval(values):
     """Mean, and Student's 95% interval for it: (mean, low, high). Args: values (list of float, 2 to 10)."""
@@ -229,12 +229,12 @@ def chosen_rates(arms):
     return {name: max(RATES, key=scores(name).get) for name in TUNED}
 
 
-# ---------------------------------------------------------------------------------------------------- pictures and tables
+# -------------------------------------------------------------------------------------------------- pictures and tables
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito
 MARKERS = "osD^vP*X"
-AXES = {"updates": "steps", "samples": "responses", "score": "reward", "gold": "gold reward", "kl": "KL to the reference",
-        "√kl": "√KL", "length": "response length (tokens)", "seconds": "CPU seconds per update", "win_rate": "win rate",
+AXES = {"updates": "steps", "samples": "responses", "score": "reward", "gold": "gold reward", "√kl": "√KL",
+        "kl": "KL to the reference", "length": "response length (tokens)", "seconds": "CPU seconds per update", "win_rate": "win rate",
         "wrong_length_after": "length of wrong answers", "variance": "variance of the reward"}
 
 
@@ -311,14 +311,15 @@ def claim_rows(name, arms):
 
 def write_page():
     """Bring docs/results.md up to date, from the marker on: all claims, then a picture and a table per experiment."""
-    saved = {name: arms for name in EXPERIMENTS if name != "lr" and (arms := read(name))}
+    saved = {name: arms for name in EXPERIMENTS if (arms := read(name)) and EXPERIMENTS[name].claims}
     claims = [row for name, arms in saved.items() for row in claim_rows(name, arms)]
-    parts = [MARKER]
+    runs, minutes = cost(EXPERIMENTS)
+    counts = ", ".join(f"{sum(verdict == said for verdict, _ in claims)} {said}" for said in VERDICTS)
+    parts = [MARKER, f"{len(claims)} claims: {counts}. {runs} runs, {minutes:.0f} CPU minutes."]
+    header = ["claim", "where", "here: mean [95% interval]", "seeds", "verdict", "command", "picture"]
     for said, heading in VERDICTS.items():
-        rows = [cells for verdict, cells in claims if verdict == said]
-        header = ["claim", "where", "here: mean [95% interval]", "seeds", "verdict", "command", "picture"]
-        parts += [f"## {heading}", markdown([header, *rows]) if rows else "Nothing."]
-    parts.append("## Numbers and pictures")
+        parts += [f"## {heading}", markdown([header, *(cells for verdict, cells in claims if verdict == said)])]
+    parts.append("## Numbers and pictures\n\nMeans ± half of the 95% interval.")
     for name, arms in saved.items():
         experiment = EXPERIMENTS[name]
         parts += [f"### {name}: {experiment.title}", f"![{experiment.title}](results/{name}.png)",
@@ -327,11 +328,11 @@ def write_page():
     PAGE.write_text(before + "\n\n".join(parts) + "\n")
 
 
-def minutes(names):
-    """CPU minutes of the saved runs of some experiments; a run that several share counts once."""
+def cost(names):
+    """Number of the saved runs of some experiments, and their CPU minutes; a run that several share counts once."""
     runs = {(arm["command"], seed): numbers["cpu_seconds"] for name in names if read(name)
             for arm in read(name).values() for seed, numbers in arm["runs"].items()}
-    return sum(runs.values()) / 60
+    return len(runs), sum(runs.values()) / 60
 
 
 def print_list():
@@ -339,13 +340,12 @@ def print_list():
     for name, experiment in EXPERIMENTS.items():
         arms = read(name)
         found = [said for said, _ in claim_rows(name, arms)] if arms else []
-        result = ", ".join(f"{found.count(said)} {said}" for said in VERDICTS if said in found) if arms else "not run yet"
-        runs = len(experiment.arms) * len(seeds_of(experiment))
-        cost = f"{runs} runs, {minutes([name]):.0f} CPU minutes" if arms else f"{runs} runs"
-        print(f"{name:<8} {experiment.title} ({experiment.source})\n{'':<8} {cost}; {result}")
+        result = ", ".join(f"{found.count(said)} {said}" for said in VERDICTS if said in found) or "no claims"
+        done = "{} runs, {:.0f} CPU minutes; ".format(*cost([name])) + result if arms else "not run yet"
+        print(f"{name:<8} {experiment.title} ({experiment.source})\n{'':<8} {done}")
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 def seeds_of(experiment):
     """Its seeds; those of the learning rates are not reported elsewhere."""
@@ -400,9 +400,10 @@ def save(name, plan, known):
 
 
 def read(name):
-    """An experiment's saved numbers: dict label -> {"command", "runs": {seed: numbers}}; None if there are none."""
+    """An experiment's saved numbers: dict label -> {"command", "runs": {seed: numbers}}; None if an arm is missing."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    arms = json.loads(path.read_text()) if path.exists() else {}
+    return arms if EXPERIMENTS[name].arms.keys() <= arms.keys() else None
 
 
 def main(args):

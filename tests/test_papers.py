@@ -24,7 +24,7 @@ def arms(**values):
 
 
 def test_intervals_by_hand():
-    """Of 1 ... 5: std sqrt(2.5), divided by sqrt(5) 0.70711, times 2.776. Of 0 and 2: std sqrt(2), half-width 12.706."""
+    """1 ... 5: std sqrt(2.5), divided by sqrt(5) 0.70711, times 2.776. 0 and 2: std sqrt(2), half-width 12.706."""
     assert papers.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3, 3 - 1.96292, 3 + 1.96292), abs=1e-4)
     assert papers.interval([0.0, 2.0]) == pytest.approx((1, -11.706, 13.706))
 
@@ -81,7 +81,7 @@ def test_the_rate_with_the_highest_score_is_chosen():
     assert papers.chosen_rates(runs) == {name: RATES[j % 3] for j, name in enumerate(TUNED)}
 
 
-# ----------------------------------------------------------------------------------------------------------------- sweeps
+# --------------------------------------------------------------------------------------------------------------- sweeps
 
 class FakeRuns:
     """Runs that only note their command, and fail after `most` of them."""
