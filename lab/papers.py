@@ -233,9 +233,10 @@ def chosen_rates(arms):
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito
 MARKERS = "osD^vP*X"
-AXES = {"updates": "steps", "samples": "responses", "score": "reward", "gold": "gold reward", "√kl": "√KL",
-        "kl": "KL to the reference", "length": "response length (tokens)", "seconds": "CPU seconds per update", "win_rate": "win rate",
-        "wrong_length_after": "length of wrong answers", "variance": "variance of the reward"}
+AXES = {"updates": "steps", "samples": "responses", "score": "reward", "gold": "gold reward", "win_rate": "win rate",
+        "kl": "KL to the reference", "√kl": "√KL", "length": "response length (tokens)",
+        "seconds": "CPU seconds per update", "wrong_length_after": "length of wrong answers",
+        "variance": "variance of the reward"}
 
 
 def draw(name, arms):
@@ -301,7 +302,7 @@ def claim_rows(name, arms):
         mean, low, high = (value + claim.least for value in values)
         bound = f" (above {claim.least:g}?)" if claim.least or not claim.less else ""
         if not claim.more:  # the claim is that a number is below a bound
-            mean, low, high, bound = -mean, -high, -low, f" (below {-claim.least:g}?)"
+            mean, low, high, bound = -mean, -high, -low, f" (below {0 - claim.least:g}?)"
         digits = 3 if max(abs(low), abs(high)) < 0.1 else 2
         here = "{} [{}, {}]".format(*(number(value, digits) for value in (mean, low, high)))
         rows.append((said, [claim.text, experiment.source, f"{claim.metric}: {here}{bound}", str(experiment.seeds),
