@@ -143,13 +143,22 @@ EXPERIMENTS = {
     "clip": Experiment(
         "Clipping off, and the ratio off", "Back to Basics, figure 1 and section 3.2",
         {"PPO, λ 1": LAMBDAS["PPO, λ 1"], "without clipping": f"{LAMBDAS['PPO, λ 1']} --clip inf",
-         "without ratio (vanilla PG)": VANILLA["vanilla PG"]},
+         "without ratio (vanilla PG)": VANILLA["vanilla PG"],
+         "PPO, λ 1, lr 1e-3": f"{LAMBDAS['PPO, λ 1']} --lr 1e-3",
+         "without clipping, lr 1e-3": f"{LAMBDAS['PPO, λ 1']} --lr 1e-3 --clip inf"},
         [
             Claim("less than 5% of the tokens are clipped", "clipfrac", (), ("PPO, λ 1",), -0.05),
             Claim("without clipping above PPO", "score", ("without clipping",), ("PPO, λ 1",)),
             Claim("without the ratio above PPO", "score", ("without ratio (vanilla PG)",), ("PPO, λ 1",)),
+            Claim("less than 5% of the tokens are clipped at 10 times the learning rate", "clipfrac", (),
+                  ("PPO, λ 1, lr 1e-3",), -0.05),
+            Claim("without clipping above PPO at 10 times the learning rate", "score", ("without clipping, lr 1e-3",),
+                  ("PPO, λ 1, lr 1e-3",)),
+            Claim("without clipping above PPO at 10 times the learning rate (gold)", "gold",
+                  ("without clipping, lr 1e-3",), ("PPO, λ 1, lr 1e-3",)),
         ],
         [("updates", "score"), ("updates", "gold")],
+        ("score", "gold", "final score", "final gold", "final kl", "clipfrac"),
         seeds=3,
     ),
     "remax": Experiment(

@@ -162,7 +162,9 @@ def read_numbers(folder):
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 def interval(values):
-    """Mean, and Student's 95% interval for it: (mean, low, high). Args: values (list of float, 2 to 10)."""
+    """Mean, and Student's 95% interval for it: (mean, low, high); nan if a value is. Args: values (2 to 10 floats)."""
+    if any(map(math.isnan, values)):
+        return math.nan, math.nan, math.nan
     mean, half = statistics.mean(values), T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
@@ -190,32 +192,31 @@ def measure(run, metric):
 
     "score", "gold": mean over the evaluations after the start, that is, the height of the curve. "final score": of the
     last one. "score at update 60"; "gold at KL 3" (interpolated). "growth of length": last less first. "fall of gold":
-    highest less last. "log seconds". Others are numbers of the run, or of evaluate.py (`tax`).
+    highest less last. "log seconds". Others are numbers of the run, or of evaluate.py (`tax`); nan if it has none.
     """
     if metric in run.get("tax", {}):
         return run["tax"][metric]
-    if metric in run and not isinstance(run[metric], list):
-        return run[metric]
-    kind, _, name = metric.partition(" ")
-    if not name:
-        return statistics.mean(run[metric][1:])
+    kind, *_, name = metric.split()
+    curve = run.get(name, math.nan)
+    if metric == name:
+        return statistics.mean(curve[1:]) if isinstance(curve, list) else curve
     if kind == "final":
-        return run[name][-1]
+        return curve[-1]
     if kind == "growth":
-        return run[name.removeprefix("of ")][-1] - run[name.removeprefix("of ")][0]
+        return curve[-1] - curve[0]
     if kind == "fall":
-        return max(run[name.removeprefix("of ")]) - run[name.removeprefix("of ")][-1]
+        return max(curve) - curve[-1]
     if kind == "log":
-        return math.log(run[name])
-    if name.startswith("at KL"):
-        return at_kl(run, kind, float(name.split()[-1]))
-    return run[kind][run["updates"].index(int(name.split()[-1]))]  # at update
+        return math.log(curve)
+    if " at KL " in metric:
+        return at_kl(run, kind, float(name))
+    return run[kind][run["updates"].index(int(name))]  # at update
 
 
 def judge(claim, arms):
     """The interval of a claim, and its verdict: (mean, low, high, verdict).
 
-    Args: claim (see experiments.Claim); arms (label -> {"runs": {seed: numbers}}).
+    Args: claim (see lab/experiments.py); arms (label -> {"runs": {seed: numbers}}).
     """
     total = lambda labels, seed: sum(measure(arms[label]["runs"][seed], claim.metric) for label in labels)
     seeds = sorted(set.intersection(*(set(arms[label]["runs"]) for label in (*claim.more, *claim.less))))
@@ -233,7 +234,7 @@ def chosen_rates(arms):
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito
 MARKERS = "osD^vP*X"
-AXES = {"updates": "steps", "samples": "responses", "score": "reward", "gold": "gold reward", "win_rate": "win rate",
+AXES = {"updates": "steps (rollouts)", "samples": "responses", "score": "reward", "gold": "gold reward", "win_rate": "win rate",
         "kl": "KL to the reference", "√kl": "√KL", "length": "response length (tokens)",
         "seconds": "CPU seconds per update", "wrong_length_after": "length of wrong answers",
         "variance": "variance of the reward"}
@@ -289,7 +290,8 @@ def arm_rows(name, arms):
         cells = []
         for column in EXPERIMENTS[name].columns:
             mean, low, _ = interval([measure(run, column) for run in arm["runs"].values()])
-            cells.append(f"{number(mean)} ± {number(mean - low)}")
+            digits = 4 if abs(mean) < 0.01 else 2
+            cells.append("–" if math.isnan(mean) else f"{number(mean, digits)} ± {number(mean - low, digits)}")
         rows.append([label, *cells])
     return rows
 

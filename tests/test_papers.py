@@ -67,8 +67,10 @@ def test_measures_by_hand(metric, value):
     assert papers.measure(RUN, metric) == pytest.approx(value)
 
 
-def test_a_kl_that_is_never_reached_is_no_number():
-    assert math.isnan(papers.measure(RUN, "gold at KL 5"))
+def test_a_kl_that_one_run_never_reaches_decides_nothing():
+    assert math.isnan(papers.measure(RUN, "gold at KL 5")) and math.isnan(papers.measure(RUN, "variance"))
+    runs = {"1": RUN, "2": RUN | {"kl": [0.0, 2.0, 9.0]}, "3": RUN | {"kl": [0.0, 2.0, 9.0]}}
+    assert papers.judge(Claim("", "gold at KL 5", ("a",)), {"a": {"runs": runs}})[3] == "cannot tell"
 
 
 def test_evaluated_policies_are_measured_by_evaluate():
