@@ -196,7 +196,7 @@ def measure(run, metric):
     """
     if metric in run.get("tax", {}):
         return run["tax"][metric]
-    kind, *_, name = metric.split()
+    kind, name = metric.split()[0], metric.split()[-1]
     curve = run.get(name, math.nan)
     if metric == name:
         return statistics.mean(curve[1:]) if isinstance(curve, list) else curve
