@@ -78,7 +78,7 @@ SETTINGS = [  # each flag of an algorithm has at least two values in these
     dict(k=2, beta=0.1, temperature=1.3, max_new_tokens=3, missing_eos_penalty=2.0, microbatch_tokens=10_000,
          minibatches=1, max_grad_norm=0.5, lr=0.01, baseline="ema", decay=0.3, whiten=False, lam=0.5,
          gamma=0.9, value_clip=0.05, rank_by="score", scale_std=False, length_mean=False, normalize_scores=False),
-    dict(k=4, beta=0.0, temperature=1.0, max_new_tokens=5, missing_eos_penalty=0.0, microbatch_tokens=1, minibatches=3,
+    dict(k=4, beta=0.0, temperature=1.0, max_new_tokens=5, missing_eos_penalty=0.0, microbatch_tokens=30, minibatches=3,
          epochs=2, clip=0.05, lr=0.003, critic_lr=0.2, baseline="none", lam=1.0, clip_scores=1.0),
 ]
 

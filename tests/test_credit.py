@@ -264,7 +264,7 @@ def test_the_default_policy_is_made_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tasks").symlink_to(ROOT / "tasks")
     for _ in range(2):
-        credit.main(credit.Args(("vanilla_pg.py",)))
+        credit.main(credit.Args(("vanilla_pg.py",), prompts_per_step=2))
         (weights,) = (tmp_path / "runs/credit-ppo/checkpoints").glob("*/critic/model.safetensors")
         made = weights.stat().st_mtime_ns
     assert weights.stat().st_mtime_ns == made and "000010/critic" in (tmp_path / "runs/credit.html").read_text()
