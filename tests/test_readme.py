@@ -197,7 +197,7 @@ def test_tables_are_whole(page):
         if line.startswith("|"):
             assert line.endswith("|"), line
             if not lines[i - 1].startswith("|"):
-                assert lines[i - 1] == "" and re.fullmatch(r"\|(---\|)+", lines[i + 1]), line
+                assert lines[i - 1] == "" and re.fullmatch(r"\|( ?--- ?\|)+", lines[i + 1]), line
             else:
                 assert cells(line) == cells(lines[i - 1]), line
             assert not lines[i + 1] or lines[i + 1].startswith("|"), line
