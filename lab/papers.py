@@ -274,8 +274,8 @@ def draw(name, arms):
 
 def markdown(rows):
     """A Markdown table. Args: rows (lists of str), the header first."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    header, *lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([header, "|" + "---|" * len(rows[0]), *lines])
 
 
 def number(value, digits=2):
