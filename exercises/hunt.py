@@ -14,7 +14,7 @@ everything that is logged with what the script makes of the same sampled respons
 To plant bugs of your own, give a JSON file as --bugs: a list with an entry for each bug,
 
     {"script": "rloo.py", "symptom": "...", "commands": ["python {copy} --num-updates 20"],
-     "bug": [["old text", "new text"], ...],        each old text stands in the script exactly once
+     "bug": [["old text", "new text"], ...],        each old text occurs exactly once in the script
      "same": [["old text", "new text"], ...],       other places, written differently to no effect
      "silenced": [[["old text", "new text"], ...], ...]}        edits of the copy that must not pass: for the tests
 
@@ -76,7 +76,7 @@ def edit(text, changes, what):
     """Replace each old text by its new one."""
     for old, new in changes:
         found = text.count(old)
-        require(found == 1, f"{what}: {old.strip()[:60]!r} stands in it {found} times; it must be there exactly once")
+        require(found == 1, f"{what}: {old.strip()[:60]!r} occurs {found} times; it must occur exactly once")
         text = text.replace(old, new)
     return text
 
@@ -93,7 +93,7 @@ def place(number, bug):
     return f"exercises/hunt/{Path(bug['script']).stem}_{number}.py"
 
 
-# ------------------------------------------------------------------------------------------------------ what one can do
+# -------------------------------------------------------------------------------------------------------------- actions
 
 def tell(number, bug):
     """Print a bug's symptom and the commands that show it."""

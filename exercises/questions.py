@@ -1,6 +1,6 @@
 """Ten questions with numbers, about a world that is small enough to enumerate, by hand or with numpy.
 
-    python exercises/questions.py                # the world and the questions, as they stand in the sheet
+    python exercises/questions.py                # the world and the questions, as printed in README.md
     python exercises/questions.py --seed 2027    # another world, for another year
 
 Answers are computed here when they are checked, with the scripts' own functions; none is stored. To check yours:
@@ -169,7 +169,8 @@ def group_std(world):
 
 
 def length_mean(world):
-    """RLOO with k = 2, but each response's log-prob is divided by its length in tokens. Cosine; projection, as above."""
+    """RLOO with k = 2, but each response's log-prob is divided by its length in tokens. Cosine; projection, as
+    above."""
     rows, weights = world.draws(2)
     advantages = rloo.compute_advantages(world.scores[rows].flatten(), 2)
     expected = weights @ world.estimates(advantages, 2, length_mean=True)

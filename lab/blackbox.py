@@ -35,7 +35,6 @@ class Update:
     generated: int = 0  # responses that it asked for: N, and greedy ones
     steps: list = field(default_factory=list)  # for each step of the policy's optimizer, the loss's gradient (P,)
     weights: torch.Tensor = None  # (N, T): the step is the mean over rows of sum_t weight_t grad log pi(y_t)
-    samples: tuple = ()  # examples, batch, scores, kl, advantages: what the script gave to run.log_samples
     metrics: dict = field(default_factory=dict)  # what it logged
 
     @property
@@ -114,12 +113,6 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
 
         def log(self, metrics, samples=0, tokens=0):
             seen[-1].metrics |= metrics
-
-        def log_samples(self, *samples):
-            seen[-1].samples = samples
-
-        def evaluation_is_due(self):
-            return True  # for log_samples
 
         def nothing(self, *_):
             pass

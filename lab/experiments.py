@@ -60,9 +60,9 @@ DPO = {"DPO": BASE["dpo.py"]}
 LAMBDAS = {f"PPO, λ {lam}": f"{BASE[PPO]} --lam {lam}" for lam in ("0", "0.5", "0.95", "1")}
 
 SHORT = "--k 2 --prompts-per-step 8 --num-updates 60 --eval-every 20"
-BETAS = ("0.1", "1.0")
+BETAS = ("0.1", "0.25", "0.5", "1.0")
 STD = 0.75  # of the scores of the SFT policy's responses
-SIGMAS = (0, 1, 5)
+SIGMAS = (0, 1, 3, 5)
 
 FREE = "--beta 0 --lr 4e-4 --num-updates 100 --eval-every 10"  # no KL penalty, and larger steps
 SMALL = "--lr 1e-3 --num-updates 80 --eval-every 20"  # 8 responses per update, and large steps
@@ -128,11 +128,12 @@ EXPERIMENTS = {
         [
             Claim("RLOO above RAFT at k 4", "score", ("RLOO, k 4",), ("RAFT, k 4",)),
             Claim("RLOO above RAFT at k 2", "score", ("RLOO, k 2",), ("RAFT, k 2",)),
-            Claim("RLOO k 2 above RAFT k 4 at equal samples", "score", ("RLOO, k 2",), ("RAFT, k 4",)),
+            Claim("RLOO k 2 above RAFT k 4 at equal responses", "score each 320", ("RLOO, k 2",), ("RAFT, k 4",)),
             Claim("RLOO k 2 above RAFT k 4 at equal steps", "score at update 60", ("RLOO, k 2",), ("RAFT, k 4",)),
             Claim("at the same KL (1), RLOO above RAFT at k 4", "score at KL 1", ("RLOO, k 4",), ("RAFT, k 4",)),
         ],
         [("updates", "score"), ("samples", "score"), ("samples", "gold")],
+        ("score", "score each 320", "final score", "final gold", "final kl", "final length"),
     ),
     "fig1": Experiment(
         "PPO's λ", "Back to Basics, figure 1 and section 3.1",

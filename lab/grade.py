@@ -114,6 +114,8 @@ def calibrate(folders, path, rubric):
         settings, samples, evaluation = read_run(folder)
         wrong = not_comparable(rubric, settings, samples)
         require(not wrong, f"{folder}: cannot be used, {'; '.join(wrong)}")
+        missing = {threshold["metric"] for threshold in rubric["thresholds"]} - evaluation.keys()
+        require(not missing, f"{folder}: its evaluation has no {', '.join(sorted(missing))}")
         found.append(evaluation)
     for threshold in rubric["thresholds"]:
         values = [round(evaluation[threshold["metric"]], 4) for evaluation in found]
@@ -128,9 +130,13 @@ def calibrate(folders, path, rubric):
 def main(args):
     rubric = read_rubric(args.rubric)
     require(args.runs, "name at least one run folder")
+    folder = Path(args.json or ".").absolute().parent
+    require(folder.is_dir(), f"--json {args.json}: there is no folder {folder}")
     if args.calibrate:
         return calibrate(args.runs, args.rubric, rubric)
     require(not args.json or len(args.runs) == 1, f"--json {args.json}: holds one grade; give one run folder")
+    require(all("value" in item for item in rubric["thresholds"]),
+            f"--rubric {args.rubric}: has thresholds without a value; set them with --calibrate")
     grades = [grade(folder, rubric) for folder in args.runs]
     if args.json:
         Path(args.json).write_text(json.dumps(grades[0], indent=1) + "\n")

@@ -173,8 +173,8 @@ def sampled_draws(probabilities, prompts, k, count):
 
 def shuffled(draw, k):
     """The same k responses to each prompt in another order."""
-    chance = random.Random(1)
-    return tuple(row for i in range(0, len(draw), k) for row in chance.sample(draw[i : i + k], k))
+    generator = random.Random(1)
+    return tuple(row for i in range(0, len(draw), k) for row in generator.sample(draw[i : i + k], k))
 
 
 def run_draws(command, batch, draws, k, greedy, warmup, flags):

@@ -3,15 +3,16 @@
     python lab/papers.py                    # the list: what each shows, what it costs, and its last result
     python lab/papers.py fig1 fig3 table1   # runs what is missing, then draws; "all" for all of them
     python lab/papers.py fig1 --redraw      # only draws, from the numbers in docs/results
+    python lab/papers.py fig1 --again       # makes the runs again, although docs/results has their numbers
 
 Finished runs are kept, so you can stop a sweep and start it again. Each experiment leaves its numbers and its picture
 in docs/results, and docs/results.md is brought up to date.
 
-All start from the SFT policy of mini TL;DR and generate 960 responses, 16 per update: 60 updates with a constant
-learning rate. The rate of each algorithm is the one of RATES with the highest mean score over 40 updates from seed
-100, which is not used again. An interval is Student's, at 95%, over seeds; differences are taken seed by seed, since
-runs of one seed see the same prompts. A claim holds if its interval lies above 0, does not hold if it lies below, and
-otherwise these runs cannot tell.
+Unless an experiment's commands say otherwise, runs start from the SFT policy of mini TL;DR and generate 960 responses,
+16 per update, at a constant learning rate. The rate of each algorithm is the one of RATES with the highest mean score
+over 40 updates from seed 100, which is not used again. An interval is Student's, at 95%, over seeds; differences are
+taken seed by seed, since runs of one seed see the same prompts. A claim holds if its interval lies above 0, does not
+hold if it lies below (or is exactly 0), and otherwise these runs cannot tell.
 """
 
 import importlib
@@ -61,6 +62,8 @@ class Args:
     """runs in parallel, each on one core"""
     redraw: bool = False
     """run nothing: draw pictures and tables from the numbers in docs/results"""
+    again: bool = False
+    """make the runs again, even if docs/results has their numbers; finished ones in --output are kept"""
     output: str = "runs/papers"
     """folder for the runs"""
 
@@ -171,7 +174,7 @@ def interval(values):
 
 def verdict(low, high):
     """What an interval says about a claim that a number is above 0."""
-    return "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell"
+    return "holds" if low > 0 else "does not hold" if high <= 0 else "cannot tell"
 
 
 def at_kl(run, name, kl):
@@ -191,8 +194,9 @@ def measure(run, metric):
     """One number of one run.
 
     "score", "gold": mean over the evaluations after the start, that is, the height of the curve. "final score": of the
-    last one. "score at update 60"; "gold at KL 3" (interpolated). "growth of length": last less first. "fall of gold":
-    highest less last. "log seconds". Others are numbers of the run, or of evaluate.py (`tax`); nan if it has none.
+    last one. "score each 320": mean over the evaluations after 320, 640 ... responses. "score at update 60"; "gold at
+    KL 3" (interpolated). "growth of length": last less first. "fall of gold": highest less last. "log seconds". Others
+    are numbers of the run. What evaluate.py says (`tax`) comes first. nan if it has no such number.
     """
     if metric in run.get("tax", {}):
         return run["tax"][metric]
@@ -208,6 +212,9 @@ def measure(run, metric):
         return max(curve) - curve[-1]
     if kind == "log":
         return math.log(curve)
+    if " each " in metric:
+        points = zip(run[kind], run["samples"])
+        return statistics.mean(value for value, samples in points if samples and samples % int(name) == 0)
     if " at KL " in metric:
         return at_kl(run, kind, float(name))
     return run[kind][run["updates"].index(int(name))]  # at update
@@ -234,7 +241,8 @@ def chosen_rates(arms):
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito
 MARKERS = "osD^vP*X"
-AXES = {"updates": "steps (rollouts)", "samples": "responses", "score": "reward", "gold": "gold reward", "win_rate": "win rate",
+AXES = {"updates": "steps (rollouts)", "samples": "responses", "score": "reward", "gold": "gold reward",
+        "win_rate": "win rate",
         "kl": "KL to the reference", "√kl": "√KL", "length": "response length (tokens)",
         "seconds": "CPU seconds per update", "wrong_length_after": "length of wrong answers",
         "variance": "variance of the reward"}
@@ -308,7 +316,7 @@ def claim_rows(name, arms):
         digits = 3 if max(abs(low), abs(high)) < 0.1 else 2
         here = "{} [{}, {}]".format(*(number(value, digits) for value in (mean, low, high)))
         rows.append((said, [claim.text, experiment.source, f"{claim.metric}: {here}{bound}", str(experiment.seeds),
-                            f"**{said}**", f"`python lab/papers.py {name}`", f"[{name}](results/{name}.png)"]))
+                            f"**{said}**", f"`python lab/papers.py {name} --again`", f"[{name}](results/{name}.png)"]))
     return rows
 
 
@@ -317,9 +325,10 @@ def write_page():
     saved = {name: arms for name in EXPERIMENTS if (arms := read(name)) and EXPERIMENTS[name].claims}
     claims = [row for name, arms in saved.items() for row in claim_rows(name, arms)]
     runs, minutes = cost(EXPERIMENTS)
-    counts = ", ".join(f"{sum(verdict == said for verdict, _ in claims)} {said}" for said in VERDICTS)
-    parts = [MARKER, f"{len(claims)} claims: {counts}. {runs} runs, {minutes:.0f} CPU minutes."]
-    header = ["claim", "where", "here: mean [95% interval]", "seeds", "verdict", "command", "picture"]
+    not_so, open_, so = (sum(verdict == said for verdict, _ in claims) for said in VERDICTS)
+    parts = [MARKER, f"{len(claims)} claims: {so} hold, {not_so} do not, and for {open_} these runs cannot tell. "
+                     f"{runs} runs, {minutes:.0f} CPU minutes."]
+    header = ["claim", "source", "result: mean [95% interval]", "seeds", "verdict", "command", "picture"]
     for said, heading in VERDICTS.items():
         parts += [f"## {heading}", markdown([header, *(cells for verdict, cells in claims if verdict == said)])]
     parts.append("## Numbers and pictures\n\nMeans ± half of the 95% interval.")
@@ -343,7 +352,7 @@ def print_list():
     for name, experiment in EXPERIMENTS.items():
         arms = read(name)
         found = [said for said, _ in claim_rows(name, arms)] if arms else []
-        result = ", ".join(f"{found.count(said)} {said}" for said in VERDICTS if said in found) or "no claims"
+        result = ", ".join(f"{said}: {found.count(said)}" for said in VERDICTS if said in found) or "no claims"
         done = "{} runs, {:.0f} CPU minutes; ".format(*cost([name])) + result if arms else "not run yet"
         print(f"{name:<8} {experiment.title} ({experiment.source})\n{'':<8} {done}")
 
@@ -367,7 +376,7 @@ def stored():
 
 def sweep(names, rates, args):
     """Run what is missing of the named experiments, and save the numbers of each as soon as it is complete."""
-    known, waiting = stored(), defaultdict(list)
+    known, waiting = {} if args.again and names != ["lr"] else stored(), defaultdict(list)
     plans = {name: commands(EXPERIMENTS[name], rates) for name in names}
     for name in names:
         for seed in seeds_of(EXPERIMENTS[name]):

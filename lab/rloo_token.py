@@ -109,7 +109,7 @@ def main(args):
                         args.rollout_batch_size)  # N rows
 
         # 2. score: one number per response
-        parts = reward_fns["score"](batch, examples)  # name -> (N,): the score, and its parts if there are several
+        parts = run.add_noise(reward_fns["score"](batch, examples))  # name -> (N,): the score, and its parts, if any
         scores = parts["score"] - args.missing_eos_penalty * ~batch.ended  # (N,)
 
         # 3. shape: the KL to the reference becomes part of the reward

@@ -109,7 +109,7 @@ class World:
     def critic(self):
         """A critic trained on each state's true value (the mean reward to go of what can follow), plus an error."""
         model = make_model(GPT2ForSequenceClassification, len(self.tokenizer), 6, num_labels=1)
-        mask, chance = self.batch.response_mask, torch.Generator().manual_seed(6)
+        mask, generator = self.batch.response_mask, torch.Generator().manual_seed(6)
         kl = token_kl(self.batch.old_logprobs, self.logprobs(self.temperature, self.reference).detach(), mask)
         rewards = token_rewards(self.scores - self.penalty * ~self.batch.ended, kl, self.beta, mask)
         returns = rewards.flip(1).cumsum(1).flip(1)  # (B M, T)
@@ -119,7 +119,7 @@ class World:
             states.setdefault((row // self.M, *self.batch.responses[row, :t].tolist()), []).append(row)
         for (_, *tokens), rows in states.items():
             value = probabilities[rows] @ returns[rows, len(tokens)] / probabilities[rows].sum()
-            targets[rows, len(tokens)] = value + self.critic_error * torch.randn((), generator=chance)
+            targets[rows, len(tokens)] = value + self.critic_error * torch.randn((), generator=generator)
         optimizer = torch.optim.LBFGS(model.parameters(), max_iter=1000, max_eval=2000, tolerance_grad=1e-12,
                                       tolerance_change=1e-16, line_search_fn="strong_wolfe")
 

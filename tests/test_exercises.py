@@ -194,7 +194,7 @@ def run(capsys, *flags):
 
 @pytest.mark.slow
 def test_one_function_harms_no_other(tmp_path, capsys):
-    """One hangs and cannot be interrupted, one ends the process, two fail; the others are checked, by a real process."""
+    """One hangs and cannot be interrupted, one ends the process, two fail; the others are checked in a real process."""
     path, results = tmp_path / "unruly.py", tmp_path / "results.json"
     path.write_text((STUDENTS / "loops.py").read_text() + UNRULY)
     ok, lines = run(capsys, "--file", path, "--json", results, "--seconds", 5)

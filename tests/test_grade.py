@@ -105,6 +105,8 @@ def test_bad_input_is_one_line(write_run, tmp_path, capsys):
     damaged = write_run("damaged")
     (Path(damaged) / "evaluation.json").write_text("{")
     (tmp_path / "wrong.json").write_text('{"samples": 1}')
+    thresholds = [{"metric": "beauty", "bound": "at least", "points": 1}]
+    (tmp_path / "open.json").write_text(json.dumps({"samples": 4800, "flags": {}, "thresholds": thresholds}))
     gsm = write_run("gsm", after={"score": 1.0})
     for folders, flags, message in [
         ((), {}, "name at least one run folder"),
@@ -116,6 +118,9 @@ def test_bad_input_is_one_line(write_run, tmp_path, capsys):
         ((good,), {"rubric": "no.json"}, "--rubric no.json: no such file"),
         ((good,), {"rubric": str(tmp_path / "wrong.json")}, "not a rubric"),
         ((good, good), {"json": "x.json"}, "--json x.json: holds one grade"),
+        ((good,), {"json": str(tmp_path / "missing" / "x.json")}, "x.json: there is no folder"),
+        ((good,), {"rubric": str(tmp_path / "open.json")}, "has thresholds without a value; set them with --calibrate"),
+        ((good,) * 3, {"rubric": str(tmp_path / "open.json"), "calibrate": True}, "its evaluation has no beauty"),
         ((good, good), {"calibrate": True}, "2 runs say nothing about the spread"),
     ]:  # fmt: skip
         assert run(*folders, **flags) == 2

@@ -14,6 +14,7 @@ import tyro
 from experiments import EXPERIMENTS, RATES, TUNED, Claim, Experiment
 
 RUN = {"updates": [0, 20, 40], "score": [0.0, 1.0, 3.0], "gold": [4.0, 6.0, 5.0], "kl": [0.0, 2.0, 4.0],
+       "samples": [0, 16, 32],
        "clipfrac": 0.25, "seconds": math.e}
 
 
@@ -39,7 +40,7 @@ def test_quantiles_leave_a_fortieth_on_each_side(n):
 
 
 @pytest.mark.parametrize("low, high, said", [
-    (0.1, 0.3, "holds"), (-0.3, -0.1, "does not hold"), (-0.1, 0.3, "cannot tell"), (0.0, 0.3, "cannot tell"),
+    (0.1, 0.3, "holds"), (-0.3, -0.1, "does not hold"), (-0.1, 0.3, "cannot tell"), (0.0, 0.3, "cannot tell"), (0.0, 0.0, "does not hold"),
     (math.nan, math.nan, "cannot tell")])
 def test_verdicts(low, high, said):
     assert papers.verdict(low, high) == said
@@ -62,7 +63,8 @@ def test_claims_add_and_subtract_arms_and_a_threshold():
 
 @pytest.mark.parametrize("metric, value", [
     ("score", 2.0), ("final gold", 5.0), ("growth of score", 3.0), ("fall of gold", 1.0), ("clipfrac", 0.25),
-    ("log seconds", 1.0), ("score at update 20", 1.0), ("gold at KL 0.5", 5.0), ("score at KL 3", 1 + 2 * (3**0.5 - 2**0.5) / (2 - 2**0.5))])
+    ("log seconds", 1.0), ("score at update 20", 1.0), ("gold at KL 0.5", 5.0), ("score each 32", 3.0),
+    ("score at KL 3", 1 + 2 * (3**0.5 - 2**0.5) / (2 - 2**0.5))])
 def test_measures_by_hand(metric, value):
     assert papers.measure(RUN, metric) == pytest.approx(value)
 
@@ -139,6 +141,8 @@ def test_saved_numbers_are_not_computed_again(fake, tmp_path):
     assert len(fake.done) == 4 and papers.read("first") == before
     papers.sweep(["first"], {"rloo.py": "0.2"}, papers.Args(output=str(tmp_path / "elsewhere")))
     assert len(fake.done) == 8
+    papers.sweep(["first"], {"rloo.py": "0.2"}, papers.Args(output=str(tmp_path / "third"), again=True))
+    assert len(fake.done) == 12
 
 
 @pytest.mark.slow
