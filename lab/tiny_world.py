@@ -34,10 +34,11 @@ def make_tokenizer(words):
 
 def make_model(kind, vocab_size, seed, **kwargs):
     """A small GPT-2 with weights so large that its outputs differ a lot between inputs."""
-    torch.manual_seed(seed)
     config = GPT2Config(vocab_size=vocab_size, n_embd=8, n_layer=1, n_head=2, n_positions=16, initializer_range=0.5,
                         eos_token_id=vocab_size - 1, **kwargs)
-    return kind(config).double().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind(config).double().eval()
 
 
 def all_responses(words, length):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import remax
 import rloo
 import vanilla_pg
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 K, PROMPTS = 3, 4
 VOID = {"meta", "input"}  # elements without an end tag
@@ -263,8 +265,9 @@ def test_runs_that_cannot_be_shown(run, tmp_path, capsys):
 def test_the_default_policy_is_made_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tasks").symlink_to(ROOT / "tasks")
+    ppo = credit.load_module(str(ROOT / "ppo.py"))
+    monkeypatch.setattr(ppo, "main", lambda args, train=ppo.main: train(replace(args, num_updates=1)))  # not 10
     for _ in range(2):
         credit.main(credit.Args(("vanilla_pg.py",), prompts_per_step=2))
-        (weights,) = (tmp_path / "runs/credit-ppo/checkpoints").glob("*/critic/model.safetensors")
-        made = weights.stat().st_mtime_ns
-    assert weights.stat().st_mtime_ns == made and "000010/critic" in (tmp_path / "runs/credit.html").read_text()
+        monkeypatch.setattr(ppo, "main", None)
+    assert "000001/critic" in (tmp_path / "runs/credit.html").read_text()

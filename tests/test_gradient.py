@@ -17,6 +17,7 @@ import rloo
 import vanilla_pg
 from plumbing import load_module
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SMALL = gradient.Args(length=2, prompts=1)  # 3 responses to a prompt
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -105,6 +106,16 @@ def test_the_other_places_compute_the_same(bug, check):
 @each_bug
 def test_the_bug_is_seen(bug, check):
     assert check(hunt.plant(bug), bug) == (False, "the bug is still there")
+
+
+@pytest.mark.slow
+def test_the_first_check_of_a_process_samples_as_the_second_does(tmp_path):
+    """The tiny world's models are made once, and that must not move the random numbers."""
+    path = tmp_path / "copy.py"
+    path.write_text(hunt.plant(BUGS[4]))
+    command = [sys.executable, "exercises/hunt.py", "5", "--check", str(path)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 1 and found.stdout == f"{path}: the bug is still there\n"
 
 
 @pytest.mark.slow

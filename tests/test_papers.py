@@ -168,6 +168,7 @@ def test_a_real_run_with_its_evaluation(context, world, tmp_path, monkeypatch):
     assert papers.finish(None, command, 3, True, None) == found
 
 
+@pytest.mark.slow
 def test_a_failing_run_names_its_log(context, tmp_path, capsys):
     log = tmp_path / "run9.log"
     with pytest.raises(SystemExit):
