@@ -84,7 +84,7 @@ class EvaluationArgs:
     reward_weights: tuple[float, ...] = ()
     """weights of the rewards, if there are several; default: all 1"""
     gold: str = "auto"
-    """held-out reward, only logged, and judge of the win rate; auto: gold_reward in the --dataset file, if any; none"""
+    """held-out reward, which judges the win rate; auto: gold_reward in the --dataset file, if any; none: no gold"""
     completion_column: str | None = None
     """column of reference responses for the win rate, if it is not called completion"""
     max_prompt_length: int = 512

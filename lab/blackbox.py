@@ -35,7 +35,6 @@ class Update:
     generated: int = 0  # responses that it asked for: N, and greedy ones
     steps: list = field(default_factory=list)  # for each step of the policy's optimizer, the loss's gradient (P,)
     weights: torch.Tensor = None  # (N, T): the step is the mean over rows of sum_t weight_t grad log pi(y_t)
-    metrics: dict = field(default_factory=dict)  # what it logged
 
     @property
     def gradient(self):
@@ -94,7 +93,7 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
                 if update >= 0:
                     self.state = copy.deepcopy(snapshot[0])
                     set_random_states(snapshot[1])
-                self.state["step"], self.start = warmup + update + 1, 0.0
+                self.state["step"] = warmup + update + 1
                 self.noise = np.random.default_rng((self.args.seed, self.step))
                 seen.append(Update())
                 yield dataset[[i % len(dataset) for i in (rows(update) if rows else range(size))]]
@@ -111,13 +110,10 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
                 seen[-1].steps.append(torch.cat([gradient.flatten() for gradient in gradients]))
             optimizer.zero_grad()  # without gradients, the step that follows does nothing
 
-        def log(self, metrics, samples=0, tokens=0):
-            seen[-1].metrics |= metrics
-
-        def nothing(self, *_):
+        def nothing(self, *_, **__):
             pass
 
-        log_evaluation = save_model = checkpoint = nothing
+        log = log_evaluation = save_model = checkpoint = nothing
 
     def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None, greedy=False):
         update, batch = seen[-1], given(len(seen) - 1 - warmup, prompt_ids, k, greedy)

@@ -252,7 +252,7 @@ def test_the_weights_of_tokens_make_the_gradient(command):
         gradients = torch.autograd.grad(loss, list(world.policy.parameters()))
     assert update.gradient.norm() > 1e-3
     torch.testing.assert_close(torch.cat([part.flatten() for part in gradients]), update.gradient)
-    assert "policy/loss" in update.metrics and update.generated == 2
+    assert update.generated == 2
 
 
 def test_a_script_that_does_not_fit_gets_one_line(tmp_path):
