@@ -59,7 +59,7 @@ class Args(EvaluationArgs, DataArgs, SystemArgs):  # data, evaluation, memory, d
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
     """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
-    num_updates: int = 150
+    num_updates: int = 80
     """optimizer steps"""
     batch_size: int = 32
     """preference pairs per step"""

@@ -96,7 +96,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
     """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
-    num_updates: int = 150
+    num_updates: int = 80
     """rollouts, each used for epochs * minibatches optimizer steps"""
     epochs: int = 1
     """passes over each rollout"""

@@ -1,6 +1,7 @@
 """One training run: its flags, folder, log, progress bar and checkpoints. A Run never calls a script's code."""
 
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -89,7 +90,7 @@ class EvaluationArgs:
     """column of reference responses for the win rate, if it is not called completion"""
     max_prompt_length: int = 512
     """drop prompts with more tokens than this"""
-    eval_every: int = 25
+    eval_every: int = 40
     """updates between evaluations; 0 evaluates only before and after training"""
     eval_prompts: int = 256
     """number of held-out prompts per evaluation, with one sampled response each"""
@@ -110,6 +111,7 @@ class RunArgs(EvaluationArgs, DataArgs, SystemArgs):
 def parse(Args):
     """Args from the command line. With --resume, the flags of that run are the defaults."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before training starts there is nothing to save
+    gc.freeze()  # the packages stay to the end: looking for garbage among them would cost a second
     flags = [part for flag in sys.argv[1:] for part in flag.split("=", 1)]
     default = Args()
     if "--resume" in flags[:-1]:
@@ -118,17 +120,16 @@ def parse(Args):
         unknown = settings.keys() - {item.name for item in fields(Args)} - {"script", "nproc_per_node"}
         require(not unknown, f"--resume {folder}: this is a run of {settings['script']}.py, which has other flags "
                              f"({', '.join(sorted(unknown)[:3])})")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-                  if name not in ("script", "nproc_per_node")}
+        values = {name: value for name, value in settings.items() if name not in ("script", "nproc_per_node")}
         default = Args(**values | {"resume": folder, "output": None})
     groups = vars(tyro.cli(grouped(Args, default))).values()
     return Args(**{name: getattr(group, name) for group in groups for name in group.__dataclass_fields__})
 
 
 def grouped(Args, default):
-    """A dataclass with one field per class that Args is made of, the script's own first: the groups of --help.
+    """The groups of --help: a dataclass with a field for each class that Args is made of, the script's own first.
 
-    Each holds the flags that its class adds. The views are subclasses because tyro reads descriptions from the source.
+    Each holds the flags that its class adds, as a subclass, because tyro reads descriptions from the source.
     """
     groups, seen = [], set()
     for cls in filter(is_dataclass, Args.__mro__):
@@ -501,8 +502,7 @@ class Run:
         for name in old:
             print(f"{name:<20}{old[name]:>z10.3f}{new[name]:>z10.3f}")
         print(f"\nprompt   {as_text(test[0]['prompt'])}\nbefore   {old_texts[0]}\nafter    {new_texts[0]}")
-        print(f"\nthe policy is in {self.folder / 'model'}; "
-              f"to see the curves: tensorboard --logdir {self.folder.parent}")
+        print(f"\nthe policy is in {self.folder}/model; to see the curves: tensorboard --logdir {self.folder.parent}")
 
 
 SHOWN = {"objective/scores": "score", "objective/kl": "kl", "rollout/length": "length", "loss": "loss",
@@ -575,7 +575,7 @@ def read_settings(folder):
         assert isinstance(settings["script"], str) and isinstance(settings["nproc_per_node"], int)
     except Exception:
         stop(f"--resume {folder}: args.json is damaged; the run cannot be resumed without it")
-    return settings
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 SILENT = {"output", "resume", "device", "save_every", "keep"}  # flags that may change on --resume, without a note
@@ -591,7 +591,6 @@ def compare_settings(folder, old, new):
     """Print which flags of a resumed run have changed, and exit if it would be a different run."""
     require(old["script"] == new["script"],
             f"--resume {folder}: this is a run of {old['script']}.py; resume it with that script")
-    old = {name: tuple(value) if isinstance(value, list) else value for name, value in old.items()}
     changed = [name for name in new if old.get(name) != new[name] and name not in SILENT]
     for name in changed:
         flag = f"--{name.replace('_', '-')}"

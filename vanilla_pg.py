@@ -80,7 +80,7 @@ class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints 
     """linear warm-up updates"""
     max_grad_norm: float = 1.0
     """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
-    num_updates: int = 150
+    num_updates: int = 80
     """optimizer steps, each on a fresh rollout"""
     prompts_per_step: int = 64
     """prompts per rollout, with k responses each"""

@@ -64,8 +64,8 @@ def read_policy(args):
     require("k" in settings, f"--policy {args.policy}: a run of {settings['script']}.py, which samples no responses; "
                              f"name {args.policy}/model instead")
     require(saved, f"--policy {args.policy}: has no checkpoint yet")
-    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    flags |= {"reference": args.reference or flags["reference"] or flags["model"], "model": str(saved[-1] / "policy")}
+    flags = settings | {"reference": args.reference or settings["reference"] or settings["model"],
+                        "model": str(saved[-1] / "policy")}
     critic = saved[-1] / "critic"
     return flags | {"critic": str(critic) if critic.exists() else None}, settings["script"]
 

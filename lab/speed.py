@@ -3,6 +3,7 @@
     python lab/speed.py                                                   # one workload, given by flags
     python lab/speed.py --workload s-full s-ragged tldr-s                 # named ones
     python lab/speed.py --against trl --trl-python .venv-trl/bin/python     # docs/speed.md says how to make it
+    python lab/speed.py --without "shared prompts" "room in the cache"    # what each is worth: all by turns
 
 It makes a policy, a reward model of the same size (Llamas with random weights) and random prompts, and runs rloo.py's
 loop on them on the CPU, in a fresh process that reads a clock after each phase. The clock is the process's CPU time
@@ -35,6 +36,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Literal
+from unittest.mock import patch
 
 import datasets
 import torch
@@ -65,6 +67,11 @@ WORKLOADS = {
 }
 CONTENDERS = {"none": ["ours"], "trl": ["ours", "trl default", "trl tuned"], "trl-tuned": ["ours", "trl tuned"]}
 PHASES = "rollout score reference forward backward optimizer".split()
+REMEDIES = {  # name -> what takes its place in a measurement without it
+    "shared prompts": ("common.prompt_numbers", lambda batch: torch.arange(len(batch))),  # no two rows have the same
+    "room in the cache": ("common.RoomyLayer", lambda layer, room: layer),
+    "fitting micro-batches": ("speed.fitting_tokens", lambda model, device: 8192),
+}
 TEMPERATURE, BETA, LR = 0.7, 0.05, 1e-6  # so small a step leaves EOS's probability as it is
 WARMUP = 2  # updates of each process that are not counted
 
@@ -97,6 +104,8 @@ class Args:
     """threads of each process"""
     against: Literal["none", "trl", "trl-tuned"] = "none"
     """also measure TRL's RLOOTrainer, in both modes or only in the tuned one"""
+    without: tuple[str, ...] = ()
+    """also measure rloo.py without 'shared prompts', 'room in the cache' or 'fitting micro-batches' (or several)"""
     trl_python: str = sys.executable
     """python of an environment that has this project's requirements and TRL"""
     trl_rows: int = 16
@@ -211,6 +220,11 @@ def measure_ours(args, folder):
     return {"updates": updates[WARMUP:], "limit": max(limit, matmul_speed(args.dtype))}
 
 
+def measure_without(args, folder, remedy):
+    with patch(*REMEDIES[remedy]):
+        return measure_ours(args, folder)
+
+
 def measure_trl(args, folder, rows_at_a_time, **mode):
     """RLOOTrainer's steps with a clock. Returns: updates (list of dicts: seconds, tokens)."""
     from transformers import TrainerCallback
@@ -250,6 +264,7 @@ def child(what, folder):
         "ours": lambda: measure_ours(args, folder),
         "trl default": lambda: measure_trl(args, folder, 8),
         "trl tuned": lambda: measure_trl(args, folder, args.trl_rows, bf16=False, gradient_checkpointing=False),
+        **{f"without {remedy}": lambda remedy=remedy: measure_without(args, folder, remedy) for remedy in REMEDIES},
     }[what]()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
     (folder / "result.json").write_text(json.dumps(result | {"peak": peak}))
@@ -260,7 +275,7 @@ def measure(args):
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "args.json").write_text(json.dumps(asdict(args)))
-        for what in ["make"] + args.rounds * CONTENDERS[args.against]:
+        for what in ["make"] + args.rounds * (CONTENDERS[args.against] + [f"without {name}" for name in args.without]):
             python = args.trl_python if what.startswith("trl") else sys.executable
             code = f"import sys; sys.path.insert(0, {str(LAB)!r}); import speed; speed.child({what!r}, {folder!r})"
             threads = {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -307,6 +322,8 @@ def contender_table(results, rows):
 def main(args):
     for name in args.workload:
         require(name in WORKLOADS, f"--workload {name}: choose from {', '.join(WORKLOADS)}")
+    for name in args.without:
+        require(name in REMEDIES, f"--without {name}: choose from {', '.join(REMEDIES)}")
     if args.against != "none":
         require(os.access(args.trl_python, os.X_OK) and not subprocess.run(
             [args.trl_python, "-c", "import trl, tyro"], capture_output=True).returncode,

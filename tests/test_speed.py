@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import speed
@@ -95,12 +96,12 @@ def test_matmul_speed_is_positive():
 
 def test_contenders_are_measured_by_turns_in_fresh_processes(small, monkeypatch):
     args, _ = small
-    calls = []
+    calls, remedy = [], "without room in the cache"
 
     def process(command, env, **_):
         assert env["OMP_NUM_THREADS"] == "1"
         code = command[2]
-        what = next(name for name in ("make", "trl default", "trl tuned", "ours") if repr(name) in code)
+        what = next(name for name in ("make", "trl default", "trl tuned", "ours", remedy) if repr(name) in code)
         calls.append((command[0], what))
         folder = speed.Path(code.split(repr(what))[1].split("'")[1])
         assert json.loads((folder / "args.json").read_text())["k"] == 2
@@ -109,11 +110,24 @@ def test_contenders_are_measured_by_turns_in_fresh_processes(small, monkeypatch)
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(speed.subprocess, "run", process)
-    results = speed.measure(speed.replace(args, against="trl", trl_python="trl/python"))
-    both = [(sys.executable, "ours"), ("trl/python", "trl default"), ("trl/python", "trl tuned")]
-    assert calls == [(sys.executable, "make"), *both, *both]
-    assert results["ours"] == {"updates": [2, 5], "peak": 5, "limit": 0}
-    assert results["trl tuned"]["updates"] == [4, 7]
+    results = speed.measure(
+        speed.replace(args, against="trl", trl_python="trl/python", without=("room in the cache",)))
+    turn = [(sys.executable, "ours"), ("trl/python", "trl default"), ("trl/python", "trl tuned"),
+            (sys.executable, remedy)]
+    assert calls == [(sys.executable, "make"), *turn, *turn]
+    assert results["ours"] == {"updates": [2, 6], "peak": 6, "limit": 0}
+    assert results["trl tuned"]["updates"] == [4, 8] and results[remedy]["updates"] == [5, 9]
+
+
+@pytest.mark.parametrize("remedy", speed.REMEDIES)
+def test_a_remedy_that_is_taken_back_is_replaced_where_it_is_used(remedy, small, monkeypatch):
+    args, folder = small
+    target, replacement = speed.REMEDIES[remedy]
+    spy = Mock(side_effect=replacement)
+    monkeypatch.setitem(speed.REMEDIES, remedy, (target, spy))
+    monkeypatch.setattr(speed, "matmul_speed", lambda dtype: 1e9)
+    found = speed.measure_without(args, folder, remedy)
+    assert spy.called and [update["tokens"] for update in found["updates"]] == [30, 30]
 
 
 def test_a_process_that_fails_is_reported_in_one_line(small, monkeypatch, capsys):
@@ -190,6 +204,7 @@ def test_main_prints_both_tables_and_keeps_the_numbers(small, monkeypatch, capsy
     "flags, message",
     [
         (dict(workload=("s-full", "big")), "--workload big: choose from s-full, "),
+        (dict(without=("bfloat16",)), "--without bfloat16: choose from shared prompts, "),
         (dict(against="trl", trl_python="no/python"), "--trl-python no/python: cannot import trl"),
         (dict(against="trl-tuned", trl_python="/bin/false"), "--trl-python /bin/false: cannot import trl"),
     ],
