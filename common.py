@@ -82,30 +82,32 @@ def minibatches(n, epochs, count):
         yield from rows.tensor_split(count)
 
 
-def microbatches(max_tokens, *groups, rows=None):
+def microbatches(model, max_tokens, *groups, rows=None):
     """Yield index tensors that together cover `rows` (default: all) once, grouping rows of a prompt and similar length.
 
-    Row i of every group (one Batch, or chosen and rejected responses) lands in the same micro-batch. A micro-batch has
-    at most `max_tokens` tokens, padding included; a longer row gets its own. A loss that is summed over micro-batches
-    and divided by a count over the whole batch does not depend on `max_tokens`; only memory and speed do.
-
-    With several processes, each gets its share of the rows, and all get the same number of micro-batches, the last of
-    which may be empty: processes that hold parts of one sharded model must run it together.
+    Row i of every group (one Batch, or chosen and rejected responses) lands in the same micro-batch. It has at most
+    `max_tokens` tokens with padding, or one row; a prompt that the model runs once for several rows (see `forward`)
+    counts once, and an eighth for each further copy of its keys and values. This changes memory and speed, but not a
+    loss that is summed over micro-batches and divided by a count over the whole batch. Each of several processes gets
+    its share, in equally many micro-batches, some empty: holding parts of a sharded model, they must run it together.
     """
     prompt_lengths = torch.stack([batch.prompt_mask.sum(1) for batch in groups]).amax(0).tolist()
     lengths = torch.stack([batch.response_mask.sum(1) for batch in groups]).amax(0).tolist()
     prompts = prompt_numbers(groups[0]).tolist()
     longest = dict(sorted(zip(prompts, zip(lengths, prompt_lengths))))  # of each prompt's rows, which stay together
-    rows = range(len(lengths)) if rows is None else rows.tolist()
-    rows = sorted(rows, key=lambda row: (longest[prompts[row]], prompts[row], lengths[row]))
+    rows = sorted(range(len(lengths)) if rows is None else rows.tolist(),
+                  key=lambda row: (longest[prompts[row]], prompts[row], lengths[row]))
+
+    def tokens(part):
+        P, T = (max(numbers[row] for row in part) for numbers in (prompt_lengths, lengths))
+        B = len({prompts[row] for row in part}) if getattr(model, "shares_prompts", True) else len(part)
+        return (B * P + len(part) * T + (len(part) - B) * P // 8) * len(groups)
 
     def divide(rows):
-        parts, P, T = [[]], 0, 0
+        parts = [[]]
         for row in rows:
-            P, T = max(P, prompt_lengths[row]), max(T, lengths[row])
-            if parts[-1] and (len(parts[-1]) + 1) * (P + T) * len(groups) > max_tokens:
+            if parts[-1] and tokens([*parts[-1], row]) > max_tokens:
                 parts.append([])
-                P, T = prompt_lengths[row], lengths[row]
             parts[-1].append(row)
         return parts
 
@@ -195,9 +197,8 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
         output = policy(input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
                         past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1]
-    T = t + 1
     responses, response_mask, old_logprobs, ended = map(
-        sum_over_ranks, (responses[:, :T], response_mask[:, :T], old_logprobs[:, :T], ended))
+        sum_over_ranks, (responses[:, : t + 1], response_mask[:, : t + 1], old_logprobs[:, : t + 1], ended))
     return Batch(prompts, prompt_mask, responses.masked_fill(~response_mask, tokenizer.pad_token_id), response_mask,
                  ended, old_logprobs)
 
@@ -265,7 +266,7 @@ def forward(model, outputs, pick, batch, last):
 def no_grad_logprobs(model, batch, temperature, max_tokens):
     """`token_logprobs` in micro-batches, without gradients. Returns (N, T)."""
     logprobs = torch.zeros_like(batch.old_logprobs)
-    for rows in microbatches(max_tokens, batch):
+    for rows in microbatches(model, max_tokens, batch):
         logprobs[rows] = token_logprobs(model, batch[rows], temperature).to(logprobs.dtype)
     return sum_over_ranks(logprobs)
 
@@ -331,7 +332,7 @@ def token_values(critic, batch):
 def no_grad_values(critic, batch, max_tokens):
     """`token_values` in micro-batches, without gradients. Returns (N, T)."""
     values = torch.zeros_like(batch.old_logprobs)
-    for rows in microbatches(max_tokens, batch):
+    for rows in microbatches(critic, max_tokens, batch):
         values[rows] = token_values(critic, batch[rows]).to(values.dtype)
     return sum_over_ranks(values)
 

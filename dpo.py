@@ -118,7 +118,7 @@ def main(args):
         loss = 0.0
         optimizer.zero_grad()
         chosen_rewards, rejected_rewards = torch.zeros(2, len(chosen), device=device)  # (N,) each
-        for rows in microbatches(args.microbatch_tokens, chosen, rejected):
+        for rows in microbatches(policy, args.microbatch_tokens, chosen, rejected):
             chosen_logprobs = token_logprobs(policy, chosen[rows], args.temperature)  # (n, T)
             rejected_logprobs = token_logprobs(policy, rejected[rows], args.temperature)  # (n, T)
             part, chosen_rewards[rows], rejected_rewards[rows] = compute_loss(

@@ -133,7 +133,7 @@ def entropies(policy, batch, temperature, max_tokens):
         return -(logprobs.exp() * logprobs).sum(2)
 
     found = torch.zeros(len(batch), device=policy.device)  # (N,)
-    for rows in microbatches(max_tokens, batch):
+    for rows in microbatches(policy, max_tokens, batch):
         mask = batch.response_mask[rows]  # (n, T)
         found[rows] = ((forward(policy, outputs, pick, batch[rows], last=False) * mask).sum(1) / mask.sum(1)).float()
     return sum_over_ranks(found)

@@ -156,7 +156,7 @@ def main(args):
         for minibatch in minibatches(len(batch), args.epochs, args.minibatches):  # row numbers
             loss = 0.0
             optimizer.zero_grad()
-            for rows in microbatches(args.microbatch_tokens, batch, rows=minibatch):
+            for rows in microbatches(policy, args.microbatch_tokens, batch, rows=minibatch):
                 logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
                 part, outside = compute_loss(logprobs, batch.old_logprobs[rows], ref_logprobs[rows], advantages[rows],
                                              batch.response_mask[rows], args.clip, args.beta, args.length_mean)

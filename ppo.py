@@ -190,7 +190,7 @@ def main(args):
             loss = value_loss = 0.0
             optimizer.zero_grad()
             critic_optimizer.zero_grad()
-            for rows in microbatches(args.microbatch_tokens, batch, rows=minibatch):
+            for rows in microbatches(policy, args.microbatch_tokens, batch, rows=minibatch):
                 logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
                 part, outside = compute_loss(logprobs, batch.old_logprobs[rows], advantages[rows], args.clip)
                 (part / len(minibatch)).backward()

@@ -122,7 +122,7 @@ def main(args):
         # 5. update: one optimizer step on the best responses, in micro-batches
         loss = 0.0
         optimizer.zero_grad()
-        for rows in microbatches(args.microbatch_tokens, batch[best]):
+        for rows in microbatches(policy, args.microbatch_tokens, batch[best]):
             logprobs = token_logprobs(policy, batch[best[rows]], args.temperature)  # (n, T)
             part = compute_loss(logprobs) / num_tokens
             part.backward()

@@ -150,7 +150,7 @@ def main(args):
         for minibatch in minibatches(len(batch), args.epochs, args.minibatches):  # row numbers
             loss = 0.0
             optimizer.zero_grad()
-            for rows in microbatches(args.microbatch_tokens, batch, rows=minibatch):
+            for rows in microbatches(policy, args.microbatch_tokens, batch, rows=minibatch):
                 logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
                 part, outside = compute_loss(logprobs, batch.old_logprobs[rows], advantages[rows], args.clip)
                 part = part + args.beta * compute_kl_loss(logprobs, ref_logprobs[rows])

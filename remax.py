@@ -124,7 +124,7 @@ def main(args):
         # 5. update: one optimizer step on the whole batch, in micro-batches
         loss = 0.0
         optimizer.zero_grad()
-        for rows in microbatches(args.microbatch_tokens, batch):
+        for rows in microbatches(policy, args.microbatch_tokens, batch):
             logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
             part = compute_loss(logprobs, advantages[rows]) / len(batch)
             part.backward()

@@ -92,7 +92,7 @@ def evaluate_pairs(model, tokenizer, pairs, gold, args):
     for name in ("chosen", "rejected"):
         batch = encode(tokenizer, examples["prompt_ids"], examples[name], model.device)
         scores = torch.zeros(len(batch), device=model.device)
-        for rows in microbatches(args.microbatch_tokens, batch):
+        for rows in microbatches(model, args.microbatch_tokens, batch):
             scores[rows] = classifier_scores(model, batch[rows])
         rewards.append(sum_over_ranks(scores).cpu())
         if gold:
@@ -128,7 +128,7 @@ def main(args):
         rejected = encode(tokenizer, examples["prompt_ids"], examples["rejected"], device)
         loss = 0.0
         optimizer.zero_grad()
-        for rows in microbatches(args.microbatch_tokens, chosen, rejected):
+        for rows in microbatches(model, args.microbatch_tokens, chosen, rejected):
             rewards = [classifier_scores(model, batch[rows]) for batch in (chosen, rejected)]
             part = compute_loss(*rewards, args.center) / args.batch_size  # rewards: two of (n,)
             part.backward()

@@ -228,7 +228,7 @@ def load_reward(name, tokenizer, device, dtype, max_tokens, shard=False):
             prompt_ids = repeat(prompt_tokens(reward_tokenizer, examples["prompt"], f"reward {name}"), k)
             batch = encode(reward_tokenizer, prompt_ids, decode(tokenizer, batch), device, batch.ended.tolist())
         rewards = torch.zeros(len(batch), device=device)  # (N,)
-        for rows in microbatches(max_tokens, batch):
+        for rows in microbatches(model, max_tokens, batch):
             rewards[rows] = classifier_scores(model, batch[rows])
         return sum_over_ranks(rewards)
 

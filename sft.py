@@ -77,7 +77,7 @@ def main(args):
         num_tokens = batch.response_mask.sum()
         loss = 0.0
         optimizer.zero_grad()
-        for rows in microbatches(args.microbatch_tokens, batch):
+        for rows in microbatches(policy, args.microbatch_tokens, batch):
             logprobs = token_logprobs(policy, batch[rows], temperature=1.0)  # (n, T)
             part = compute_loss(logprobs) / num_tokens
             part.backward()

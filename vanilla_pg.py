@@ -141,7 +141,7 @@ def main(args):
         loss = value_loss = 0.0
         optimizer.zero_grad()
         critic_optimizer.zero_grad()
-        for rows in microbatches(args.microbatch_tokens, batch):
+        for rows in microbatches(policy, args.microbatch_tokens, batch):
             logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
             part = compute_loss(logprobs, advantages[rows]) / len(batch)
             part.backward()

@@ -114,9 +114,9 @@ def observe(path, flags, given=None):
     def given_rollout(*_, greedy=False):
         return sampled(given, len(seen.updates), greedy)
 
-    def seen_microbatches(max_tokens, *args, **kwargs):
+    def seen_microbatches(model, max_tokens, *args, **kwargs):
         seen.numbers[f"--microbatch-tokens in update {len(seen.updates)}"] = torch.tensor(float(max_tokens))
-        return common.microbatches(max_tokens, *args, **kwargs)
+        return common.microbatches(model, max_tokens, *args, **kwargs)
 
     def same_rows(args, split, tokenizer, **kwargs):
         key = (split, *kwargs.items())

@@ -205,7 +205,7 @@ def measure_ours(args, folder):
         advantages = rloo.compute_advantages(sequence_rewards(scores, kl, flags.beta), flags.k)
         lap("reference")
         optimizer.zero_grad()
-        for rows in microbatches(flags.microbatch_tokens, batch):
+        for rows in microbatches(policy, flags.microbatch_tokens, batch):
             logprobs = token_logprobs(policy, batch[rows], flags.temperature)
             loss = rloo.compute_loss(logprobs, advantages[rows]) / len(batch)
             lap("forward")

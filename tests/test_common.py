@@ -1,5 +1,6 @@
 """common.py: rollout, log-probs, masks, rewards, data."""
 
+import itertools
 import json
 import math
 
@@ -178,15 +179,27 @@ def test_kl_is_policy_minus_reference_and_its_mean_is_the_kl(policy, tokenizer):
 def test_microbatches_cover_every_row_once_within_the_budget(policy, tokenizer):
     torch.manual_seed(0)
     batch = rollout(policy, tokenizer, token_ids(tokenizer, PROMPTS), 8, 1.0, 12)
-    for budget in (1, 25, 60, 10_000):
-        parts = list(microbatches(budget, batch))
+    for shares, budget in itertools.product((True, False), (1, 25, 60, 10_000)):
+        policy.shares_prompts = shares
+        parts = list(microbatches(policy, budget, batch))
         assert sorted(torch.cat(parts).tolist()) == list(range(len(batch)))
         for rows in parts:
-            width = batch[rows].prompt_mask.sum(1).max() + batch[rows].response_mask.sum(1).max()
-            assert len(rows) == 1 or len(rows) * width <= budget
-    pairs = list(microbatches(60, batch, batch))
+            prompts = len(batch.prompts[rows].unique(dim=0)) if shares else len(rows)
+            P, T = (mask[rows].sum(1).max() for mask in (batch.prompt_mask, batch.response_mask))
+            assert len(rows) == 1 or prompts * P + len(rows) * T + (len(rows) - prompts) * P // 8 <= budget
+    pairs = list(microbatches(policy, 60, batch, batch))
     assert sorted(torch.cat(pairs).tolist()) == list(range(len(batch)))
-    assert len(pairs) > len(list(microbatches(60, batch)))
+    assert len(pairs) > len(list(microbatches(policy, 60, batch)))
+
+
+def test_a_prompt_that_runs_once_counts_once(policy):
+    """Four rows of 100 + 10 tokens: 100 + 40, and 37 for 3 copies of keys and values. Or 440, if each row is whole."""
+    prompts, responses = torch.ones(4, 100, dtype=torch.bool), torch.ones(4, 10, dtype=torch.bool)
+    batch = Batch(prompts.long(), prompts, responses.long(), responses, responses[:, 0], responses * 0.0)
+    for shares, whole in ((True, 100 + 40 + 37), (False, 440)):
+        policy.shares_prompts = shares
+        assert [len(rows) for rows in microbatches(policy, whole, batch)] == [4]
+        assert [len(rows) for rows in microbatches(policy, whole - 1, batch)] == [3, 1]
 
 
 # ------------------------------------------------------------------------------------------------ rewards

@@ -153,7 +153,7 @@ DAMAGE = {  # old text of rloo.py, new text -> what is said
     ("        run.log(metrics", "        break\n        run.log(metrics"): "it makes 1 of 2 updates",
     ("    run = Run(", "    return policy\n    run = Run("): "it makes 0 of 2 updates",
     ("rewards = sequence_rewards(", "scores[0] = 0 / torch.zeros(())\n        rewards = sequence_rewards("): "it stops",
-    ("microbatches(args.microbatch_tokens, batch)", "[torch.arange(len(batch))]"): "no longer --microbatch-tokens",
+    ("microbatches(policy, args.microbatch_tokens, batch)", "[torch.arange(len(batch))]"): "no longer --microbatch-tokens",
 }
 
 

@@ -46,7 +46,7 @@ def outcome(model, function, batch, shares_prompts, max_tokens=10_000):
     model.zero_grad()
     found = {}
     weights = torch.arange(1.0, 1 + batch.responses.numel(), dtype=torch.float64).view(batch.responses.shape).sin()
-    for rows in microbatches(max_tokens, batch):
+    for rows in microbatches(model, max_tokens, batch):
         values = function(model, batch[rows])
         (values * weights[rows].view(len(rows), -1)[:, : values.view(len(rows), -1).shape[1]].reshape(values.shape)
          ).sum().backward()  # fmt: skip
@@ -113,7 +113,7 @@ def test_a_prompt_runs_once_and_without_siblings_nothing_changes():
 def test_siblings_stay_together():
     batch = ragged_batch(300, (4, 4, 4, 4))
     numbers = batch.prompts.masked_fill(~batch.prompt_mask, -1).unique(dim=0, return_inverse=True)[1]
-    parts = list(microbatches(4 * (13 + 10), batch))
+    parts = list(microbatches(None, 4 * 13, batch))
     assert len(parts) > 2 and sorted(torch.cat(parts).tolist()) == list(range(16))
     assert len(numbers[torch.cat(parts)].unique_consecutive()) == 4
 
