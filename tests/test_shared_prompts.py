@@ -113,7 +113,7 @@ def test_a_prompt_runs_once_and_without_siblings_nothing_changes():
 def test_siblings_stay_together():
     batch = ragged_batch(300, (4, 4, 4, 4))
     numbers = batch.prompts.masked_fill(~batch.prompt_mask, -1).unique(dim=0, return_inverse=True)[1]
-    parts = list(microbatches(None, 4 * 13, batch))
+    parts = list(microbatches(make("gpt2", torch.float64), 4 * 13, batch))
     assert len(parts) > 2 and sorted(torch.cat(parts).tolist()) == list(range(16))
     assert len(numbers[torch.cat(parts)].unique_consecutive()) == 4
 
