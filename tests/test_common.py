@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+import random
 
+import numpy
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from helpers.tiny import CPU, data_args, make_policy, make_tokenizer, save_classifier, save_policy, token_ids
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, set_seed
 
 from common import (
     Batch,
@@ -24,7 +26,18 @@ from common import (
     token_kl,
     token_logprobs,
 )
-from plumbing import batches, eos_ids, load_dataset, load_model, load_rows, load_tokenizer, pad
+from plumbing import (
+    batches,
+    eos_ids,
+    isolated_rng,
+    load_dataset,
+    load_model,
+    load_rows,
+    load_tokenizer,
+    pad,
+    random_states,
+    set_random_states,
+)
 from runs import load_reward
 
 WORDS = "a b c d e f".split()
@@ -187,9 +200,23 @@ def test_microbatches_cover_every_row_once_within_the_budget(policy, tokenizer):
             prompts = len(batch.prompts[rows].unique(dim=0)) if shares else len(rows)
             P, T = (mask[rows].sum(1).max() for mask in (batch.prompt_mask, batch.response_mask))
             assert len(rows) == 1 or prompts * P + len(rows) * T + (len(rows) - prompts) * P // 8 <= budget
-    pairs = list(microbatches(policy, 60, batch, batch))
-    assert sorted(torch.cat(pairs).tolist()) == list(range(len(batch)))
-    assert len(pairs) > len(list(microbatches(policy, 60, batch)))
+    assert len(list(microbatches(policy, 60, batch, batch))) > len(list(microbatches(policy, 60, batch)))
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_pairs_stay_within_the_budget_whichever_response_is_longer(shares, policy):
+    """Both parts of a micro-batch are padded to what it holds, so the longer response of each pair counts."""
+    lengths = torch.tensor([[1, 9], [9, 1], [2, 8], [8, 2], [1, 1], [9, 9]])  # (6, 2)
+    prompts, long = torch.ones(6, 5, dtype=torch.bool), torch.arange(9)
+    groups = [Batch(prompts.long(), prompts, mask.long(), mask, mask[:, 0], mask * 0.0)
+              for mask in (long < length.unsqueeze(1) for length in lengths.T)]  # fmt: skip
+    policy.shares_prompts = shares
+    for budget in (28, 56, 84, 1000):
+        parts = list(microbatches(policy, budget, *groups))
+        assert sorted(torch.cat(parts).tolist()) == list(range(6))
+        for rows in parts:
+            prompts = 5 + (len(rows) - 1) * 5 // 8 if shares else 5 * len(rows)
+            assert len(rows) == 1 or 2 * (prompts + len(rows) * lengths[rows].max()) <= budget
 
 
 def test_a_prompt_that_runs_once_counts_once(policy):
@@ -288,6 +315,48 @@ def test_the_datasets_completions_are_scored_once_and_ties_count_half(world):
     values, _ = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4,
                          opponents=values["score"])  # fmt: skip
     assert values["win_rate"].tolist() == [0.5] * 16
+
+
+def test_the_last_reward_judges_unless_another_is_named(policy, tokenizer):
+    dataset = Dataset.from_dict(
+        {"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS), "completion": ["a b c"] * 4}
+    )
+    length = lambda batch, columns: {"score": batch.response_mask.sum(1).float()}
+    brevity = lambda batch, columns: {"gold": -batch.response_mask.sum(1).float()}
+    for judge, sign in ((None, -1), ("gold", -1), ("score", 1)):
+        values, _ = evaluate(policy, policy, tokenizer, {"score": length, "gold": brevity}, dataset, EvaluateArgs, k=2,
+                             judge=judge)  # fmt: skip
+        assert values["win_rate"].tolist() == [(1 + sign * ((n > 4) - (n < 4))) / 2 for n in values["length"].tolist()]
+        assert {0.0, 1.0} <= set(values["win_rate"].tolist())
+
+
+def random_numbers():
+    return [torch.rand(()).item(), random.gauss(), numpy.random.normal()]  # the last two keep a second one for later
+
+
+@pytest.mark.parametrize("drawn", [0, 1])
+def test_random_states_go_on_after_they_are_saved(drawn, tmp_path):
+    set_seed(3)
+    for _ in range(drawn):
+        random_numbers()
+    torch.save(random_states(), tmp_path / "states.pt")
+    expected = [random_numbers() for _ in range(3)]
+    set_seed(4)
+    set_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
+    assert [random_numbers() for _ in range(3)] == expected
+
+
+def test_isolated_random_numbers_change_no_others():
+    set_seed(3)
+    expected = [random_numbers() for _ in range(2)]
+    set_seed(3)
+    found = [random_numbers()]
+    with isolated_rng(5):
+        inside = random_numbers()
+    found.append(random_numbers())
+    with isolated_rng(5):
+        assert random_numbers() == inside
+    assert found == expected
 
 
 # ------------------------------------------------------------------------------------------------ data

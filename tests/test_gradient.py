@@ -1,5 +1,6 @@
 """lab/gradient.py agrees with test_exact.py, names the bias in broken copies of scripts, finds none in sound ones."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from helpers import loop
 from helpers.exact import Enumeration
 from helpers.tiny import make_float64_critic
 
+import dpo
 import gradient
 import reinforce
 import remax
@@ -112,6 +114,60 @@ def test_known_bias(command):
     with loop.float64():
         found = gradient.measure(command, world, args)
     assert (found.cosine, found.length) == pytest.approx(exact.BIASED[name][1], abs=1e-3)
+
+
+def assert_is(found, weighted, true, generated):
+    """The Result is that of these (probability, gradient) pairs, added up one by one."""
+    assert sum(weight for weight, _ in weighted) == pytest.approx(1, abs=1e-12)
+    mean = sum(weight * gradient for weight, gradient in weighted)
+    variance = sum(weight * (gradient - mean).norm() ** 2 for weight, gradient in weighted) * generated
+    along = (mean @ true / true.norm() ** 2).item()
+    assert found.cosine == pytest.approx((mean @ true / (mean.norm() * true.norm())).item(), abs=1e-9)
+    assert found.length == pytest.approx(along, abs=1e-9)
+    assert found.bias == pytest.approx(((mean - true).norm() / true.norm()).item(), abs=1e-9)
+    assert found.variance == pytest.approx((variance / true.norm() ** 2).item(), rel=1e-9)
+    assert found.noise == pytest.approx((variance / true.norm() ** 2).item() / along**2, rel=1e-9)
+
+
+@pytest.mark.parametrize("command", ["grpo.py", "ppo.py --lam 0 --no-whiten --clip inf"])
+def test_variance_of_a_biased_script_is_the_plain_sum_over_draws(command):
+    args, world, enumerated = same_world(length=2, k=2)
+    with loop.float64():
+        found = gradient.measure(command, world, args)
+    loss, probs = SAME[command](enumerated, 2), enumerated.probs.detach()
+    draws = [((probs[a] * probs[b]).item(), enumerated.gradient(loss(torch.tensor([a, b]))))
+             for a, b in itertools.product(range(len(probs)), repeat=2)]
+    assert_is(found, draws, enumerated.true_gradient(exact.BETA), generated=2)
+
+
+def test_dpo_is_the_plain_sum_over_pairs():
+    """Two samples of which the better one is likely the chosen one: sigmoid of how much better it is."""
+    args = gradient.Args(length=2, prompts=2)
+    with loop.float64():
+        world = gradient.make_world(args)
+        found = gradient.measure("dpo.py", world, args)
+        logprobs = world.logprobs(args.temperature)
+        ref_logprobs = world.logprobs(args.temperature, world.reference).detach()
+        scores, pairs = world.scores - args.missing_eos_penalty * ~world.batch.ended, []
+        for prompt, a, b in itertools.product(range(2), range(world.M), range(world.M)):
+            first, second = prompt * world.M + a, prompt * world.M + b
+            both = (logprobs[first].sum() + logprobs[second].sum()).exp() / 2  # either prompt is as likely
+            for chosen, rejected in ((first, second), (second, first)):
+                loss, *_ = dpo.compute_loss(logprobs[[chosen]], logprobs[[rejected]], ref_logprobs[[chosen]],
+                                            ref_logprobs[[rejected]], args.beta)
+                gradients = torch.autograd.grad(loss, list(world.policy.parameters()), retain_graph=True)
+                pairs.append((both.item() * torch.sigmoid(scores[chosen] - scores[rejected]).item(),
+                              torch.cat([part.flatten() for part in gradients])))
+        true = world.true_gradient([0, 1], args.temperature, args.beta, args.missing_eos_penalty)
+    assert_is(found, pairs, true, generated=2)
+
+
+@pytest.mark.parametrize("bias, error, said", [
+    (0.299, 0.1, "no bias seen: 0.30 ± 0.10"), (0.301, 0.1, "biased: points 60° off, 0.50 of the length"),
+    (0.001, 0.0, "biased: points 60° off, 0.50 of the length"), (9e-7, 0.0, "unbiased to 1e-6"),
+    (9e-7, 1e-7, "unbiased to 1e-6")])
+def test_verdict_allows_three_standard_errors(bias, error, said):
+    assert gradient.Result(cosine=0.5, length=0.5, bias=bias, error=error, variance=1.0, draws=9).verdict() == said
 
 
 # ------------------------------------------------------------------------------------------------ edited copies
@@ -283,6 +339,16 @@ def test_bad_flags(flags, line, capsys):
     with pytest.raises(SystemExit):
         gradient.main(gradient.Args(**flags))
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_the_tables_columns():
+    found = gradient.Result(cosine=0.8, length=0.5, bias=0.7, error=0.25, variance=3.0, draws=9)
+    backward = gradient.Result(cosine=-0.8, length=-0.5, bias=1.7, error=0.0, variance=30.0, draws=9)
+    assert gradient.table({"a.py --k 2": found, "b.py": backward, "c.py": "no such file"}).splitlines() == [
+        "|  | cosine | length | bias | variance | at length 1 |  |", "| --- | --- | --- | --- | --- | --- | --- |",
+        "| `a.py --k 2` | 0.800 | 0.500 | 0.700 ± 0.250 | 3 | 12 | no bias seen: 0.70 ± 0.25 |",
+        "| `b.py` | -0.800 | -0.500 | 1.700 | 30 | – | biased: points 143° off, away from it, -0.50 of the length |",
+        "| `c.py` | – | – | – | – | – | no such file |"]
 
 
 def test_table_and_picture(tmp_path, capsys):

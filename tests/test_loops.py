@@ -110,7 +110,7 @@ RUNS += [("sft", PAIRS | flags) for flags in [
 ]]  # fmt: skip
 RUNS += [("reward_model", PAIRS | {"model": f"{HERE}:critic"} | flags) for flags in [
     {"eval_every": 1},
-    {"dataset": f"{HERE}:tied_pairs", "microbatch_tokens": 1},
+    {"dataset": f"{HERE}:tied_pairs", "microbatch_tokens": 1, "gold": f"{HERE}:brevity"},
     {"center": 0.5, "gold": f"{HERE}:brevity", "eval_every": 1, "microbatch_tokens": 1, "num_updates": 4},
     {"lr_schedule": "linear", "warmup_updates": 2, "weight_decay": 0.1, "max_grad_norm": 0.1},
 ]]  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 import torch
 import tyro
 from experiments import EXPERIMENTS, RATES, TUNED, Claim, Experiment
+from torch.utils.tensorboard import SummaryWriter
 
 RUN = {"updates": [0, 20, 40], "score": [0.0, 1.0, 3.0], "gold": [4.0, 6.0, 5.0], "kl": [0.0, 2.0, 4.0],
        "samples": [0, 16, 32],
@@ -143,6 +144,27 @@ def test_saved_numbers_are_not_computed_again(fake, tmp_path):
     assert len(fake.done) == 8
     papers.sweep(["first"], {"rloo.py": "0.2"}, papers.Args(output=str(tmp_path / "third"), again=True))
     assert len(fake.done) == 12
+
+
+def test_the_length_of_wrong_answers_is_that_of_the_wrong_ones(tmp_path):
+    """A run of mini math with four answers: before training the wrong ones have 2 and 5 tokens, after it only one."""
+    (tmp_path / "args.json").write_text(json.dumps({"dataset": "tasks/mini_math.py:prompts"}))
+    (tmp_path / "cost.json").write_text(json.dumps({"cpu_seconds": 7.129, "peak_mb": 3.0}))
+    with SummaryWriter(tmp_path) as writer:
+        for step, score in ((0, 0.5), (1, 0.25), (2, 0.75)):
+            writer.add_scalar("eval/score", score, step)
+        for step, samples in ((1, 8), (2, 16)):
+            writer.add_scalar("time/samples", samples, step)
+            writer.add_scalar("time/seconds", 1.5 * samples, step)
+            writer.add_scalar("policy/clipfrac", 0.125 * step, step)
+    values = lambda scores, lengths: ({"score": torch.tensor(scores), "length": torch.tensor(lengths)}, [])
+    state = {"before": values([1.0, 0, 0, 1], [9.0, 2, 5, 9]), "after": values([1.0, 1, 0, 1], [1.0, 1, 4, 1])}
+    (tmp_path / "checkpoints" / "000002").mkdir(parents=True)
+    torch.save({"state": state}, tmp_path / "checkpoints" / "000002" / "state.pt")
+    assert papers.read_numbers(tmp_path) == {
+        "updates": [0, 1, 2], "samples": [0, 8, 16], "score": [0.5, 0.25, 0.75], "clipfrac": 0.1875, "seconds": 12.0,
+        "wrong_length_before": 3.5, "wrong_length_after": 4.0, "growth_of_wrong": 0.5, "cpu_seconds": 7.13,
+        "peak_mb": 3.0}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import kill
 import pytest
 import torch
-from helpers.tiny import ROOT, Child, call_script, run_two, save_policy, wait_for
+from helpers.tiny import ROOT, Child, call_script, run_two, save_policy, scalars, wait_for
 
 import runs
 import rloo
@@ -191,6 +192,27 @@ def test_what_cannot_go_on_is_refused(copy, world, capsys, tmp_path):
         (lambda: resume(world, copy, keep=0), "--keep 0"),
     ]:
         assert expected in refused(capsys, call, tmp_path)
+
+
+def test_the_log_goes_on_as_if_the_run_had_never_stopped(world, tmp_path, monkeypatch):
+    """With a clock that ticks once whenever it is read: twice in each update. The last updates are made twice."""
+    ticks = itertools.count()
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(runs, "pick_threads", lambda *_: 1)
+    folder = tmp_path / "run"
+    rloo.main(rloo.Args(**flags_of("rloo", world, num_updates=5, keep=3), output=str(folder)))
+    for name in ("000004", "000005"):  # as if it had been killed after the log of update 5 was written
+        shutil.rmtree(folder / "checkpoints" / name)
+    resume(world, folder)
+    curves = scalars(folder)
+    for name, points in curves.items():
+        expected = [0, 2, 4, 6] if name.startswith("eval/") else [1, 2, 3, 4, 5, 6]
+        assert [step for step, _ in points] == expected, name
+    seconds, lengths = curves["time/seconds"][0][1], dict(curves["rollout/length"])
+    assert curves["time/samples"] == [(step, 12.0 * step) for step in range(1, 7)]
+    assert curves["time/seconds"] == [(step, seconds * step) for step in range(1, 7)]
+    assert curves["time/tokens_per_second"] == [(step, pytest.approx(12 * lengths[step] / seconds))
+                                                for step in range(1, 7)]  # fmt: skip
 
 
 def test_another_model_shape_is_refused(copy, world, capsys, tmp_path):

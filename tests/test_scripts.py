@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers.tiny import CPU, make_tokenizer, save_policy, token_ids
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import evaluate
@@ -135,7 +136,11 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
         losses.append(policy(ids, labels=labels).loss.item())
     assert metrics["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
 
-    flags |= {"greedy": True, "against": world.policy}
+    flags |= {"against": world.policy}  # two samples of one policy: as good as each other, but not the same
+    results = evaluate.main(evaluate.Args(policies=(world.policy,), output=str(tmp_path / "even.json"), **flags))
+    assert results[world.policy]["score"] == metrics["score"] and results[world.policy]["win_rate+-"] > 0.01
+
+    flags |= {"greedy": True}
     results = evaluate.main(evaluate.Args(policies=(world.policy,), output=str(tmp_path / "b.json"), **flags))
     assert results[world.policy]["win_rate"] == 0.5 and "kl" not in results[world.policy]
 
@@ -166,6 +171,18 @@ def test_pass_at_k_and_distinct_by_hand():
     assert not any(name.startswith("pass@") for name in evaluate.summarize(half, ["a"] * 12, 4))
 
 
+def test_summary_by_hand():
+    """Three prompts with two responses: the variance is that within a prompt, the error that between prompts."""
+    values = {"score": [1.0, 3, 10, 10, -2, 2], "gold": [6.0, 0, 0, 0, 0, 0], "win_rate": [1.0, 1, 0, 0.5, 0, 0],
+              "kl": [0.0, 6, 0, 0, 0, 0], "length": [1.0, 2, 3, 4, 5, 9], "eos_rate": [1.0, 1, 1, 0, 0, 0],
+              "entropy": [2.0] * 6}
+    metrics = evaluate.summarize({name: torch.tensor(row) for name, row in values.items()}, ["a a", "b"] * 3, 2)
+    assert metrics == pytest.approx({
+        "score": 4, "variance": (2 + 0 + 8) / 3, "distinct": 1, "gold": 1, "win_rate": (1 + 0.25 + 0) / 3,
+        "win_rate+-": math.sqrt(((7 / 12) ** 2 + (2 / 12) ** 2 + (5 / 12) ** 2) / 2 / 3), "diversity_1": 0.75,
+        "diversity_2": 1, "entropy": 2, "length": 4, "eos_rate": 0.5, "kl": 1})
+
+
 @pytest.mark.parametrize("max_tokens", [1, 10_000])
 def test_entropy_is_that_of_the_whole_vocabulary_at_each_token(world, max_tokens):
     policy, tokenizer = load_model(world.policy, CPU), load_tokenizer(world.policy)
@@ -181,6 +198,40 @@ def test_entropy_is_that_of_the_whole_vocabulary_at_each_token(world, max_tokens
 def test_diversity_by_hand():
     assert evaluate.diversity(["a b a b", "c d"], 1) == pytest.approx((0.5 + 1) / 2)
     assert evaluate.diversity(["a b a b", "c d", "e"], 2) == pytest.approx((2 / 3 + 1) / 2)
+
+
+def write_run(folder, settings, **metrics):
+    """A run folder with a log: each metric is a dict step -> value."""
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps({"script": "rloo"} | settings))
+    with SummaryWriter(folder) as writer:
+        for name, points in metrics.items():
+            for step, value in points.items():
+                writer.add_scalar(name.replace("_", "/", 1), value, step)
+    return str(folder)
+
+
+def test_plotted_curves_by_hand(tmp_path, monkeypatch):
+    """Two seeds are one curve, their mean, with a band of a standard deviation of y; another flag is another curve."""
+    runs = [write_run(tmp_path / name, {"k": k, "seed": seed, "output": name, "nproc_per_node": seed},
+                      eval_score={0: 1.0, 5: score, 9: 4.0}, eval_kl={0: 0.0, 5: kl, 9: 3.0}, policy_loss={5: 9.0},
+                      time_samples={n: 4.0 * n * k for n in range(1, 10)}, time_seconds={5: 10.0 * seed, 9: 20.0})
+            for name, k, seed, score, kl in (("a", 2, 1, 2.0, 1.0), ("b", 2, 2, 6.0, 2.0), ("c", 3, 1, 8.0, 5.0))]
+    figures, real = [], plot.plt.subplots
+    monkeypatch.setattr(plot.plt, "subplots", lambda *args, **kwargs: figures.append(real(*args, **kwargs)) or figures[0])
+    plot.main(plot.Args(runs=tuple(runs), y=("eval/score", "eval/none"), output=f"{tmp_path}/a.png"))
+    (figure, ((*axes,),)) = figures[0]
+    assert [axis.get_xlabel() for axis in axes] == ["updates", "samples", "training seconds", "KL to the reference"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["rloo --k 2 (2 seeds)", "rloo --k 3 (1 seed)"]
+    xs = [[0, 5, 9], [0, 40, 72], [0, 15, 20], [0, 1.5, 3]], [[0, 5, 9], [0, 60, 108], [0, 10, 20], [0, 5, 3]]
+    for number, (mean, std) in enumerate((([1, 4, 4], [0, 2, 0]), ([1, 8, 4], [0, 0, 0]))):
+        for axis, x in zip(axes, xs[number], strict=True):
+            assert axis.lines[number].get_xdata().tolist() == x and axis.lines[number].get_ydata().tolist() == mean
+            if x[-1] != 3:  # not against the KL
+                band = {tuple(point) for point in axis.collections[number].get_paths()[0].vertices.tolist()}
+                assert band == {(a, m + sign * s) for a, m, s in zip(x, mean, std) for sign in (-1, 1)}
+    assert not axes[3].collections
 
 
 @pytest.mark.slow

@@ -51,6 +51,9 @@ def test_rouge_l_by_hand():
     expected = [1, 3 / 4, 2 / 4, 4 / 5, 0, 0]  # the first three are the example of Lin 2004
     assert rouge.rouge_l(["p"] * 6, texts, references, other=[1] * 6) == pytest.approx(expected)
     assert rouge.rouge_l(["p"], [[{"role": "assistant", "content": "b a c"}]], ["a b c"]) == pytest.approx([2 / 3])
+    once = rouge.rouge_l(["p"] * 2, ["the", "the the"], ["the the", "the"])  # a word matches one word
+    assert once == pytest.approx([2 / 3, 2 / 3])
+    assert rouge.rouge_l(["p"] * 2, ["the cat", "THE CAT"], ["The CAT", "the cat"]) == [1, 1]
 
 
 @pytest.mark.slow
