@@ -3,6 +3,7 @@
     python lab/gradient.py                                             # every algorithm of this project
     python lab/gradient.py rloo.py my_rloo.py "ppo.py --lam 0.9"       # any scripts, with flags
     python lab/gradient.py rloo.py "reinforce.py --baseline none" --constant 3
+    python lab/gradient.py --toys 11                                   # ranges over eleven worlds
 
 In a world so small that every response can be written down, a script's own `main` makes an update for every rollout
 that could be sampled, and the gradient is read where the policy's optimizer would step. Weighted by the rollouts'
@@ -12,7 +13,8 @@ KL(pi || pi_ref).
 The table: the cosine of the mean gradient to the true one; the length of its projection on it; the bias, the norm of
 their difference; the variance, the trace of the covariance times the responses that an update generates (divide it by
 yours); that variance once the step is rescaled to length 1. All but the cosine are shares of the true gradient's norm,
-or of its square.
+or of its square. With --toys, each number is the median (smallest to largest) over worlds with other weights and
+scores, and the variances are multiples of the first script's in the same world.
 
 A script fits if it has the form of rloo.py: Args, a `main` that calls `rollout` once per update, and a Run that holds
 the policy. Its flags --beta, --temperature and --missing-eos-penalty also define the gradient that it is compared with.
@@ -24,6 +26,7 @@ import itertools
 import math
 import random
 import shlex
+import statistics
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -46,7 +49,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 WORLD = str(LAB / "tiny_world.py")
 SCRIPTS = (
-    "reinforce.py --baseline none", "reinforce.py", "rloo.py", "lab/rloo_token.py", "remax.py --k 1", "remax.py",
+    "rloo.py", "lab/rloo_token.py", "reinforce.py --baseline none", "reinforce.py", "remax.py --k 1", "remax.py",
     "vanilla_pg.py", "ppo.py --lam 1 --no-whiten", "ppo.py --lam 0.95 --no-whiten", "ppo.py --lam 0 --no-whiten",
     "ppo.py", "reinforce_pp.py --no-normalize-scores --no-whiten", "reinforce_pp.py",
     "reinforce_pp_baseline.py --no-whiten", "reinforce_pp_baseline.py", "grpo.py --no-scale-std --no-length-mean",
@@ -81,6 +84,11 @@ class Args:
     """factor on the logits of policy and reference: above 1, fewer responses have most of the probability"""
     critic_error: float = 1.0
     """standard deviation of the critic's error, one for each state; 0 is a critic that knows the true values"""
+    at_optimum: bool = False
+    """scores that make the policy the optimum of E[r] - beta KL, where the true gradient is 0; shares are of the
+    gradient of E[r]"""
+    toys: int = 1
+    """worlds with other weights and scores, over which to give ranges; the first is that of a single one"""
     draws: int = 1500
     """rollouts per script; if more than this many are possible, this many are sampled"""
     seed: int = 1
@@ -91,7 +99,11 @@ class Args:
 
 @dataclass
 class Result:
-    """What an estimator's gradient is, over all draws. Shares are of the true gradient's norm, or its square."""
+    """What an estimator's gradient is, over all draws. Shares are of the true gradient's norm, or its square.
+
+    At the optimum, where the true gradient is 0, the gradient of E[r] takes its place; only the bias, which is the
+    length of the mean gradient there, is still measured from 0.
+    """
 
     cosine: float  # of the mean gradient to the true one
     length: float  # of the mean gradient's projection on the true one, as a share
@@ -99,6 +111,7 @@ class Result:
     error: float  # standard error of the bias; 0 if every draw was enumerated
     variance: float  # trace of the covariance times the generated responses of an update, as a share
     draws: int
+    at_optimum: bool = False
 
     @property
     def angle(self):
@@ -106,8 +119,8 @@ class Result:
 
     @property
     def noise(self):
-        """The variance of an estimator that is rescaled to length 1."""
-        return self.variance / self.length**2
+        """The variance of an estimator that is rescaled to length 1; infinite if it points away from the true one."""
+        return self.variance / self.length**2 if self.length > 0 else math.inf
 
     def verdict(self):
         if self.error and self.bias < 3 * self.error:
@@ -123,12 +136,15 @@ class Result:
 
 def check_args(args):
     """Exit with a one-line error if a flag has an invalid value."""
-    for name, least, most in (("k", 1, 8), ("prompts", 1, 4), ("words", 1, 6), ("length", 1, 6), ("draws", 1, 10**6)):
+    for name, least, most in (("k", 1, 8), ("prompts", 1, 4), ("words", 1, 6), ("length", 1, 6), ("draws", 1, 10**6),
+                              ("toys", 1, 1000)):
         value = getattr(args, name)
         require(least <= value <= most, f"--{name} {value}: must be between {least} and {most}")
     count = sum(args.words**n for n in range(args.length + 1))
     require(count <= 200, f"--words {args.words} --length {args.length}: {count} responses to a prompt are too many; "
                           "200 are possible")
+    require(args.beta > 0 or not args.at_optimum, f"--at-optimum --beta {args.beta}: without a KL there is no optimum "
+            "inside; give a positive --beta")
     for name, ok in (("temperature", args.temperature > 0), ("peaked", args.peaked > 0), ("beta", args.beta >= 0)):
         require(ok, f"--{name} {getattr(args, name)}: must be {'0 or more' if name == 'beta' else 'positive'}")
     require(args.critic_error >= 0, f"--critic-error {args.critic_error}: must be 0 or more")
@@ -248,15 +264,17 @@ def measure(command, world, args):
         all_pairs(command, world, args, batch, world.scores - penalty * ~batch.ended) if pairs
         else all_rollouts(command, world, args, flags, batch, prompts))  # (D, P), (D,)
     true = world.true_gradient(prompts, flags.temperature, flags.beta, penalty)  # (P,)
+    unit = world.true_gradient(prompts, flags.temperature, 0.0, penalty) if args.at_optimum else true  # (P,)
     mean = weights @ found  # (P,)
-    variance = (weights @ (found - mean).square().sum(1) / true.norm() ** 2).item()
+    variance = (weights @ (found - mean).square().sum(1) / unit.norm() ** 2).item()
     return Result(
-        cosine=(mean @ true / mean.norm() / true.norm()).item(),
-        length=(mean @ true / true.norm() ** 2).item(),
-        bias=((mean - true).norm() / true.norm()).item(),
+        cosine=(mean @ unit / mean.norm() / unit.norm()).item(),
+        length=(mean @ unit / unit.norm() ** 2).item(),
+        bias=((mean - true).norm() / unit.norm()).item(),
         error=0.0 if exact else math.sqrt(variance / len(found)),
         variance=variance * generated,
         draws=len(found),
+        at_optimum=args.at_optimum,
     )
 
 
@@ -276,30 +294,73 @@ def attempt(command, world, args):
         return f"{type(error).__name__}: {one_line(error)} ({name}{''.join(lines[-1:])})"
 
 
-def table(results):
-    """The results as a Markdown table."""
-    lines = [["", "cosine", "length", "bias", "variance", "at length 1", ""], ["---"] * 7]
-    for command, result in results.items():
-        cells = ["–"] * 5 + [result] if isinstance(result, str) else [
-            f"{result.cosine:.3f}", f"{result.length:.3f}",
+def cells(result):
+    """The numbers of one world as text."""
+    return [f"{result.cosine:.3f}", f"{result.length:.3f}",
             f"{result.bias:.3f}" + f" ± {result.error:.3f}" * (result.error > 0), f"{result.variance:.3g}",
             f"{result.noise:.3g}" if result.length > 0 else "–", result.verdict()]
-        lines.append([f"`{command}`", *cells])
+
+
+def middle_and_range(values):
+    """The median (smallest to largest) as text; one number where they do not differ."""
+    middle, low, high = (f"{value:z.2f}" for value in (statistics.median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def cells_of_toys(found, first):
+    """The numbers of several worlds as text; variances as multiples of the first script's in the same world."""
+    numbers = [[result.cosine for result in found], [result.length for result in found],
+               [result.bias for result in found],
+               [result.variance / other.variance for result, other in zip(found, first)],
+               [result.noise / other.noise for result, other in zip(found, first)]]
+    angles, verdicts = [result.angle for result in found], {result.verdict().partition(":")[0] for result in found}
+    said = f"points {min(angles):.0f}° to {max(angles):.0f}° off" if "biased" in verdicts else " or ".join(verdicts)
+    return [*map(middle_and_range, numbers), said]
+
+
+def table(results):
+    """The results as a Markdown table. Args: results (dict command -> list of one Result per world, or one line)."""
+    worked = [found for found in results.values() if not isinstance(found, str)] or [[]]
+    if any(result.at_optimum for result in worked[0]):  # equal rewards have no variance, and a step of 0 no direction
+        header = ["", "mean step / gradient of E[r]"]
+        row = lambda found: [middle_and_range([result.bias for result in found])]
+    elif len(worked[0]) > 1:
+        share = f" / that of `{next(iter(results))}`"
+        header = ["", "cosine", "length", "bias", f"variance{share}", f"at length 1{share}", ""]
+        row = lambda found: cells_of_toys(found, worked[0])
+    else:
+        header = ["", "cosine", "length", "bias", "variance", "at length 1", ""]
+        row = lambda found: cells(found[0])
+    lines = [header, ["---"] * len(header)]
+    for command, found in results.items():
+        failed = isinstance(found, str)
+        lines.append([f"`{command}`", *(["–"] * (len(header) - 2) + [found] if failed else row(found))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(results, path):
-    """A picture of all results: how far off the mean gradient points, and the variance of a step of length 1."""
-    found = {command: result for command, result in results.items()
-             if not isinstance(result, str) and result.length > 0}  # others have no right length
+    """A picture of all results: how far off the mean gradient points, and the variance of a step of length 1.
+
+    Of several worlds the median, with lines from the smallest to the largest.
+    """
+    found = {}  # command -> angles and variances, of the worlds in which the step has a right length
+    for command, worlds in results.items():
+        right = [] if isinstance(worlds, str) else [result for result in worlds if result.length > 0]
+        if right:
+            found[command] = [result.angle for result in right], [result.noise for result in right]
     figure, axes = plt.subplots(figsize=(10, 5), dpi=120, facecolor="white", layout="constrained")
     axes.set(yscale="log", xlabel="bias: angle between mean and true gradient (degrees)",
              ylabel="variance × responses, at length 1\n(share of the true gradient's squared norm)")
     places = {False: {}, True: {}}  # whether it is biased -> place -> numbers in the key
-    for number, result in enumerate(found.values(), 1):
-        places[result.angle > 1e-3].setdefault((result.angle, result.noise), []).append(str(number))
-    for biased, color, marker, name in ((False, "#0072b2", "o", "no bias"), (True, "#d55e00", "^", "biased")):
-        axes.scatter(*zip(*places[biased] or [(math.nan, 1.0)]), c=color, marker=marker, s=45, label=name, zorder=2)
+    colors = {False: "#0072b2", True: "#d55e00"}
+    for number, (angles, noises) in enumerate(found.values(), 1):
+        angle, noise, biased = statistics.median(angles), statistics.median(noises), max(angles) > 1e-3
+        places[biased].setdefault((angle, noise), []).append(str(number))
+        axes.hlines(noise, min(angles), max(angles), colors[biased], alpha=0.3)
+        axes.vlines(angle, min(noises), max(noises), colors[biased], alpha=0.3)
+    for biased, marker, name in ((False, "o", "no bias"), (True, "^", "biased")):
+        points = zip(*places[biased] or [(math.nan, 1.0)])
+        axes.scatter(*points, c=colors[biased], marker=marker, s=45, label=name, zorder=2)
     axes.margins(0.15, 0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, ncols=2)
@@ -320,26 +381,39 @@ def draw(results, path):
     plt.close(figure)
 
 
-def make_world(args):
-    """The World of these flags, which the scripts' own flags name."""
+def make_world(args, toy=0):
+    """The World of these flags, which the scripts' own flags name. Another `toy` has other weights and scores."""
     tiny_world = load_module(WORLD)
     tiny_world.world = tiny_world.World(
         args.words, args.length, args.prompts, args.temperature, args.beta, args.missing_eos_penalty, args.constant,
-        args.spread, args.peaked, args.critic_error)
+        args.spread, args.peaked, args.critic_error, args.at_optimum, toy)
     return tiny_world.world
 
 
 def main(args):
     check_args(args)
-    world = make_world(args)
+    results = {}  # command -> list of Results, or one line
+    for toy, command in tqdm([*itertools.product(range(args.toys), args.scripts)], unit="script", leave=False):
+        if command == args.scripts[0]:
+            world = make_world(args, toy)
+            if toy == 0:
+                describe(world, args)
+        if not isinstance(results.setdefault(command, []), str):
+            found = attempt(command, world, args)
+            results[command] = found if isinstance(found, str) else [*results[command], found]
+    print(table(results))
+    if not args.at_optimum:
+        draw(results, args.output)
+        print(f"\npicture: {args.output}")
+
+
+def describe(world, args):
+    """Print how large the world is, and how far from uniform."""
     likely = world.batch.old_logprobs.sum(1).exp().view(args.prompts, -1).amax(1)  # (B,)
     true = world.true_gradient(range(args.prompts), args.temperature, args.beta, args.missing_eos_penalty).norm()
-    print(f"{world.M} responses to each prompt, the most probable with probability "
-          f"{', '.join(f'{p:.2f}' for p in likely)}; the true gradient's squared norm is {true**2:.3g}\n")
-    results = {command: attempt(command, world, args) for command in tqdm(args.scripts, unit="script", leave=False)}
-    print(table(results))
-    draw(results, args.output)
-    print(f"\npicture: {args.output}")
+    tqdm.write(f"{world.M} responses to each prompt, the most probable with probability "
+               f"{', '.join(f'{p:.2f}' for p in likely)}; the true gradient's squared norm is {true**2:.3g}"
+               f"{' (in the first world)' * (args.toys > 1)}\n")
 
 
 if __name__ == "__main__":

@@ -54,15 +54,18 @@ class World:
     Args: words (besides EOS); length (most tokens of a response); prompts (B, at most 4); temperature, beta and penalty
     (for a response without EOS): as in the scripts, for the means of the scores and the critic; constant (mean score,
     less the penalty); spread (how far the prompts' means lie from it, above and below by turns); peaked (factor on the
-    logits of policy and reference); critic_error (standard deviation of the critic's error).
+    logits of policy and reference); critic_error (standard deviation of the critic's error); at_optimum (whether the
+    scores are those that make the policy the optimum of E[r] - beta KL, instead of random ones); toy (another number
+    draws other weights and scores).
     """
 
     def __init__(self, words, length, prompts, temperature, beta, penalty, constant=0.0, spread=0.0, peaked=1.0,
-                 critic_error=0.0):
+                 critic_error=0.0, at_optimum=False, toy=0):
         self.temperature, self.beta, self.penalty, self.critic_error = temperature, beta, penalty, critic_error
+        self.seed = 10 * toy
         self.tokenizer = make_tokenizer(words)
         self.prompts = self.tokenizer.batch_decode(self.tokenizer(PROMPTS[:prompts])["input_ids"])
-        self.policy, self.reference = (make_model(GPT2LMHeadModel, words + 1, seed) for seed in (3, 4))
+        self.policy, self.reference = (make_model(GPT2LMHeadModel, words + 1, self.seed + n) for n in (3, 4))
         with torch.no_grad():
             for model in (self.policy, self.reference):
                 model.transformer.ln_f.weight *= peaked
@@ -77,11 +80,15 @@ class World:
         texts = self.tokenizer.batch_decode(self.batch.responses, skip_special_tokens=True)
         self.texts = [(self.prompts[row // self.M], text) for row, text in enumerate(texts)]  # (B M,), no two are equal
 
-        self.scores = 2 * torch.randn(len(self.batch), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(self.seed + 5)
+        self.scores = 2 * torch.randn(len(self.batch), generator=generator, dtype=torch.float64)  # (B M,)
         probabilities = self.batch.old_logprobs.sum(1).exp()  # (B M,)
         means = (probabilities * (self.scores - penalty * ~ended)).view(prompts, -1).sum(1)  # (B,)
         wanted = constant + spread * torch.tensor([1.0, -1.0, 1.0, -1.0])[:prompts]  # (B,)
-        self.scores += (wanted - means).repeat_interleave(self.M)  # (B M,)
+        self.scores += (wanted - means).repeat_interleave(self.M)
+        if at_optimum:  # pi = pi_ref exp(r / beta), where the score has the penalty taken off
+            log_ratio = self.batch.old_logprobs - self.logprobs(temperature, self.reference).detach()  # (B M, T)
+            self.scores = beta * log_ratio.sum(1) + penalty * ~ended
 
     def logprobs(self, temperature, model=None):
         """Log-probs of the tokens of every response: (B M, T), with gradients."""
@@ -109,8 +116,8 @@ class World:
     @functools.cached_property
     def critic(self):
         """A critic trained on each state's true value (the mean reward to go of what can follow), plus an error."""
-        model = make_model(GPT2ForSequenceClassification, len(self.tokenizer), 6, num_labels=1)
-        mask, generator = self.batch.response_mask, torch.Generator().manual_seed(6)
+        model = make_model(GPT2ForSequenceClassification, len(self.tokenizer), self.seed + 6, num_labels=1)
+        mask, generator = self.batch.response_mask, torch.Generator().manual_seed(self.seed + 6)
         kl = token_kl(self.batch.old_logprobs, self.logprobs(self.temperature, self.reference).detach(), mask)
         rewards = token_rewards(self.scores - self.penalty * ~self.batch.ended, kl, self.beta, mask)
         returns = rewards.flip(1).cumsum(1).flip(1)  # (B M, T)

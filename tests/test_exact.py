@@ -131,8 +131,9 @@ def reinforce_pp_loss(world, whiten):
 def test_only_with_the_kl_in_the_reward_is_the_optimum_a_fixed_point():
     """At pi = pi_ref exp(r / beta) / Z, where E[r] - beta KL is highest, RLOO's expected step is 0.
 
-    Not so with k3 or k2 in the loss, which lack the KL to go: the step is longer than the gradient of E[r]. A mean that
-    contains the response itself, which halves the reward's part for k = 2, would explain half of that gradient.
+    Not so with k3 or k2 in the loss, which lack the KL to go. How long their step is depends on the toy: here it is
+    longer than the gradient of E[r], in others it is shorter (python lab/gradient.py --at-optimum --toys 20). A mean
+    that contains the response itself, which halves the reward's part for k = 2, would explain half of that gradient.
     """
     world, beta = Enumeration(words=2), 0.5
     world.scores = beta * (world.logprobs - world.ref_logprobs).detach().sum(1)  # the reward that makes pi the optimum

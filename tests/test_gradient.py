@@ -344,11 +344,44 @@ def test_bad_flags(flags, line, capsys):
 def test_the_tables_columns():
     found = gradient.Result(cosine=0.8, length=0.5, bias=0.7, error=0.25, variance=3.0, draws=9)
     backward = gradient.Result(cosine=-0.8, length=-0.5, bias=1.7, error=0.0, variance=30.0, draws=9)
-    assert gradient.table({"a.py --k 2": found, "b.py": backward, "c.py": "no such file"}).splitlines() == [
+    assert gradient.table({"a.py --k 2": [found], "b.py": [backward], "c.py": "no such file"}).splitlines() == [
         "|  | cosine | length | bias | variance | at length 1 |  |", "| --- | --- | --- | --- | --- | --- | --- |",
         "| `a.py --k 2` | 0.800 | 0.500 | 0.700 ± 0.250 | 3 | 12 | no bias seen: 0.70 ± 0.25 |",
         "| `b.py` | -0.800 | -0.500 | 1.700 | 30 | – | biased: points 143° off, away from it, -0.50 of the length |",
         "| `c.py` | – | – | – | – | – | no such file |"]
+
+
+def test_several_worlds_are_a_median_and_a_range():
+    """Variances are multiples of the first script's in the same world, whose own are 2, 4 and 8."""
+    first = [gradient.Result(1.0, 1.0, 0.0, 0.0, variance, 9) for variance in (2.0, 4.0, 8.0)]
+    other = [gradient.Result(0.8, 0.5, 0.7, 0.0, 2.0, 9), gradient.Result(0.5, 2.0, 1.9, 0.0, 2.0, 9),
+             gradient.Result(-0.5, -1.0, 2.5, 0.0, 2.0, 9)]
+    assert gradient.table({"a.py": first, "b.py": other, "c.py": "no such file"}).splitlines()[2:] == [
+        "| `a.py` | 1.00 | 1.00 | 0.00 | 1.00 | 1.00 | unbiased to 1e-6 |",
+        "| `b.py` | 0.50 (-0.50 to 0.80) | 0.50 (-1.00 to 2.00) | 1.90 (0.70 to 2.50) | 0.50 (0.25 to 1.00) | "
+        "4.00 (0.12 to inf) | points 37° to 120° off |",
+        "| `c.py` | – | – | – | – | – | no such file |"]
+
+
+def test_redrawn_worlds_differ_in_weights_scores_and_critic():
+    with loop.float64():
+        first, again, other = (gradient.make_world(SMALL, toy) for toy in (0, 0, 1))
+        for part in (lambda world: world.logprobs(0.8), lambda world: world.logprobs(0.8, world.reference),
+                     lambda world: world.scores, lambda world: world.critic.score.weight):
+            assert torch.equal(part(first), part(again)) and (part(first) - part(other)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("command, step, text", [
+    ("rloo.py", 0.0, "0.00"), ("grpo.py --no-scale-std --no-length-mean", 2.312, "2.31"),
+    ("reinforce_pp_baseline.py --no-whiten", 1.305, "1.31")])
+def test_at_the_optimum_only_a_kl_in_the_reward_stays(command, step, text):
+    """The world of test_exact.py, which finds the same numbers with the scripts' functions."""
+    args = gradient.Args(at_optimum=True, beta=0.5, prompts=1, words=2)
+    world = gradient.make_world(args)
+    with loop.float64():
+        found = gradient.measure(command, world, args)
+    assert found.bias == pytest.approx(step, abs=1e-3) and (found.bias < 1e-9) == (step == 0)
+    assert gradient.table({command: [found]}).splitlines()[-1] == f"| `{command}` | {text} |"
 
 
 def test_table_and_picture(tmp_path, capsys):
