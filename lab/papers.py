@@ -12,9 +12,12 @@ Unless an experiment's commands say otherwise, runs start from the SFT policy of
 16 per update, at a constant learning rate. The rate of each algorithm is the one of RATES with the highest mean score
 over 40 updates from seed 100, which is not used again. An interval is Student's, at 95%, over seeds; differences are
 taken seed by seed, since runs of one seed see the same prompts. A claim holds if its interval lies above 0, does not
-hold if it lies below (or is exactly 0), and otherwise these runs cannot tell.
+hold if it lies below (or is exactly 0), and otherwise these runs cannot tell. Of many claims some are decided by chance:
+"after correction" are those that are still decided if at most 5% of the page's decisions may be wrong (Benjamini and
+Hochberg 1995).
 """
 
+import functools
 import importlib
 import json
 import math
@@ -51,7 +54,7 @@ MARKER = "<!-- everything below is written by lab/papers.py -->"
 VERDICTS = {"does not hold": "What does not hold here", "cannot tell": "What these runs cannot tell",
             "holds": "What holds here"}
 EVERY_RUN = "--lr-schedule constant --save-every 0"  # a checkpoint only at the end
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5% quantile, by n
+FALSE_DISCOVERIES = 0.05  # the share of wrong decisions among the page's decisions that the correction allows
 
 
 @dataclass
@@ -164,12 +167,54 @@ def read_numbers(folder):
 
 # ----------------------------------------------------------------------------------------------------------- statistics
 
+def tails(t, df):
+    """Probability that Student's t with `df` degrees of freedom is further from 0 than t, on either side.
+
+    (Abramowitz and Stegun 1964, equations 26.7.3 and 26.7.4)
+    """
+    angle, odd = math.atan2(abs(t), math.sqrt(df)), df % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if df > 1 else 0.0
+    for n in range(2 + odd, df - 1, 2):
+        term *= math.cos(angle) ** 2 * (n - 1) / n
+        total += term
+    return 1 - (2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total)
+
+
+@functools.cache
+def quantile(df):
+    """The t beyond which Student's t lies in 5% of all cases, on both sides together: by bisection."""
+    low, high = 0.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tails(middle, df) > 0.05 else (low, middle)
+    return high
+
+
 def interval(values):
-    """Mean, and Student's 95% interval for it: (mean, low, high); nan if a value is. Args: values (2 to 10 floats)."""
+    """Mean, and Student's 95% interval for it: (mean, low, high); nan if a value is. Args: values (2 floats or more)."""
     if any(map(math.isnan, values)):
         return math.nan, math.nan, math.nan
-    mean, half = statistics.mean(values), T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    mean, half = statistics.mean(values), quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
+
+
+def p_value(values):
+    """Of Student's test, on both sides, that the mean is 0; 1 if a value is nan, or if all are 0."""
+    if any(map(math.isnan, values)) or not any(values):
+        return 1.0
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return tails(statistics.mean(values) / error, len(values) - 1) if error else 0.0
+
+
+def discoveries(p_values, share=FALSE_DISCOVERIES):
+    """Which differences from 0 are still decided if at most this share of the decisions may be wrong: list of bool.
+
+    (Benjamini and Hochberg 1995, procedure (1).)
+    """
+    ranked = sorted(p_values)
+    limit = max((p for i, p in enumerate(ranked, 1) if p <= share * i / len(ranked)), default=-1.0)
+    return [p <= limit for p in p_values]
 
 
 def verdict(low, high):
@@ -221,14 +266,15 @@ def measure(run, metric):
 
 
 def judge(claim, arms):
-    """The interval of a claim, and its verdict: (mean, low, high, verdict).
+    """The interval of a claim, its verdict and its p-value: (mean, low, high, verdict, p).
 
     Args: claim (see lab/experiments.py); arms (label -> {"runs": {seed: numbers}}).
     """
     total = lambda labels, seed: sum(measure(arms[label]["runs"][seed], claim.metric) for label in labels)
     seeds = sorted(set.intersection(*(set(arms[label]["runs"]) for label in (*claim.more, *claim.less))))
-    mean, low, high = interval([total(claim.more, seed) - total(claim.less, seed) - claim.least for seed in seeds])
-    return mean, low, high, verdict(low, high)
+    values = [total(claim.more, seed) - total(claim.less, seed) - claim.least for seed in seeds]
+    mean, low, high = interval(values)
+    return mean, low, high, verdict(low, high), p_value(values)
 
 
 def chosen_rates(arms):
@@ -304,35 +350,55 @@ def arm_rows(name, arms):
     return rows
 
 
-def claim_rows(name, arms):
-    """One row per claim, as on the page: (verdict, cells)."""
-    experiment, rows = EXPERIMENTS[name], []
-    for claim in experiment.claims:
-        *values, said = judge(claim, arms)
+def saved():
+    """The saved numbers of every experiment that makes claims: dict name -> arms."""
+    return {name: arms for name in EXPERIMENTS if EXPERIMENTS[name].claims and (arms := read(name))}
+
+
+def judge_all():
+    """Every claim of the page: dict (experiment, claim's text) -> (claim, mean, low, high, verdict, corrected verdict).
+
+    The corrected verdict is the plain one, or "cannot tell" where that may well be chance (see `discoveries`).
+    """
+    found = {(name, claim.text): (claim, *judge(claim, arms)) for name, arms in saved().items()
+             for claim in EXPERIMENTS[name].claims}
+    decided = discoveries([p for *_, p in found.values()])
+    return {key: (claim, mean, low, high, said, said if sure or low == high else "cannot tell")  # low == high: all are 0
+            for (key, (claim, mean, low, high, said, _)), sure in zip(found.items(), decided)}
+
+
+def claim_rows():
+    """One row of the page for each claim: (verdict, cells)."""
+    rows = []
+    for (name, _), (claim, *values, said, corrected) in judge_all().items():
         mean, low, high = (value + claim.least for value in values)
         bound = f" (above {claim.least:g}?)" if claim.least or not claim.less else ""
         if not claim.more:  # the claim is that a number is below a bound
             mean, low, high, bound = -mean, -high, -low, f" (below {0 - claim.least:g}?)"
         digits = 3 if max(abs(low), abs(high)) < 0.1 else 2
         here = "{} [{}, {}]".format(*(number(value, digits) for value in (mean, low, high)))
-        rows.append((said, [claim.text, experiment.source, f"{claim.metric}: {here}{bound}", str(experiment.seeds),
-                            f"**{said}**", f"`python lab/papers.py {name} --again`", f"[{name}](results/{name}.png)"]))
+        rows.append((said, [claim.text, EXPERIMENTS[name].source, f"{claim.metric}: {here}{bound}",
+                            str(EXPERIMENTS[name].seeds), f"**{said}**", corrected,
+                            f"`python lab/papers.py {name} --again`", f"[{name}](results/{name}.png)"]))
     return rows
 
 
 def write_page():
     """Bring docs/results.md up to date, from the marker on: all claims, then a picture and a table per experiment."""
-    saved = {name: arms for name in EXPERIMENTS if (arms := read(name)) and EXPERIMENTS[name].claims}
-    claims = [row for name, arms in saved.items() for row in claim_rows(name, arms)]
+    claims = claim_rows()
     runs, minutes = cost(EXPERIMENTS)
-    not_so, open_, so = (sum(verdict == said for verdict, _ in claims) for said in VERDICTS)
-    parts = [MARKER, f"{len(claims)} claims: {so} hold, {not_so} do not, and for {open_} these runs cannot tell. "
-                     f"{runs} runs, {minutes:.0f} CPU minutes."]
-    header = ["claim", "source", "result: mean [95% interval]", "seeds", "verdict", "command", "picture"]
+    count = lambda verdicts: [verdicts.count(said) for said in VERDICTS]
+    not_so, open_, so = count([said for said, _ in claims])
+    less, more_open, fewer = count([cells[5] for _, cells in claims])
+    parts = [MARKER, f"{len(claims)} claims: {so} hold, {not_so} do not, and for {open_} these runs cannot tell. After "
+                     f"correction for their number: {fewer}, {less} and {more_open}. {runs} runs, {minutes:.0f} CPU "
+                     "minutes."]
+    header = ["claim", "source", "result: mean [95% interval]", "seeds", "verdict", "after correction", "command",
+              "picture"]
     for said, heading in VERDICTS.items():
         parts += [f"## {heading}", markdown([header, *(cells for verdict, cells in claims if verdict == said)])]
     parts.append("## Numbers and pictures\n\nMeans ± half of the 95% interval.")
-    for name, arms in saved.items():
+    for name, arms in saved().items():
         experiment = EXPERIMENTS[name]
         parts += [f"### {name}: {experiment.title}", f"![{experiment.title}](results/{name}.png)",
                   markdown(arm_rows(name, arms)), "\n".join(f"    python {arm['command']}" for arm in arms.values())]
@@ -349,9 +415,9 @@ def cost(names):
 
 def print_list():
     """What each experiment shows, what it cost, and its last result."""
+    judged = judge_all()
     for name, experiment in EXPERIMENTS.items():
-        arms = read(name)
-        found = [said for said, _ in claim_rows(name, arms)] if arms else []
+        arms, found = read(name), [said for (other, _), (*_, said, _) in judged.items() if other == name]
         result = ", ".join(f"{said}: {found.count(said)}" for said in VERDICTS if said in found) or "no claims"
         done = "{} runs, {:.0f} CPU minutes; ".format(*cost([name])) + result if arms else "not run yet"
         print(f"{name:<8} {experiment.title} ({experiment.source})\n{'':<8} {done}")

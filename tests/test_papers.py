@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import shlex
 from dataclasses import replace
 
@@ -26,18 +27,37 @@ def arms(**values):
 
 
 def test_intervals_by_hand():
-    """1 ... 5: std sqrt(2.5), divided by sqrt(5) 0.70711, times 2.776. 0 and 2: std sqrt(2), half-width 12.706."""
-    assert papers.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3, 3 - 1.96292, 3 + 1.96292), abs=1e-4)
-    assert papers.interval([0.0, 2.0]) == pytest.approx((1, -11.706, 13.706))
+    """1 ... 5: std sqrt(2.5), divided by sqrt(5) 0.70711, times 2.77645. 0 and 2: std sqrt(2), half-width 12.7062."""
+    assert papers.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3, 3 - 1.96325, 3 + 1.96325), abs=1e-4)
+    assert papers.interval([0.0, 2.0]) == pytest.approx((1, -11.7062, 13.7062))
 
 
-@pytest.mark.parametrize("n", papers.T)
-def test_quantiles_leave_a_fortieth_on_each_side(n):
-    """The density of Student's t with n - 1 degrees of freedom, integrated from 0 to the quantile."""
-    df = n - 1
-    x = torch.linspace(0, papers.T[n], 100_001, dtype=torch.float64)
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 9, 10, 19, 30])
+def test_tails_are_what_the_density_leaves(df):
+    """The density of Student's t, integrated from 0; beyond the quantile there is a fortieth on each side."""
     scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
-    assert torch.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x).item() == pytest.approx(0.475, abs=2e-5)
+    for t in (0.0, 0.3, 1.0, 4.0, papers.quantile(df)):
+        x = torch.linspace(0, t, 20_001, dtype=torch.float64)
+        inside = torch.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x).item()
+        assert papers.tails(t, df) == papers.tails(-t, df) == pytest.approx(1 - 2 * inside, abs=1e-7)
+    assert papers.tails(papers.quantile(df), df) == pytest.approx(0.05, abs=1e-12)
+
+
+def test_p_values_by_hand():
+    """0 and 2: t is 1 with one degree of freedom, a half. Not a number, or no difference at all: nothing is decided."""
+    assert papers.p_value([0.0, 2.0]) == pytest.approx(0.5)
+    assert papers.p_value([1.0, math.nan]) == papers.p_value([0.0, 0.0]) == 1 and papers.p_value([2.0, 2.0]) == 0
+    values = [0.1, 0.5, 0.2, 0.9]
+    mean, low, _ = papers.interval(values)
+    edge = [value - low for value in values]  # an interval that begins at 0
+    assert papers.p_value(edge) == pytest.approx(0.05)
+
+
+def test_discoveries_by_hand():
+    """Of five at 5%: the third is below 3/5 of it, and takes the second with it, which is not below 2/5."""
+    assert papers.discoveries([0.9, 0.029, 0.001, 0.025, 0.041]) == [False, True, True, True, False]
+    assert papers.discoveries([0.06, 0.9]) == [False, False] and papers.discoveries([0.04]) == [True]
+    assert papers.discoveries([0.02, 0.9]) == [True, False] and papers.discoveries([0.03, 0.9]) == [False, False]
 
 
 @pytest.mark.parametrize("low, high, said", [
@@ -52,14 +72,16 @@ def test_differences_are_taken_seed_by_seed():
     found = papers.judge(Claim("", "height", ("a",), ("b",)), arms(a=[1.0, 11.0, 21.0], b=[0.5, 10.0, 20.5]))
     assert found[0] == pytest.approx(2 / 3) and found[3] == "cannot tell"  # 0.5, 1, 0.5: half-width 0.717
     found = papers.judge(Claim("", "height", ("a",), ("b",)), arms(a=[1.0, 11.0, 21.0], b=[0.5, 10.4, 20.5]))
-    assert found == (pytest.approx(1.6 / 3), pytest.approx(0.3899, abs=1e-4), pytest.approx(0.6768, abs=1e-4), "holds")
+    assert found[:4] == (
+        pytest.approx(1.6 / 3), pytest.approx(0.3899, abs=1e-4), pytest.approx(0.6768, abs=1e-4), "holds")
+    assert found[4] == papers.p_value([0.5, 0.6, 0.5])
 
 
 def test_claims_add_and_subtract_arms_and_a_threshold():
     """(a + b) - c - 1, by seed: 1 + 2 - 1 - 1 = 1 and 3 + 4 - 2 - 1 = 4."""
     claim = Claim("", "height", ("a", "b"), ("c",), 1.0)
-    mean, low, high, _ = papers.judge(claim, arms(a=[1.0, 3.0], b=[2.0, 4.0], c=[1.0, 2.0]))
-    assert (mean, high - mean) == pytest.approx((2.5, 1.5 * 12.706)) and low < 0
+    mean, low, high, *_ = papers.judge(claim, arms(a=[1.0, 3.0], b=[2.0, 4.0], c=[1.0, 2.0]))
+    assert (mean, high - mean) == pytest.approx((2.5, 1.5 * 12.7062)) and low < 0
 
 
 @pytest.mark.parametrize("metric, value", [
@@ -224,6 +246,7 @@ def test_claims_are_about_the_experiments_arms(name):
     experiment = EXPERIMENTS[name]
     for claim in experiment.claims:
         assert {*claim.more, *claim.less} <= experiment.arms.keys()
+    assert len({claim.text for claim in experiment.claims}) == len(experiment.claims)
     assert len(experiment.arms) <= len(papers.COLORS) or not experiment.panels
 
 
@@ -233,6 +256,45 @@ def test_the_page_agrees_with_the_saved_numbers(tmp_path, monkeypatch):
     papers.PAGE.write_text(page)
     papers.write_page()
     assert papers.PAGE.read_text() == page
+
+
+def sentences():
+    """The sentences under the page's headings that draw conclusions, and the table of what each rests on."""
+    text = papers.PAGE.read_text().partition("## What to make of it")[2].partition(papers.MARKER)[0]
+    text, _, table = text.partition("<!--")
+    blocks = re.sub(r"^#.*$", "", text, flags=re.MULTILINE).replace("\n- ", "\n\n").split("\n\n")
+    found = [sentence for block in blocks for sentence in re.split(r"(?<=[.)]) (?=[A-Z`*])", " ".join(block.split()))
+             if sentence]  # fmt: skip
+    return found, [line.split(" | ") for line in table.splitlines() if " | " in line]
+
+
+def test_conclusions_say_no_more_than_the_verdicts_after_correction():
+    """Every sentence rests on claims whose verdicts stand in the page's source, or says that it rests on none."""
+    judged, (found, table) = papers.judge_all(), sentences()
+    assert len(found) > 30
+    for words, experiment, claim, *verdict in table:
+        assert any(words in sentence for sentence in found), words
+        if experiment != "no claim":
+            assert judged[experiment, claim][-1] == verdict[0], (words, claim)
+    for sentence in found:
+        rows = [row for row in table if row[0] in sentence]
+        assert rows, f"rests on nothing: {sentence}"
+        if {row[-1] for row in rows} == {"cannot tell"}:
+            assert re.search("cannot be told|did not confirm", sentence), f"sounds decided: {sentence}"
+
+
+@pytest.mark.parametrize("edit", [
+    ("PPO and RAFT cannot be told\napart", "PPO and RAFT are\nthe same"),  # what is open, as if it were decided
+    ("(gold) | cannot tell\nWhat was", "(gold) | holds\nWhat was"),  # another verdict than that of the numbers
+    ("*DPO is behind*", "*DPO is ahead*"), ("not\n  longer.\n", "not\n  longer. GRPO is best.\n"),  # nothing to rest on
+])  # fmt: skip
+def test_a_sentence_that_says_more_is_noticed(edit, tmp_path, monkeypatch):
+    page = papers.PAGE.read_text()
+    assert page.count(edit[0]) == 1
+    monkeypatch.setattr(papers, "PAGE", tmp_path / "results.md")
+    papers.PAGE.write_text(page.replace(*edit))
+    with pytest.raises(AssertionError):
+        test_conclusions_say_no_more_than_the_verdicts_after_correction()
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
