@@ -175,12 +175,15 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
     old_logprobs = torch.zeros((N, max_new_tokens), dtype=log_softmax(logits[:1], 1).dtype, device=device)  # (N, T)
     ended = torch.zeros(N, dtype=torch.bool, device=device)  # (N,)
     active = torch.arange(N, device=device)[k * prefill.start : k * prefill.stop]  # (n,), the rows in the cache
+    first, count = active[0].item(), len(active)  # of this process
     finished = torch.full_like(active, not len(mine), dtype=torch.bool)  # (n,)
     for t in range(max_new_tokens):
         logprobs = log_softmax(logits, temperature)  # (n, V)
-        # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample from the softmax.
-        noise = 0.0 if greedy else -torch.empty_like(logprobs).exponential_(generator=generator).log()
-        tokens = (logprobs + noise).argmax(1)  # (n,)
+        # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample from the softmax. Rows that have
+        # left draw too, so that a row's numbers do not depend on when others leave.
+        noise = torch.zeros(count, logprobs.shape[1], dtype=logprobs.dtype, device=device)
+        noise = noise if greedy else -noise.exponential_(generator=generator).log()
+        tokens = (logprobs + noise[active - first]).argmax(1)  # (n,)
         rows = active[~finished]
         responses[rows, t] = tokens[~finished]
         response_mask[rows, t] = True
