@@ -1,9 +1,12 @@
-"""The RL that the scripts share: batches, rollouts, log-probs and KL, scores, values, metrics. No estimators or losses.
+"""The RL that the scripts share: batches, rollouts, log-probs and KL, rewards, values, metrics.
+
+No estimators or losses. Each pass of a model stands here in its plain form; where plumbing/fast.py
+fits the model, one line hands over to it, which gives the same numbers sooner.
 
 Names and shapes are the same everywhere:
 
     B prompts, k samples for each, N = B * k rows; row = prompt * k + sample ("prompt-major")
-    P prompt tokens (padded on the left), T response tokens (padded on the right), V words in the vocabulary
+    P prompt tokens (padded on the left), T response tokens (padded on the right), V words
 """
 
 import functools
@@ -11,12 +14,13 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from plumbing import (RoomyLayer, eos_ids, isolated_rng, pad, rank_and_world_size, rank_generator, rank_slice,
-                      select_rows, sum_over_ranks)
+from plumbing import (as_text, call_function, eos_ids, equal_share, fast, gather, isolated_rng,
+                      my_parts, prompt_tokens, rank_generator, sum_over_ranks, try_out)
 
+# -------------------------------------------------------------------------------------------- batch
 
-# ---------------------------------------------------------------------------------------------------------------- batch
 
 @dataclass
 class Batch:
@@ -27,7 +31,7 @@ class Batch:
     responses: torch.Tensor  # (N, T) token ids, padded on the right
     response_mask: torch.Tensor  # (N, T) bool, True up to and including the first EOS
     ended: torch.Tensor  # (N,) bool, True where the response has an EOS
-    old_logprobs: torch.Tensor  # (N, T) log-probs under the policy that sampled the responses, 0 where masked
+    old_logprobs: torch.Tensor  # (N, T) log-probs under the policy that sampled, 0 where masked
 
     def __len__(self):
         return len(self.responses)
@@ -36,11 +40,19 @@ class Batch:
         return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
+def pad(rows, pad_id, side, device):
+    """N lists of ids -> ids (N, L) and bool mask (N, L), padded on the "left" or "right"."""
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    return ids.to(device), mask.bool().to(device)
+
+
 def encode(tokenizer, prompt_ids, completions, device, ended=True):
     """A Batch of given texts, as if they had been sampled.
 
-    Args: tokenizer; prompt_ids (N lists of token ids); completions (N str); device; ended (bool, or N bools: whether a
-    completion gets an EOS).
+    Args: tokenizer; prompt_ids (N lists of token ids); completions (N str); device; ended (bool,
+    or N bools: whether a completion gets an EOS).
     """
     ended = [ended] * len(prompt_ids) if isinstance(ended, bool) else list(ended)
     responses = tokenizer(completions, add_special_tokens=False)["input_ids"]
@@ -57,23 +69,36 @@ def decode(tokenizer, batch):
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
+def concatenate(batches, pad_id):
+    """Join several Batches into one, padded to the longest prompt and response."""
+    rows = lambda name, mask: [ids[keep] for batch in batches
+                               for ids, keep in zip(getattr(batch, name), getattr(batch, mask))]
+    device = batches[0].responses.device
+    prompts = pad(rows("prompts", "prompt_mask"), pad_id, "left", device)
+    responses = pad(rows("responses", "response_mask"), pad_id, "right", device)
+    logprobs = pad_sequence(rows("old_logprobs", "response_mask"), batch_first=True)
+    return Batch(*prompts, *responses, torch.cat([batch.ended for batch in batches]), logprobs)
+
+
 def repeat(values, k):
     """[a, b] -> [a, a, ..., b, b, ...]: one value per prompt -> one per row."""
     return [value for value in values for _ in range(k)]
 
 
-def prompt_numbers(batch):
-    """Which prompt each row has: equal numbers for equal prompts, from 0. Returns (N,)."""
-    return batch.prompts.masked_fill(~batch.prompt_mask, -1).unique(dim=0, return_inverse=True)[1]
-
-
 def positions(mask):
-    """Position ids (N, L) that count real tokens only, so that left padding does not shift a prompt."""
+    """Position ids (N, L) that count real tokens only, so left padding does not shift a prompt."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
+def model_inputs(batch):
+    """Prompts and responses as a model takes them: dict of (N, P + T)."""
+    mask = torch.cat([batch.prompt_mask, batch.response_mask], 1)
+    return {"input_ids": torch.cat([batch.prompts, batch.responses], 1), "attention_mask": mask,
+            "position_ids": positions(mask), "use_cache": False}
+
+
 def minibatches(n, epochs, count):
-    """Yield index tensors: 0 ... n - 1 split into `count` parts, `epochs` times, reshuffled each time.
+    """Yield index tensors: 0 ... n - 1 in `count` parts, `epochs` times, reshuffled each time.
 
     Part sizes differ by at most one row. A single part is not shuffled and draws no random numbers.
     """
@@ -83,186 +108,107 @@ def minibatches(n, epochs, count):
 
 
 def microbatches(model, max_tokens, *groups, rows=None):
-    """Yield index tensors that together cover `rows` (default: all) once, grouping rows of a prompt and similar length.
+    """Index tensors that together cover `rows` (default: all) once, within a budget of tokens.
 
-    Row i of every group (one Batch, or chosen and rejected responses) lands in the same micro-batch. It has at most
-    `max_tokens` tokens with padding, or one row; a prompt that the model runs once for several rows (see `forward`)
-    counts once, and an eighth for each further copy of its keys and values. This changes memory and speed, but not a
-    loss that is summed over micro-batches and divided by a count over the whole batch. Each of several processes gets
-    its share, in equally many micro-batches, some empty: holding parts of a sharded model, they must run it together.
+    Row i of every group (one Batch, or chosen and rejected responses) lands in the same
+    micro-batch, which has at most `max_tokens` tokens with padding, or one row. This changes memory
+    and speed, but not a loss that is summed over micro-batches and divided by a count over the
+    whole batch. Each of several processes gets its share of the rows.
     """
-    prompt_lengths = torch.stack([batch.prompt_mask.sum(1) for batch in groups]).amax(0).tolist()
-    lengths = torch.stack([batch.response_mask.sum(1) for batch in groups]).amax(0).tolist()
-    prompts = prompt_numbers(groups[0]).tolist()
-    longest = dict(sorted(zip(prompts, zip(lengths, prompt_lengths))))  # of each prompt's rows, which stay together
-    rows = sorted(range(len(lengths)) if rows is None else rows.tolist(),
-                  key=lambda row: (longest[prompts[row]], prompts[row], lengths[row]))
-
-    def tokens(part):
-        P, T = (max(numbers[row] for row in part) for numbers in (prompt_lengths, lengths))
-        B = len({prompts[row] for row in part}) if getattr(model, "shares_prompts", True) else len(part)
-        return (B * P + len(part) * T + (len(part) - B) * P // 8) * len(groups)
-
-    def divide(rows):
-        parts = [[]]
-        for row in rows:
-            if parts[-1] and tokens([*parts[-1], row]) > max_tokens:
-                parts.append([])
-            parts[-1].append(row)
-        return parts
-
-    rank, size = rank_and_world_size()
-    turn = {prompt: i % size for i, prompt in enumerate(dict.fromkeys(prompts[row] for row in rows))}
-    parts = [divide([row for row in rows if turn[prompts[row]] == other]) for other in range(size)]  # of all processes
-    for i in range(max(map(len, parts))):
-        yield torch.tensor(parts[rank][i] if i < len(parts[rank]) else [], dtype=torch.long)
+    rows = torch.arange(len(groups[0])) if rows is None else rows
+    width = sum(batch.prompts.shape[1] + batch.responses.shape[1] for batch in groups)
+    divide = lambda rows: rows.split(max(1, max_tokens // width))
+    if fast.fits(model):
+        divide = lambda rows: fast.divide(model, max_tokens, groups, rows)
+    return my_parts(rows, divide, model)
 
 
-# -------------------------------------------------------------------------------------------------------------- rollout
+# ------------------------------------------------------------------------------------------ rollout
+
 
 def log_softmax(logits, temperature):
     """Log-probs under softmax(logits / temperature), in at least float32."""
-    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.log_softmax(logits / temperature, dim=-1)
 
 
-def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None, greedy=False):
-    """`sample` in chunks of at most `at_once` responses per process (default: all at once). Returns: Batch."""
-    size = max(1, (at_once or k * len(prompt_ids)) // k) * rank_and_world_size()[1]  # prompts
-    with torch.autocast(policy.device.type, enabled=False):  # keeps what the model's own casts until the last token
-        parts = [sample(policy, tokenizer, prompt_ids[i : i + size], k, temperature, max_new_tokens, greedy)
-                 for i in range(0, len(prompt_ids), size)]
-    return concatenate(parts, tokenizer.pad_token_id)
+def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None,
+            greedy=False):
+    """`sample` in chunks of at most `at_once` responses per process (default: all at once).
 
-
-def concatenate(batches, pad_id):
-    """Join several Batches into one, padded to the longest prompt and response."""
-    P, T = max(batch.prompts.shape[1] for batch in batches), max(batch.responses.shape[1] for batch in batches)
-    left = lambda name, value: torch.cat([F.pad(x, (P - x.shape[1], 0), value=value)
-                                          for x in (getattr(batch, name) for batch in batches)])
-    right = lambda name, value: torch.cat([F.pad(x, (0, T - x.shape[1]), value=value)
-                                           for x in (getattr(batch, name) for batch in batches)])
-    return Batch(left("prompts", pad_id), left("prompt_mask", False), right("responses", pad_id),
-                 right("response_mask", False), torch.cat([batch.ended for batch in batches]), right("old_logprobs", 0))
+    With several processes, each samples for its share of the prompts. Returns: Batch of all rows.
+    """
+    mine = equal_share(prompt_ids)
+    size = max(1, (at_once or k * len(mine)) // k)  # prompts
+    parts = [sample(policy, tokenizer, mine[start : start + size], k, temperature, max_new_tokens,
+                    greedy) for start in range(0, len(mine), size)]
+    batch = concatenate(gather(concatenate(parts, tokenizer.pad_token_id)), tokenizer.pad_token_id)
+    return batch[: k * len(prompt_ids)]
 
 
 @torch.no_grad()
 def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy=False):
     """Sample k responses per prompt from exactly softmax(logits / temperature): no top-k, no top-p.
 
-    Each prompt runs through the model once for its k samples, and finished rows leave the batch soon. With several
-    processes, each samples for its slice of the prompts, and all get the whole batch.
-
-    Args: policy (causal LM); tokenizer; prompt_ids (B lists of token ids); k; temperature; max_new_tokens; greedy.
-    Returns: Batch of N = B * k rows, prompt-major.
+    Args: policy (causal LM); tokenizer; prompt_ids (B lists of token ids); k; temperature;
+    max_new_tokens; greedy. Returns: Batch of N = B * k rows, prompt-major.
     """
-    device, generator = policy.device, rank_generator(policy.device)
-    ends = eos_ids(policy, tokenizer).to(device)
-    prompts, prompt_mask = pad(prompt_ids, tokenizer.pad_token_id, "left", device)  # (B, P)
-    mine = rank_slice(len(prompts))
-    prefill = mine if len(mine) else range(1)  # a process without prompts runs the model too, on one to discard
-    output = policy(input_ids=prompts[prefill], attention_mask=prompt_mask[prefill],
-                    position_ids=positions(prompt_mask[prefill]), use_cache=True, logits_to_keep=1)
-    rows = torch.arange(len(prefill), device=device).repeat_interleave(k)  # (n,)
-    cache, logits = output.past_key_values, output.logits[rows, -1]  # (n, V)
-    cache.layers = [layer if layer.is_sliding else RoomyLayer(layer, max_new_tokens) for layer in cache.layers]
-    cache = select_rows(cache, rows)
-    mask = prompt_mask[prefill].repeat_interleave(k, 0)  # (n, P), the context of the n unfinished rows
-    prompts, prompt_mask = prompts.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0)  # (N, P)
+    pad_id, ends = tokenizer.pad_token_id, eos_ids(policy, tokenizer)
+    prompts, prompt_mask = pad(repeat(prompt_ids, k), pad_id, "left", policy.device)  # (N, P)
+    generator = rank_generator(policy.device)
 
-    N = len(prompts)
-    responses = torch.zeros((N, max_new_tokens), dtype=torch.long, device=device)  # (N, T)
-    response_mask = torch.zeros((N, max_new_tokens), dtype=torch.bool, device=device)  # (N, T)
-    old_logprobs = torch.zeros((N, max_new_tokens), dtype=log_softmax(logits[:1], 1).dtype, device=device)  # (N, T)
-    ended = torch.zeros(N, dtype=torch.bool, device=device)  # (N,)
-    active = torch.arange(N, device=device)[k * prefill.start : k * prefill.stop]  # (n,), the rows in the cache
-    first, count = active[0].item(), len(active)  # of this process
-    finished = torch.full_like(active, not len(mine), dtype=torch.bool)  # (n,)
-    for t in range(max_new_tokens):
+    def choose(logits, rows):
+        """From the logits (n, V) of some rows, their next tokens and log-probs, (n,) each."""
         logprobs = log_softmax(logits, temperature)  # (n, V)
-        # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample from the softmax. Rows that have
-        # left draw too, so that a row's numbers do not depend on when others leave.
-        noise = torch.zeros(count, logprobs.shape[1], dtype=logprobs.dtype, device=device)
+        # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample from the
+        # softmax. Finished rows draw too, so that a row's noise does not depend on the others.
+        noise = torch.zeros(len(prompts), logits.shape[1], dtype=logprobs.dtype,
+                            device=logits.device)
         noise = noise if greedy else -noise.exponential_(generator=generator).log()
-        tokens = (logprobs + noise[active - first]).argmax(1)  # (n,)
-        rows = active[~finished]
-        responses[rows, t] = tokens[~finished]
-        response_mask[rows, t] = True
-        old_logprobs[rows, t] = logprobs[~finished, tokens[~finished]]
-        finished |= torch.isin(tokens, ends)
-        ended[active[finished]] = len(mine) > 0
-        if not sum_over_ranks((~finished).sum().item()) or t + 1 == max_new_tokens:
+        tokens = (logprobs + noise[rows]).argmax(1)  # (n,)
+        return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+    if fast.samples(policy):
+        found = fast.sample(policy, prompts, prompt_mask, k, ends, max_new_tokens, choose)
+        return Batch(prompts, prompt_mask, *found)
+
+    ids, mask, cache, logprobs = prompts, prompt_mask, None, []  # (N, P)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (N,)
+    for _ in range(max_new_tokens):
+        new = ids if cache is None else ids[:, -1:]
+        output = policy(input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True,
+                        position_ids=positions(mask)[:, -new.shape[1] :], logits_to_keep=1)
+        cache = output.past_key_values
+        tokens, chosen = choose(output.logits[:, -1], slice(None))  # (N,)
+        ids = torch.cat([ids, tokens.masked_fill(ended, pad_id).unsqueeze(1)], 1)
+        mask = torch.cat([mask, ~ended.unsqueeze(1)], 1)
+        logprobs.append(chosen.masked_fill(ended, 0.0))
+        ended = ended | torch.isin(tokens, ends)
+        if all(gather(ended.all().item())):
             break
-        if finished.sum() > len(active) / 8:  # not each at once: the others' keys and values have to be copied
-            keep = (~finished).nonzero().squeeze(1) if not finished.all() else torch.zeros_like(active[:1])
-            cache = select_rows(cache, keep)
-            active, finished, mask, tokens = active[keep], finished[keep], mask[keep], tokens[keep]
-        mask = F.pad(mask, (0, 1), value=True)  # (n, P + t + 1)
-        output = policy(input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                        past_key_values=cache, use_cache=True)
-        logits = output.logits[:, -1]
-    responses, response_mask, old_logprobs, ended = map(
-        sum_over_ranks, (responses[:, : t + 1], response_mask[:, : t + 1], old_logprobs[:, : t + 1], ended))
-    return Batch(prompts, prompt_mask, responses.masked_fill(~response_mask, tokenizer.pad_token_id), response_mask,
-                 ended, old_logprobs)
+    P = prompts.shape[1]
+    return Batch(prompts, prompt_mask, ids[:, P:], mask[:, P:], ended, torch.stack(logprobs, 1))
 
 
-# ----------------------------------------------------------------------------------------------------- log-probs and KL
+# --------------------------------------------------------------------------------- log-probs and KL
+
 
 def token_logprobs(model, batch, temperature):
     """Log-prob of each response token under softmax(logits / temperature), with gradients.
 
     Returns: (N, T), 0 where masked.
     """
-    def outputs(keep, **inputs):
-        output = model(**inputs, logits_to_keep=keep)
-        return output.logits, output.past_key_values
-
-    def pick(logits, rows, start):  # logits predict the next token: the first, at the last prompt token, token 0
-        tokens = batch.responses[rows, start : start + logits.shape[1]]  # (n, t)
+    def pick(logits, tokens):
+        """Of the logits (n, t, V) before some tokens (n, t), these tokens' log-probs."""
         return log_softmax(logits, temperature).gather(2, tokens.unsqueeze(2)).squeeze(2)
 
-    return forward(model, outputs, pick, batch, last=False).masked_fill(~batch.response_mask, 0.0)
-
-
-def forward(model, outputs, pick, batch, last):
-    """A number for the last prompt token and for each response token, with gradients.
-
-    Rows with the same prompt share its pass through the model and continue from its keys and values, rows of similar
-    length together. If no two rows do, or the model can't (with --shard, where all processes must make the same passes,
-    and --gradient-checkpointing, which would fill the cache twice), each row is one pass. The numbers are the same.
-
-    Args: model; outputs (function (keep, **inputs) -> outputs at the last `keep` tokens (n, keep, D), and the cache);
-    pick (function (outputs (n, t, D), rows, start) -> (n, t), the numbers of columns start, start + 1 ...); batch; last
-    (whether the last response token gets a number too). Returns: (N, T), (N, 1 + T) with the last; arbitrary if masked.
-    """
-    width = batch.responses.shape[1] + last
-    lengths = batch.response_mask.sum(1) + int(last) - 1  # (N,), of the part of a response that the model must read
-    P, T = max([1, *batch.prompt_mask.sum(1).tolist()]), max([0, *lengths.tolist()])
-    ids = torch.cat([batch.prompts[:, -P:], batch.responses[:, :T]], 1)  # (N, P + T)
-    mask = torch.cat([batch.prompt_mask[:, -P:], batch.response_mask[:, :T]], 1)
-    numbers = prompt_numbers(batch)  # (N,)
-    rows = torch.arange(len(batch), device=numbers.device)
-    first = torch.zeros_like(numbers.unique()).scatter(0, numbers, rows)  # a row of each prompt
-    if len(first) == len(batch) or not getattr(model, "shares_prompts", True):
-        if not len(batch):  # processes that hold parts of one sharded model must run it together: on a placeholder
-            ids, mask = ids.new_zeros(1, P + T), mask.new_ones(1, P + T)
-        output, _ = outputs(T + 1, input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-        return F.pad(pick(output[: len(batch)], slice(None), 0), (0, width - 1 - T))
-
-    prompt_mask = mask[first, :P]
-    output, cache = outputs(1, input_ids=ids[first, :P], attention_mask=prompt_mask,
-                            position_ids=positions(prompt_mask), use_cache=True)
-    found = [F.pad(pick(output[numbers], slice(None), 0), (0, width - 1))]
-    order = lengths.argsort(descending=True)
-    while len(order) and (t := lengths[order[0]].item()) > 0:
-        similar = (lengths[order] > 0.75 * t).sum()
-        rows, order = order[:similar], order[similar:]
-        row_mask = mask[rows, : P + t]
-        output, _ = outputs(t, input_ids=ids[rows, P : P + t], attention_mask=row_mask,
-                            position_ids=positions(row_mask)[:, P:], past_key_values=select_rows(cache, numbers[rows]))
-        part = F.pad(pick(output, rows, 1), (1, width - 1 - t))
-        found.append(torch.zeros_like(found[0]).index_copy(0, rows, part))
-    return sum(found)
+    if fast.fits(model):
+        logprobs = fast.token_numbers(model, batch, pick)
+    else:
+        T = batch.responses.shape[1]
+        logits = model(**model_inputs(batch), logits_to_keep=T + 1).logits[:, :-1]  # (N, T, V)
+        logprobs = pick(logits, batch.responses)
+    return logprobs.masked_fill(~batch.response_mask, 0.0)
 
 
 @torch.no_grad()
@@ -275,16 +221,17 @@ def no_grad_logprobs(model, batch, temperature, max_tokens):
 
 
 def token_kl(logprobs, ref_logprobs, response_mask):
-    """Per-token estimate k1 = log pi - log pi_ref of KL(pi || pi_ref), for tokens sampled from pi. Returns (N, T).
+    """Per-token estimate k1 = log pi - log pi_ref of KL(pi || pi_ref), for tokens sampled from pi.
 
-    Unbiased, and the right choice in a reward, where its expected gradient is that of the KL. Single values and
-    small-batch means are often negative. (Schulman 2020, "Approximating KL divergence")
+    Unbiased, and the right choice in a reward, where its expected gradient is that of the KL.
+    Single values and small-batch means are often negative. Returns (N, T). (Schulman 2020,
+    "Approximating KL divergence")
     """
     return (logprobs - ref_logprobs) * response_mask
 
 
 def sequence_rewards(scores, kl, beta):
-    """R(x, y) = r(x, y) - beta * log(pi(y|x) / pi_ref(y|x)), one per response (Ahmadian et al. 2024, section 2).
+    """R(x, y) = r(x, y) - beta log(pi(y|x) / pi_ref(y|x)) (Ahmadian et al. 2024, section 2).
 
     Args: scores (N,); kl (N, T); beta. Returns: (N,).
     """
@@ -294,8 +241,8 @@ def sequence_rewards(scores, kl, beta):
 def token_rewards(scores, kl, beta, response_mask):
     """r_t = -beta * kl_t, plus the score on the last token of the response (EOS, if there is one).
 
-    Args: scores (N,); kl (N, T); beta; response_mask (N, T). Returns: (N, T), 0 where masked; each row sums to
-    sequence_rewards.
+    Args: scores (N,); kl (N, T); beta; response_mask (N, T). Returns: (N, T), 0 where masked; each
+    row sums to sequence_rewards.
     """
     rewards = -beta * kl  # (N, T)
     last = response_mask.sum(1) - 1  # (N,)
@@ -303,30 +250,37 @@ def token_rewards(scores, kl, beta, response_mask):
     return rewards
 
 
-# ------------------------------------------------------------------------------------------------------- reward scoring
+# ------------------------------------------------------------------------------- rewards and values
+
 
 def classifier_outputs(model, batch, last):
-    """Output of a one-label sequence classifier at the last prompt token and at each response token. See `forward`."""
-    def outputs(keep, **inputs):
-        output = model.base_model(**inputs)
-        hidden = output.last_hidden_state[:, -keep:].to(model.score.weight.dtype)  # (n, keep, hidden)
-        return model.score(hidden), output.past_key_values
-    return forward(model, outputs, lambda output, rows, start: output.squeeze(2), batch, last)
+    """What a one-label classifier says before each response token, and if `last` after the last.
+
+    Returns: (N, T), or (N, 1 + T); arbitrary where masked.
+    """
+    if fast.fits(model):
+        return fast.classifier_numbers(model, batch, last)
+    P, T = batch.prompts.shape[1], batch.responses.shape[1]
+    hidden = model.base_model(**model_inputs(batch)).last_hidden_state  # (N, P + T, hidden)
+    hidden = hidden[:, P - 1 : P + T - 1 + last].to(model.score.weight.dtype)
+    return model.score(hidden).squeeze(2)
 
 
 def classifier_scores(model, batch):
-    """Output of a one-label sequence classifier at each row's last real token, with gradients. Returns (N,).
+    """A one-label classifier's output at each row's last real token, with gradients. Returns (N,).
 
-    The position comes from the mask. transformers itself looks for the last id other than the pad id, which is the
-    wrong position if pad and EOS are the same token.
+    The position comes from the mask. transformers itself looks for the last id other than the pad
+    id, which is the wrong position if pad and EOS are the same token.
     """
-    return classifier_outputs(model, batch, last=True).gather(1, batch.response_mask.sum(1, keepdim=True)).squeeze(1)
+    outputs = classifier_outputs(model, batch, last=True)  # (N, 1 + T)
+    return outputs.gather(1, batch.response_mask.sum(1, keepdim=True)).squeeze(1)
 
 
 def token_values(critic, batch):
-    """A one-label classifier's output before each response token, with gradients. Returns (N, T), 0 where masked.
+    """A one-label classifier's output before each response token, with gradients.
 
-    The value must not see the action: V of the first token is read at the last prompt token, and so on.
+    The value must not see the action: V of the first token is read at the last prompt token, and so
+    on. Returns (N, T), 0 where masked.
     """
     return classifier_outputs(critic, batch, last=False).masked_fill(~batch.response_mask, 0.0)
 
@@ -340,64 +294,142 @@ def no_grad_values(critic, batch, max_tokens):
     return sum_over_ranks(values)
 
 
-# ----------------------------------------------------------------------------------------------- evaluation and metrics
+@torch.no_grad()
+def reward_scores(reward, tokenizer, batch, examples):
+    """What one reward (see load_reward) says of each response. Returns (N,).
+
+    A classifier gets the rollout's token ids if it shares the policy's tokenizer. Otherwise the
+    text is tokenized again (messages by its own chat template), with an EOS if the response has
+    one. `examples` holds the dataset's B rows of the N = B * k rows of `batch`, as columns.
+    """
+    device = batch.responses.device
+    if reward.function:
+        return sum_over_ranks(call_function(reward, examples, decode(tokenizer, batch)).to(device))
+    # A policy's vocabulary may be padded beyond the tokenizer's, and extra ids can be sampled.
+    unknown = batch.responses.max() >= reward.model.get_input_embeddings().num_embeddings
+    if unknown or reward.tokenizer.get_vocab() != tokenizer.get_vocab():
+        k = len(batch) // len(examples["prompt"])
+        ids = prompt_tokens(reward.tokenizer, examples["prompt"], f"reward {reward.name}")
+        batch = encode(reward.tokenizer, repeat(ids, k), decode(tokenizer, batch), device,
+                       batch.ended.tolist())
+    scores = torch.zeros(len(batch), device=device)  # (N,)
+    for rows in microbatches(reward.model, reward.max_tokens, batch):
+        scores[rows] = classifier_scores(reward.model, batch[rows])
+    return sum_over_ranks(scores)
+
+
+def score(rewards, tokenizer, batch, examples, noise=True):
+    """The score of each response, and what it is made of: dict name -> (N,).
+
+    "score" is the weighted sum of the rewards. If there are several, each is also given as
+    "reward/<name>". With --reward-noise, N(0, sigma^2) is added, and "true_score" is what it was
+    (Ahmadian et al. 2024, section 5.2.2).
+
+    Args: rewards (see load_rewards); tokenizer (the policy's); batch; examples (dict of columns,
+    lists of B values); noise (False: without).
+    """
+    parts = {name: reward_scores(reward, tokenizer, batch, examples)
+             for name, (_, reward) in rewards.parts.items()}  # of (N,) each
+    total = sum(weight * parts[name] for name, (weight, _) in rewards.parts.items())  # (N,)
+    found = {f"reward/{name}": part for name, part in parts.items()} if len(parts) > 1 else {}
+    if not rewards.noise or not noise:
+        return {"score": total} | found
+    draws = torch.randn(len(total)).to(total)  # (N,), from the random state that checkpoints hold
+    return {"score": total + rewards.noise * draws, "true_score": total} | found
+
+
+# --------------------------------------------------------------------------- evaluation and metrics
+
+
+def dry_run(policy, tokenizer, datasets, rewards, args):
+    """Catch what would stop the run later: rows too long for the model, a reward that fails.
+
+    Args: policy; tokenizer; datasets (list of what load_rows returns); rewards; args.
+    """
+    longest = max(max(dataset["num_tokens"][:]) for dataset in datasets)
+    try_out(policy, longest + args.max_new_tokens, getattr(args, "lr", 0))
+    examples = datasets[0][:2]
+    texts = examples.get("completion", [as_text(prompt) for prompt in examples["prompt"]])
+    batch = encode(tokenizer, examples["prompt_ids"], texts, policy.device)
+    for _, reward in rewards.parts.values():
+        reward_scores(reward, tokenizer, batch, examples)
+    for reward in rewards.held_out.values():
+        reward_scores(reward, tokenizer, batch, examples)
+
 
 @torch.no_grad()
-def evaluate(policy, reference, tokenizer, reward_fns, dataset, args, k=1, greedy=False, judge=None, opponents=None):
-    """Sample k responses to each held-out prompt and score them, without touching training's random state.
+def evaluate(policy, reference, tokenizer, rewards, dataset, args, k=1, greedy=False, judge=None,
+             opponents=None, more=None):
+    """Sample k responses to each held-out prompt and score them. Training's random state stays.
 
-    Args: policy and reference (causal LMs); reward_fns (see runs.load_rewards); dataset (see load_rows); args
-    (temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed); judge (name of the reward function that
-    decides the win rate; default: the last); opponents (N scores of other responses, for the win rate; default: those
-    of the dataset's completion column, if there is one).
-    Returns: (values, completions): dict name -> (N,) floats on the CPU, and the N responses as text, prompt-major.
+    Args: policy and reference (causal LMs); tokenizer; rewards; dataset (see load_rows); args
+    (temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed); k; greedy; judge (name
+    of what decides the win rate; default: the last held-out reward, or the score); opponents (N
+    scores of other responses, for the win rate; default: those of the dataset's completion column,
+    if there is one); more (function (batch) -> dict name -> (n,): further values).
+    Returns: (values, completions): dict name -> (N,) floats on the CPU, and the N responses as
+    text, prompt-major.
     """
-    values, completions, judge = {}, [], judge or list(reward_fns)[-1]
+    values, completions = {}, []
+    judge = judge or next(reversed(rewards.held_out), "score")
+    if opponents is None and "completion" in dataset.column_names:
+        opponents = completion_scores(rewards, tokenizer, dataset, args.eval_batch_size,
+                                      policy.device)[judge].repeat_interleave(k)
     with isolated_rng(args.seed):
-        if opponents is None and "completion" in dataset.column_names:
-            opponents = completion_scores(reward_fns[judge], judge, tokenizer, dataset, args.eval_batch_size,
-                                          policy.device).repeat_interleave(k)
         for examples in dataset.iter(max(1, args.eval_batch_size // k)):
-            batch = rollout(policy, tokenizer, examples["prompt_ids"], k, args.temperature, args.max_new_tokens,
-                            greedy=greedy)
-            ref_logprobs = no_grad_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (n, T)
-            found = {}  # name -> (n,)
-            for reward_fn in reward_fns.values():
-                found |= reward_fn(batch, examples)
+            batch = rollout(policy, tokenizer, examples["prompt_ids"], k, args.temperature,
+                            args.max_new_tokens, greedy=greedy)
+            found = all_scores(rewards, tokenizer, batch, examples)  # name -> (n,)
             if opponents is not None:
                 better = found[judge].cpu() - opponents[len(completions) :][: len(batch)]
                 found["win_rate"] = (torch.sign(better) + 1) / 2  # 1/2 for ties
+            ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
+                                            args.microbatch_tokens)  # (n, T)
             found["kl"] = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask).sum(1)
             found |= {"length": batch.response_mask.sum(1), "eos_rate": batch.ended}
-            for name, value in found.items():
+            for name, value in (found | (more(batch) if more else {})).items():
                 values.setdefault(name, []).append(value.float().cpu())
             completions += decode(tokenizer, batch)
     return {name: torch.cat(parts) for name, parts in values.items()}, completions
 
 
+def all_scores(rewards, tokenizer, batch, examples):
+    """Score without noise, and what the held-out rewards say: dict name -> (N,)."""
+    return score(rewards, tokenizer, batch, examples, noise=False) | {
+        name: reward_scores(reward, tokenizer, batch, examples)
+        for name, reward in rewards.held_out.items()}
+
+
 @functools.lru_cache(maxsize=1)  # computed once a run
-def completion_scores(reward_fn, name, tokenizer, dataset, at_once, device):
-    """Scores of a dataset's completions: (n,), on the CPU. `name` is their name in what reward_fn returns."""
-    return torch.cat([reward_fn(encode(tokenizer, rows["prompt_ids"], rows["completion"], device), rows)[name].cpu()
-                      for rows in dataset.iter(at_once)])
+def completion_scores(rewards, tokenizer, dataset, at_once, device):
+    """`all_scores` of a dataset's completions, on the CPU."""
+    found = {}
+    for rows in dataset.iter(at_once):
+        batch = encode(tokenizer, rows["prompt_ids"], rows["completion"], device)
+        for name, value in all_scores(rewards, tokenizer, batch, rows).items():
+            found.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}  # of (n,) each
 
 
 def rollout_metrics(batch, parts, scores, kl, rewards, k):
-    """Metrics that every algorithm logs about a rollout: means over its N responses or its B prompts.
+    """Metrics that every algorithm logs about a rollout: means over its N rows or its B prompts.
 
-    Args: batch; parts (dict name -> (N,), what makes up the scores); scores (N,); kl (N, T); rewards (N,) or (N, T); k.
+    Args: batch; parts (dict name -> (N,), see `score`); scores (N,); kl (N, T); rewards (N,) or
+    (N, T); k.
     """
     groups = scores.view(-1, k)  # (B, k)
-    rows = torch.cat([torch.arange(len(batch), device=scores.device)[:, None] // k, batch.responses], 1)  # (N, 1 + T)
+    prompt = torch.arange(len(batch), device=scores.device)[:, None] // k  # (N, 1)
+    distinct = torch.cat([prompt, batch.responses], 1).unique(dim=0)
+    best = parts.get("true_score", parts["score"]).view(-1, k).amax(1)  # (B,)
     return {f"objective/{name}": part.mean() for name, part in parts.items() if name != "score"} | {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
-        "objective/best_of_k": parts.get("true_score", parts["score"]).view(-1, k).amax(1).mean(),
+        "objective/best_of_k": best.mean(),
         "objective/kl": kl.sum(1).mean(),
         "objective/rewards": rewards.view(len(batch), -1).sum(1).mean(),
         "objective/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
         "objective/entropy": -batch.old_logprobs.sum(1).mean(),
-        "rollout/distinct": len(rows.unique(dim=0)) / len(batch),
+        "rollout/distinct": len(distinct) / len(batch),
         "rollout/length": batch.response_mask.sum(1).float().mean(),
         "rollout/eos_rate": batch.ended.float().mean(),
     }

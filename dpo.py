@@ -2,22 +2,26 @@
 
     loss = - log sigma( beta [ log pi(y+|x)/pi_ref(y+|x) - log pi(y-|x)/pi_ref(y-|x) ] )
 
-for pairs of a chosen response y+ and a rejected response y-, collected beforehand. beta log(pi/pi_ref) is the policy's
-implicit reward: the one for which the policy is the optimum of E[r] - beta KL.
+for pairs of a chosen response y+ and a rejected response y-, collected beforehand. beta
+log(pi/pi_ref) is the policy's implicit reward: the one for which the policy is the optimum of E[r]
+- beta KL.
 
     python dpo.py
 
-What differs from rloo.py: the data are preference pairs (--dataset, with prompt, chosen and rejected), evaluation has
-its own dataset (--eval-dataset), and the reward model is used only to evaluate. Log-probs are summed over the response,
-EOS included, as in the paper; some implementations average them, which is a different loss. The logits of policy and
-reference are divided by --temperature, so that the loss trains the policy that is evaluated; the paper and TRL do not
-divide (--temperature 1).
+What differs from rloo.py: the data are preference pairs (--dataset, with prompt, chosen and
+rejected), evaluation has its own dataset (--eval-dataset), and the reward model is used only to
+evaluate. Log-probs are summed over the response, EOS included, as in the paper; some
+implementations average them, which is a different loss. The logits of policy and reference are
+divided by --temperature, so that the loss trains the policy that is evaluated; the paper and TRL do
+not divide (--temperature 1).
 
-The gradient at pi = pi_ref is beta/2 times that of log pi(y-) - log pi(y+). Nothing in the loss keeps the chosen
-response's probability up: only the difference matters, and both often fall (rewards/chosen below 0 is normal).
+The gradient at pi = pi_ref is beta/2 times that of log pi(y-) - log pi(y+). Nothing in the loss
+keeps the chosen response's probability up: only the difference matters, and both often fall
+(rewards/chosen below 0 is normal).
 
-What to watch: rewards/margins and rewards/accuracies, which should rise from 0 and 0.5; eval/length, since DPO tends
-towards longer responses; eval/kl, which is bounded only by the shape of the loss.
+What to watch: rewards/margins and rewards/accuracies, which should rise from 0 and 0.5;
+eval/length, since DPO tends towards longer responses; eval/kl, which is bounded only by the shape
+of the loss.
 """
 
 from dataclasses import dataclass, replace
@@ -27,18 +31,28 @@ import torch
 import torch.nn.functional as F
 from transformers import get_scheduler
 
-from common import encode, evaluate, microbatches, no_grad_logprobs, token_logprobs
-from plumbing import clip_gradients, leave, load_model, load_reference, load_rows, load_tokenizer, sum_over_ranks
-from runs import DataArgs, EvaluationArgs, Run, SystemArgs, dry_run, load_rewards, parse, setup
+try:
+    from common import (dry_run, encode, evaluate, microbatches, no_grad_logprobs, token_logprobs)
+    from plumbing import (Count, CountOrZero, DataArgs, EvaluationArgs, NotNegative, Positive, Run,
+                          Seed, SystemArgs, clip_gradients, leave, load_policy, load_reference,
+                          load_rewards, load_rows, load_tokenizer, parse, setup, sum_gradients,
+                          sum_over_ranks)
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}; copy common.py, plumbing/ and tasks/ along with this "
+                     "script, and install requirements.txt")
 
 
-def compute_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs, beta):
-    """- log sigma of the difference between the two responses' implicit rewards beta log(pi/pi_ref).
+
+def compute_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs,
+                 beta):
+    """- log sigma of the difference between the two responses' implicit rewards beta
+    log(pi/pi_ref).
 
     A sum: the caller divides by the number of pairs in the whole batch.
 
     Args: four (n, T) tensors of token log-probs, 0 where masked; beta.
-    Returns: scalar, and the implicit rewards of the chosen and of the rejected responses, (n,) each.
+    Returns: scalar, and the implicit rewards of the chosen and of the rejected responses, (n,)
+    each.
     """
     chosen = beta * (chosen_logprobs - chosen_ref_logprobs).sum(1)  # (n,)
     rejected = beta * (rejected_logprobs - rejected_ref_logprobs).sum(1)  # (n,)
@@ -46,34 +60,34 @@ def compute_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, reject
 
 
 @dataclass
-class Args(EvaluationArgs, DataArgs, SystemArgs):  # data, evaluation, memory, devices, checkpoints (see runs.py)
-    beta: float = 0.1
+class Args(EvaluationArgs, DataArgs, SystemArgs):  # see plumbing/flags.py
+    beta: NotNegative = 0.1
     """strength of the implicit KL penalty; higher values stay closer to the reference"""
-    temperature: float = 0.7
+    temperature: Positive = 0.7
     """sampling temperature; all log-probs are under softmax(logits / temperature)"""
-    lr: float = 1e-3
-    """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
+    lr: Positive = 1e-3
+    """Adam's peak learning rate (for a pretrained model of billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up"""
-    warmup_updates: int = 0
+    warmup_updates: CountOrZero = 0
     """linear warm-up updates"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
-    num_updates: int = 80
+    num_updates: Count = 80
     """optimizer steps"""
-    batch_size: int = 32
+    batch_size: Count = 32
     """preference pairs per step"""
-    max_length: int = 512
+    max_length: Count = 512
     """drop pairs with more tokens than this (prompt plus longer response)"""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """maximum response length in tokens, in evaluation"""
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
     """reference policy; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
-    """reward that is only logged: one-label classifier (hub name or folder) or path/to/file.py:function; several are
-    summed"""
+    """reward that is only logged: one-label classifier (hub name or folder) or
+    path/to/file.py:function; several are summed"""
     dataset: str = "tasks/mini_tldr.py:comparisons"
     """preference pairs (prompt, chosen, rejected): hub name, path, or path/to/file.py:function"""
     chosen_column: str | None = None
@@ -85,34 +99,38 @@ class Args(EvaluationArgs, DataArgs, SystemArgs):  # data, evaluation, memory, d
     path/to/file.py:function"""
     eval_prompt_column: str | None = None
     """prompt column of the evaluation dataset, if it is not called prompt"""
-    seed: int = 1
+    seed: Seed = 1
     """random seed for pair order and sampling"""
 
 
 def main(args):
     device = setup(args)
     tokenizer = load_tokenizer(args.model)
-    policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
+    policy = load_policy(args, device)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score", and "gold" if any: both are only logged
-    train = load_rows(args, args.train_split, tokenizer, ["prompt", "chosen", "rejected"], args.max_length)
+    reward_fns = load_rewards(args, device)  # only logged
+    train = load_rows(args, args.train_split, tokenizer, ["prompt", "chosen", "rejected"],
+                      args.max_length)
     prompts = replace(args, dataset=args.eval_dataset, prompt_column=args.eval_prompt_column)
     test = load_rows(prompts, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [test, train], reward_fns, args)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
 
-    run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))  # --resume restores all three
+    run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))
     if run.step == 0:
         run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
     for examples in run.updates(train, args.batch_size):
         # 1. instead of a rollout: preference pairs
-        chosen = encode(tokenizer, examples["prompt_ids"], examples["chosen"], device)  # N rows each
-        rejected = encode(tokenizer, examples["prompt_ids"], examples["rejected"], device)
+        prompt_ids = examples["prompt_ids"]
+        chosen = encode(tokenizer, prompt_ids, examples["chosen"], device)  # N rows each
+        rejected = encode(tokenizer, prompt_ids, examples["rejected"], device)
 
         # 2. score, 3. shape: only the reference's log-probs are needed
-        chosen_ref_logprobs = no_grad_logprobs(reference, chosen, args.temperature, args.microbatch_tokens)  # (N, T)
-        rejected_ref_logprobs = no_grad_logprobs(reference, rejected, args.temperature, args.microbatch_tokens)
+        chosen_ref_logprobs = no_grad_logprobs(reference, chosen, args.temperature,
+                                               args.microbatch_tokens)  # (N, T)
+        rejected_ref_logprobs = no_grad_logprobs(reference, rejected, args.temperature,
+                                                 args.microbatch_tokens)
 
         # 4. advantages: none. 5. update: one optimizer step on the whole batch, in micro-batches
         loss = 0.0
@@ -122,22 +140,27 @@ def main(args):
             chosen_logprobs = token_logprobs(policy, chosen[rows], args.temperature)  # (n, T)
             rejected_logprobs = token_logprobs(policy, rejected[rows], args.temperature)  # (n, T)
             part, chosen_rewards[rows], rejected_rewards[rows] = compute_loss(
-                chosen_logprobs, rejected_logprobs, chosen_ref_logprobs[rows], rejected_ref_logprobs[rows], args.beta)
+                chosen_logprobs, rejected_logprobs, chosen_ref_logprobs[rows],
+                rejected_ref_logprobs[rows], args.beta)
             (part / len(chosen)).backward()
             loss += part.item() / len(chosen)
-        loss, grad_norm = sum_over_ranks(loss), clip_gradients(policy, args.max_grad_norm)
+        loss = sum_over_ranks(loss)
+        sum_gradients(policy)  # over all processes
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
         run.check_finite(examples, loss=loss, grad_norm=grad_norm)
         optimizer.step()
 
         # 6. log, evaluate, save
-        chosen_rewards, rejected_rewards = sum_over_ranks(chosen_rewards), sum_over_ranks(rejected_rewards)
+        chosen_rewards = sum_over_ranks(chosen_rewards)
+        rejected_rewards = sum_over_ranks(rejected_rewards)
         metrics = {
             "rewards/chosen": chosen_rewards.mean(),
             "rewards/rejected": rejected_rewards.mean(),
             "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
             "rewards/accuracies": (chosen_rewards > rejected_rewards).float().mean(),
             "policy/loss": loss, "policy/grad_norm": grad_norm,
-            "policy/grad_clipped": grad_norm > args.max_grad_norm, "policy/lr": scheduler.get_last_lr()[0],
+            "policy/grad_clipped": grad_norm > args.max_grad_norm,
+            "policy/lr": scheduler.get_last_lr()[0],
         }
         run.log(metrics, samples=2 * len(chosen))
         scheduler.step()

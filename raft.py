@@ -1,4 +1,5 @@
-"""RAFT, reward-ranked fine-tuning (Dong et al. 2023, arXiv:2304.06767; Ahmadian et al. 2024, section 2.4).
+"""RAFT, reward-ranked fine-tuning (Dong et al. 2023, arXiv:2304.06767; Ahmadian et al. 2024,
+section 2.4).
 
     best = argmax_i R(y_i, x) over the k responses of a prompt
     loss = - log pi(y_best | x), per token
@@ -6,18 +7,20 @@
     python raft.py
     python raft.py --rank-by score
 
-What differs from rloo.py: only the best of the k responses is used, as if it were a demonstration. There is no negative
-signal, and only the rank of a response matters, not its margin. This does not estimate the policy gradient of E[R].
---rank-by reward ranks by the KL-shaped R, --rank-by score by r alone (the KL is then only logged).
+What differs from rloo.py: only the best of the k responses is used, as if it were a demonstration.
+There is no negative signal, and only the rank of a response matters, not its margin. This does not
+estimate the policy gradient of E[R]. --rank-by reward ranks by the KL-shaped R, --rank-by score by
+r alone (the KL is then only logged).
 
-Where published code differs: the papers and TRL's SFT compute the cross-entropy at temperature 1. Here the logits are
-divided by --temperature, as in sampling, so that the policy being trained is the one being sampled.
+Where published code differs: the papers and TRL's SFT compute the cross-entropy at temperature 1.
+Here the logits are divided by --temperature, as in sampling, so that the policy being trained is
+the one being sampled.
 
-Ahmadian et al. find it more sensitive than RLOO to noise in the reward and to a strong KL penalty, since both change
-which response is best.
+Ahmadian et al. find it more sensitive than RLOO to noise in the reward and to a strong KL penalty,
+since both change which response is best.
 
-What to watch: objective/best_score, the mean score of the selected responses; its gap to objective/scores is what the
-policy can still learn from.
+What to watch: objective/best_score, the mean score of the selected responses; its gap to
+objective/scores is what the policy can still learn from.
 """
 
 from dataclasses import dataclass
@@ -26,21 +29,28 @@ from typing import Literal
 import torch
 from transformers import get_scheduler
 
-from common import (evaluate, microbatches, no_grad_logprobs, rollout, rollout_metrics, sequence_rewards, token_kl,
-                    token_logprobs)
-from plumbing import (clip_gradients, leave, load_model, load_reference, load_rows, load_tokenizer, require,
-                      sum_over_ranks)
-from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
+try:
+    from common import (dry_run, evaluate, microbatches, no_grad_logprobs, rollout, rollout_metrics,
+                        score, sequence_rewards, token_kl, token_logprobs)
+    from plumbing import (Count, CountOrZero, NotNegative, Positive, Run, RunArgs, Seed,
+                          clip_gradients, leave, load_policy, load_reference, load_rewards,
+                          load_rows, load_tokenizer, parse, require, setup, sum_gradients,
+                          sum_over_ranks)
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}; copy common.py, plumbing/ and tasks/ along with this "
+                     "script, and install requirements.txt")
+
 
 
 def select_best(rewards, k):
-    """The row number of each prompt's best response. Args: rewards (N,), prompt-major; k. Returns: rows (B,)."""
+    """The row number of each prompt's best response. Args: rewards (N,), prompt-major; k. Returns:
+    rows (B,)."""
     best = rewards.view(-1, k).argmax(1)  # (B,)
     return torch.arange(len(best), device=best.device) * k + best
 
 
 def compute_loss(logprobs):
-    """Negative log-likelihood. A sum: the caller divides by the number of response tokens in the whole batch.
+    """Negative log-likelihood. A sum: the caller divides by the number of response tokens.
 
     Args: logprobs (n, T), 0 where masked. Returns: scalar.
     """
@@ -48,40 +58,42 @@ def compute_loss(logprobs):
 
 
 @dataclass
-class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints (see runs.py)
-    k: int = 4
+class Args(RunArgs):  # data, evaluation, memory, devices, checkpoints: see plumbing/flags.py
+    k: Count = 4
     """responses per prompt, at least 2"""
     rank_by: Literal["reward", "score"] = "reward"
     """rank responses by the KL-shaped reward R, or by the score r"""
-    beta: float = 0.05
+    beta: NotNegative = 0.05
     """weight of the KL penalty in the reward; 0 disables it"""
-    temperature: float = 0.7
+    temperature: Positive = 0.7
     """sampling temperature; all log-probs are under softmax(logits / temperature)"""
-    lr: float = 1e-3
-    """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
+    lr: Positive = 1e-3
+    """Adam's peak learning rate (for a pretrained model of billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up"""
-    warmup_updates: int = 0
+    warmup_updates: CountOrZero = 0
     """linear warm-up updates"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
-    num_updates: int = 80
+    num_updates: Count = 80
     """optimizer steps, each on a fresh rollout"""
-    prompts_per_step: int = 16
+    prompts_per_step: Count = 16
     """prompts per rollout, with k responses each"""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """maximum response length in tokens"""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: NotNegative = 1.0
     """subtracted from the score of a response without EOS"""
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
     """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
-    """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
+    """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function;
+    several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
-    """prompts, and reference responses (completion) for the win rate: hub name, path, or path/to/file.py:function"""
-    seed: int = 1
+    """prompts, and reference responses (completion) for the win rate: hub name, path, or
+    path/to/file.py:function"""
+    seed: Seed = 1
     """random seed for prompt order and sampling"""
 
 
@@ -89,29 +101,30 @@ def main(args):
     require(args.k >= 2, f"--k {args.k}: the best of the k responses is kept; use at least 2")
     device = setup(args)
     tokenizer = load_tokenizer(args.model)
-    policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
+    policy = load_policy(args, device)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
+    reward_fns = load_rewards(args, device)  # what is maximized, and what is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
 
-    run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))  # --resume restores all three
+    run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))
     if run.step == 0:
         run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
     for examples in run.updates(train, args.prompts_per_step):
         # 1. rollout: k responses per prompt, with the sampler's own log-probs
-        batch = rollout(policy, tokenizer, examples["prompt_ids"], args.k, args.temperature, args.max_new_tokens,
-                        args.rollout_batch_size)  # N rows
+        batch = rollout(policy, tokenizer, examples["prompt_ids"], args.k, args.temperature,
+                        args.max_new_tokens, args.rollout_batch_size)  # N rows
 
         # 2. score: one number per response
-        parts = run.add_noise(reward_fns["score"](batch, examples))  # name -> (N,): the score, and its parts, if any
+        parts = score(reward_fns, tokenizer, batch, examples)  # name -> (N,): the score, its parts
         scores = parts["score"] - args.missing_eos_penalty * ~batch.ended  # (N,)
 
         # 3. shape: the KL to the reference becomes part of the reward
-        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
+                                        args.microbatch_tokens)  # (N, T)
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
         rewards = sequence_rewards(scores, kl, args.beta)  # (N,)
 
@@ -127,7 +140,9 @@ def main(args):
             part = compute_loss(logprobs) / num_tokens
             part.backward()
             loss += part.item()
-        loss, grad_norm = sum_over_ranks(loss), clip_gradients(policy, args.max_grad_norm)
+        loss = sum_over_ranks(loss)
+        sum_gradients(policy)  # over all processes
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
         run.check_finite(examples, scores=scores, kl=kl, loss=loss, grad_norm=grad_norm)
         optimizer.step()
 
@@ -135,13 +150,15 @@ def main(args):
         metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
             "objective/best_score": scores[best].mean(),
             "policy/loss": loss, "policy/grad_norm": grad_norm,
-            "policy/grad_clipped": grad_norm > args.max_grad_norm, "policy/lr": scheduler.get_last_lr()[0],
+            "policy/grad_clipped": grad_norm > args.max_grad_norm,
+            "policy/lr": scheduler.get_last_lr()[0],
         }
         run.log(metrics, samples=len(batch), tokens=batch.response_mask.sum())
         scheduler.step()
         if run.evaluation_is_due():
             run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
-            chosen = torch.zeros_like(scores).index_fill(0, best, 1.0)  # (N,), 1 for each prompt's best
+            chosen = torch.zeros_like(scores).index_fill(0, best,
+                                                         1.0)  # (N,), 1 for each prompt's best
             run.log_samples(examples, batch, scores, kl, chosen)
             run.save_model(policy)
         run.checkpoint()  # if due; also exits after Ctrl-C or SIGTERM

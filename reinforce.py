@@ -1,9 +1,12 @@
-"""REINFORCE with a baseline from past rewards (Williams 1992; Ahmadian et al. 2024, section 2.2, arXiv:2402.14740).
+"""REINFORCE with a baseline from past rewards (Williams 1992).
 
-    gradient = [ R(y, x) - b ] grad log pi(y | x),    R(y, x) = r(x, y) - beta log( pi(y|x) / pi_ref(y|x) )
+As in Ahmadian et al. 2024 (arXiv:2402.14740), section 2.2:
 
-As in rloo.py, the whole response is one action. One response per prompt is enough, because the baseline comes from past
-steps:
+    gradient = [ R(y, x) - b ] grad log pi(y | x)
+    R(y, x)  = r(x, y) - beta log( pi(y|x) / pi_ref(y|x) )
+
+As in rloo.py, the whole response is one action. One response per prompt is enough, because the
+baseline comes from past steps:
 
     --baseline none             b = 0
     --baseline moving-average   b = mean of R over all past steps, or over the last --window of them
@@ -11,32 +14,40 @@ steps:
 
     python reinforce.py --baseline moving-average
 
-What differs from rloo.py: the baseline, a single number for all prompts. It is unbiased because it is fixed before the
-step's responses are sampled; a baseline that included the step's own rewards would not be. But it is weaker: it tracks
-how well the policy does on average and knows nothing about the prompt. The EMA starts at the first step's mean reward
-(if it started at 0, it would lag for about 1 / (1 - decay) steps).
+What differs from rloo.py: the baseline, a single number for all prompts. It is unbiased because it
+is fixed before the step's responses are sampled; a baseline that included the step's own rewards
+would not be. But it is weaker: it tracks how well the policy does on average and knows nothing
+about the prompt. The EMA starts at the first step's mean reward (if it started at 0, it would lag
+for about 1 / (1 - decay) steps).
 
-What to watch: objective/baseline should track objective/rewards closely. While it lags, most advantages in a step have
-the same sign, which shows up in policy/grad_norm.
+What to watch: objective/baseline should track objective/rewards closely. While it lags, most
+advantages in a step have the same sign, which shows up in policy/grad_norm.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from transformers import get_scheduler
 
-from common import (evaluate, microbatches, no_grad_logprobs, rollout, rollout_metrics, sequence_rewards, token_kl,
-                    token_logprobs)
-from plumbing import (clip_gradients, leave, load_model, load_reference, load_rows, load_tokenizer, sum_over_ranks)
-from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
+try:
+    from common import (dry_run, evaluate, microbatches, no_grad_logprobs, rollout, rollout_metrics,
+                        score, sequence_rewards, token_kl, token_logprobs)
+    from plumbing import (Count, CountOrZero, NotNegative, Positive, Range, Run, RunArgs, Seed,
+                          clip_gradients, leave, load_policy, load_reference, load_rewards,
+                          load_rows, load_tokenizer, parse, setup, sum_gradients, sum_over_ranks)
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}; copy common.py, plumbing/ and tasks/ along with this "
+                     "script, and install requirements.txt")
+
 
 
 def compute_baseline(history, kind, window, decay):
     """The baseline b, from the mean rewards of past steps; 0 at the first step.
 
-    Args: history (list of float, one for each past step); kind ("none", "moving-average" or "ema"); window (number of
-    recent steps in the moving average, 0 for all); decay (of the EMA). Returns: float.
+    Args: history (list of float, one for each past step); kind ("none", "moving-average" or "ema");
+    window (number of recent steps in the moving average, 0 for all); decay (of the EMA). Returns:
+    float.
     """
     if kind == "none" or not history:
         return 0.0
@@ -49,7 +60,7 @@ def compute_baseline(history, kind, window, decay):
 
 
 def compute_loss(logprobs, advantages):
-    """- sum_i A_i log pi(y_i | x). A sum: the caller divides by the number of rows in the whole batch.
+    """- sum_i A_i log pi(y_i | x). A sum: the caller divides by the number of rows.
 
     Args: logprobs (n, T), 0 where masked; advantages (n,). Returns: scalar.
     """
@@ -57,73 +68,77 @@ def compute_loss(logprobs, advantages):
 
 
 @dataclass
-class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints (see runs.py)
+class Args(RunArgs):  # data, evaluation, memory, devices, checkpoints: see plumbing/flags.py
     baseline: Literal["none", "moving-average", "ema"] = "moving-average"
     """what to subtract from the rewards: nothing, or an average over past updates"""
-    window: int = 0
+    window: CountOrZero = 0
     """number of past updates in the moving average; 0 for all"""
-    decay: float = 0.9
+    decay: Annotated[float, Range(lambda value: 0 <= value < 1,
+                                  "must be at least 0 and below 1")] = 0.9
     """decay of the exponential moving average (usually 0.9 or 0.99)"""
-    k: int = 1
+    k: Count = 1
     """responses per prompt"""
-    beta: float = 0.05
+    beta: NotNegative = 0.05
     """weight of the KL penalty in the reward; 0 disables it"""
-    temperature: float = 0.7
+    temperature: Positive = 0.7
     """sampling temperature; all log-probs are under softmax(logits / temperature)"""
-    lr: float = 1e-3
-    """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
+    lr: Positive = 1e-3
+    """Adam's peak learning rate (for a pretrained model of billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up"""
-    warmup_updates: int = 0
+    warmup_updates: CountOrZero = 0
     """linear warm-up updates"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
-    num_updates: int = 80
+    num_updates: Count = 80
     """optimizer steps, each on a fresh rollout"""
-    prompts_per_step: int = 64
+    prompts_per_step: Count = 64
     """prompts per rollout, with k responses each"""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """maximum response length in tokens"""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: NotNegative = 1.0
     """subtracted from the score of a response without EOS"""
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
     """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
-    """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
+    """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function;
+    several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
-    """prompts, and reference responses (completion) for the win rate: hub name, path, or path/to/file.py:function"""
-    seed: int = 1
+    """prompts, and reference responses (completion) for the win rate: hub name, path, or
+    path/to/file.py:function"""
+    seed: Seed = 1
     """random seed for prompt order and sampling"""
 
 
 def main(args):
     device = setup(args)
     tokenizer = load_tokenizer(args.model)
-    policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
+    policy = load_policy(args, device)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
+    reward_fns = load_rewards(args, device)  # what is maximized, and what is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
 
-    run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))  # --resume restores all three
+    run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))
     if run.step == 0:
         run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
     for examples in run.updates(train, args.prompts_per_step):
         # 1. rollout: k responses per prompt, with the sampler's own log-probs
-        batch = rollout(policy, tokenizer, examples["prompt_ids"], args.k, args.temperature, args.max_new_tokens,
-                        args.rollout_batch_size)  # N rows
+        batch = rollout(policy, tokenizer, examples["prompt_ids"], args.k, args.temperature,
+                        args.max_new_tokens, args.rollout_batch_size)  # N rows
 
         # 2. score: one number per response
-        parts = run.add_noise(reward_fns["score"](batch, examples))  # name -> (N,): the score, and its parts, if any
+        parts = score(reward_fns, tokenizer, batch, examples)  # name -> (N,): the score, its parts
         scores = parts["score"] - args.missing_eos_penalty * ~batch.ended  # (N,)
 
         # 3. shape: the KL to the reference becomes part of the reward
-        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
+                                        args.microbatch_tokens)  # (N, T)
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
         rewards = sequence_rewards(scores, kl, args.beta)  # (N,)
 
@@ -141,7 +156,9 @@ def main(args):
             part = compute_loss(logprobs, advantages[rows]) / len(batch)
             part.backward()
             loss += part.item()
-        loss, grad_norm = sum_over_ranks(loss), clip_gradients(policy, args.max_grad_norm)
+        loss = sum_over_ranks(loss)
+        sum_gradients(policy)  # over all processes
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
         run.check_finite(examples, scores=scores, kl=kl, loss=loss, grad_norm=grad_norm)
         optimizer.step()
 
@@ -149,7 +166,8 @@ def main(args):
         metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
             "objective/baseline": baseline,
             "policy/loss": loss, "policy/grad_norm": grad_norm,
-            "policy/grad_clipped": grad_norm > args.max_grad_norm, "policy/lr": scheduler.get_last_lr()[0],
+            "policy/grad_clipped": grad_norm > args.max_grad_norm,
+            "policy/lr": scheduler.get_last_lr()[0],
         }
         run.log(metrics, samples=len(batch), tokens=batch.response_mask.sum())
         scheduler.step()

@@ -1,27 +1,32 @@
-"""REINFORCE++ (Hu 2024, a blog post; Hu et al. 2025, arXiv:2501.03262): PPO's tricks without a critic.
+"""REINFORCE++ (Hu 2024, a blog post; Hu et al. 2025, arXiv:2501.03262): PPO's tricks without a
+critic.
 
     A_t  = r - beta sum_{i >= t} kl_i,  then whitened over all tokens of the whole batch
     loss = - sum_t min( ratio_t A_t, clip(ratio_t, 1 +- clip) A_t )
 
-where r is normalized over the batch and clipped, and each rollout is split into several mini-batches. A later variant,
-which uses the prompt's mean as the baseline, is in reinforce_pp_baseline.py.
+where r is normalized over the batch and clipped, and each rollout is split into several
+mini-batches. A later variant, which uses the prompt's mean as the baseline, is in
+reinforce_pp_baseline.py.
 
     python reinforce_pp.py
 
-What differs from rloo.py: the baseline is the mean over the whole batch, not over the prompt's responses, so one
-response per prompt would be enough; the KL is a token-level reward; and each rollout is used for several clipped steps.
+What differs from rloo.py: the baseline is the mean over the whole batch, not over the prompt's
+responses, so one response per prompt would be enough; the KL is a token-level reward; and each
+rollout is used for several clipped steps.
 
-Whitening subtracts a mean and divides by a std that both include the response itself. This adds a small bias, which
-shrinks as the batch grows, and fixes the scale, so that a learning rate means the same for every reward. Mean and std
-are over the tokens of the whole batch, never of a micro-batch or a prompt. tests/test_exact.py has the numbers.
+Whitening subtracts a mean and divides by a std that both include the response itself. This adds a
+small bias, which shrinks as the batch grows, and fixes the scale, so that a learning rate means the
+same for every reward. Mean and std are over the tokens of the whole batch, never of a micro-batch
+or a prompt. tests/test_exact.py has the numbers.
 
-Where published code differs: OpenRLHF divides by the std with N in the denominator and clamps the variance at 1e-8 (as
-here); verl uses N - 1. OpenRLHF clips the raw rewards without normalizing them over the batch, and averages the loss
-over the tokens in the batch; here a response's tokens are summed. The post's settings for large models: KL 0.01 with a
-learned reward model and 0.001 with rules, 4 samples per prompt, rollouts of 256 in mini-batches of 128, lr 5e-7.
+Where published code differs: OpenRLHF divides by the std with N in the denominator and clamps the
+variance at 1e-8 (as here); verl uses N - 1. OpenRLHF clips the raw rewards without normalizing them
+over the batch, and averages the loss over the tokens in the batch; here a response's tokens are
+summed. The post's settings for large models: KL 0.01 with a learned reward model and 0.001 with
+rules, 4 samples per prompt, rollouts of 256 in mini-batches of 128, lr 5e-7.
 
-Because the scores are divided by their std, beta is relative to a reward of size 1. At rloo.py's 0.05 the KL on mini
-TL;DR grows to 12 and the gold reward stays at 4.8, hence the larger default.
+Because the scores are divided by their std, beta is relative to a reward of size 1. At rloo.py's
+0.05 the KL on mini TL;DR grows to 12 and the gold reward stays at 4.8, hence the larger default.
 
 What to watch: policy/clipfrac (a few percent at most); objective/kl.
 """
@@ -32,37 +37,49 @@ from typing import Literal
 import torch
 from transformers import get_scheduler
 
-from common import (evaluate, microbatches, minibatches, no_grad_logprobs, rollout, rollout_metrics, token_kl,
-                    token_logprobs, token_rewards)
-from plumbing import (clip_gradients, leave, load_model, load_reference, load_rows, load_tokenizer, sum_over_ranks)
-from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
+try:
+    from common import (dry_run, evaluate, microbatches, minibatches, no_grad_logprobs, rollout,
+                        rollout_metrics, score, token_kl, token_logprobs, token_rewards)
+    from plumbing import (Count, CountOrZero, Limit, NotNegative, Positive, Run, RunArgs, Seed,
+                          clip_gradients, leave, load_policy, load_reference, load_rewards,
+                          load_rows, load_tokenizer, parse, require, setup, sum_gradients,
+                          sum_over_ranks)
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}; copy common.py, plumbing/ and tasks/ along with this "
+                     "script, and install requirements.txt")
+
 
 
 def normalize_scores(scores, clip):
-    """( r - mean ) / std over the batch (N in the denominator), clipped to +- clip; 0 if all scores are equal.
+    """( r - mean ) / std over the batch (N in the denominator), clipped to +- clip; 0 if all scores
+    are equal.
 
     Args: scores (N,); clip. Returns: (N,).
     """
     if scores.amax() == scores.amin():
-        return torch.zeros_like(scores)  # otherwise rounding error in the mean would be scaled up to a signal
+        return torch.zeros_like(
+            scores)  # otherwise rounding error in the mean would be scaled up to a signal
     return ((scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-4)).clamp(-clip, clip)
 
 
 def compute_advantages(rewards, response_mask, whiten=True):
     """A_t = sum of the rewards from token t on, whitened over all tokens in the batch.
 
-    Args: rewards (N, T), 0 where masked; response_mask (N, T); whiten (False: return the returns unchanged).
+    Args: rewards (N, T), 0 where masked; response_mask (N, T); whiten (False: return the returns
+    unchanged).
     Returns: advantages (N, T), 0 where masked.
     """
-    returns = rewards.flip(1).cumsum(1).flip(1) * response_mask  # (N, T), the KL-to-go and the score
+    returns = rewards.flip(1).cumsum(1).flip(1) * response_mask  # (N, T), KL-to-go and score
     if not whiten:
         return returns
     tokens = returns[response_mask]  # all real tokens
-    return (returns - tokens.mean()) / tokens.var(correction=0).clamp(min=1e-8).sqrt() * response_mask
+    std = tokens.var(correction=0).clamp(min=1e-8).sqrt()
+    return (returns - tokens.mean()) / std * response_mask
 
 
 def compute_loss(logprobs, old_logprobs, advantages, clip):
-    """- sum_t min( ratio_t A_t, clip(ratio_t, 1 - clip, 1 + clip) A_t ),  ratio_t = pi(y_t) / pi_old(y_t).
+    """- sum_t min( ratio_t A_t, clip(ratio_t, 1 - clip, 1 + clip) A_t ),  ratio_t = pi(y_t) /
+    pi_old(y_t).
 
     A sum: the caller divides by the number of rows in the whole mini-batch.
 
@@ -75,81 +92,89 @@ def compute_loss(logprobs, old_logprobs, advantages, clip):
 
 
 @dataclass
-class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints (see runs.py)
+class Args(RunArgs):  # data, evaluation, memory, devices, checkpoints: see plumbing/flags.py
     normalize_scores: bool = True
     """normalize the scores over the batch"""
-    clip_scores: float = 10.0
-    """clip range of the normalized scores; with N responses none can exceed sqrt(N - 1), which is 7.9 by default"""
+    clip_scores: Limit = 10.0
+    """clip range of the normalized scores; with N responses none can exceed sqrt(N - 1), which is
+    7.9 by default"""
     whiten: bool = True
     """normalize the advantages over all tokens in the batch"""
-    k: int = 4
+    k: Count = 4
     """responses per prompt"""
-    beta: float = 0.15
+    beta: NotNegative = 0.15
     """weight of the KL penalty in the reward, relative to scores of std 1; 0 disables it"""
-    temperature: float = 0.7
+    temperature: Positive = 0.7
     """sampling temperature; all log-probs are under softmax(logits / temperature)"""
-    lr: float = 1e-3
-    """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
+    lr: Positive = 1e-3
+    """Adam's peak learning rate (for a pretrained model of billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up"""
-    warmup_updates: int = 0
+    warmup_updates: CountOrZero = 0
     """linear warm-up updates"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
-    num_updates: int = 80
+    num_updates: Count = 80
     """rollouts, each used for epochs * minibatches optimizer steps"""
-    epochs: int = 1
+    epochs: Count = 1
     """passes over each rollout"""
-    minibatches: int = 2
+    minibatches: Count = 2
     """optimizer steps per epoch, each on an equal share of the rollout's responses"""
-    clip: float = 0.2
+    clip: Limit = 0.2
     """PPO clip range of the ratio pi / pi_old; "inf" disables clipping"""
-    prompts_per_step: int = 16
+    prompts_per_step: Count = 16
     """prompts per rollout, with k responses each"""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """maximum response length in tokens"""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: NotNegative = 1.0
     """subtracted from the score of a response without EOS"""
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
     """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
-    """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
+    """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function;
+    several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
-    """prompts, and reference responses (completion) for the win rate: hub name, path, or path/to/file.py:function"""
-    seed: int = 1
+    """prompts, and reference responses (completion) for the win rate: hub name, path, or
+    path/to/file.py:function"""
+    seed: Seed = 1
     """random seed for prompt order and sampling"""
 
 
 def main(args):
+    responses = args.prompts_per_step * args.k
+    require(args.minibatches <= responses, f"--minibatches {args.minibatches}: a rollout has only "
+                                           f"{responses} responses to divide")
     device = setup(args)
     tokenizer = load_tokenizer(args.model)
-    policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
+    policy = load_policy(args, device)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
+    reward_fns = load_rewards(args, device)  # what is maximized, and what is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
 
-    run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))  # --resume restores all three
+    run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))
     if run.step == 0:
         run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
     for examples in run.updates(train, args.prompts_per_step):
         # 1. rollout: k responses per prompt, with the sampler's own log-probs
-        batch = rollout(policy, tokenizer, examples["prompt_ids"], args.k, args.temperature, args.max_new_tokens,
-                        args.rollout_batch_size)  # N rows
+        batch = rollout(policy, tokenizer, examples["prompt_ids"], args.k, args.temperature,
+                        args.max_new_tokens, args.rollout_batch_size)  # N rows
 
         # 2. score: one number per response
-        parts = run.add_noise(reward_fns["score"](batch, examples))  # name -> (N,): the score, and its parts, if any
+        parts = score(reward_fns, tokenizer, batch, examples)  # name -> (N,): the score, its parts
         scores = parts["score"] - args.missing_eos_penalty * ~batch.ended  # (N,)
 
         # 3. shape: the KL to the reference becomes part of the reward
-        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
+                                        args.microbatch_tokens)  # (N, T)
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
-        shaped = normalize_scores(scores, args.clip_scores) if args.normalize_scores else scores  # (N,)
+        shaped = normalize_scores(scores,
+                                  args.clip_scores) if args.normalize_scores else scores  # (N,)
         rewards = token_rewards(shaped, kl, args.beta, batch.response_mask)  # (N, T)
 
         # 4. advantages: each token's reward-to-go, compared with all tokens in the batch
@@ -162,11 +187,14 @@ def main(args):
             optimizer.zero_grad()
             for rows in microbatches(policy, args.microbatch_tokens, batch, rows=minibatch):
                 logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
-                part, outside = compute_loss(logprobs, batch.old_logprobs[rows], advantages[rows], args.clip)
+                part, outside = compute_loss(logprobs, batch.old_logprobs[rows], advantages[rows],
+                                             args.clip)
                 (part / len(minibatch)).backward()
                 loss += part.item() / len(minibatch)
                 clipped += outside.item()
-            loss, grad_norm = sum_over_ranks(loss), clip_gradients(policy, args.max_grad_norm)
+            loss = sum_over_ranks(loss)
+            sum_gradients(policy)  # over all processes
+            grad_norm = clip_gradients(policy, args.max_grad_norm)
             run.check_finite(examples, scores=scores, kl=kl, loss=loss, grad_norm=grad_norm)
             optimizer.step()
             grad_clipped += (grad_norm > args.max_grad_norm) / (args.epochs * args.minibatches)

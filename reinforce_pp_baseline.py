@@ -1,21 +1,24 @@
 """REINFORCE++-baseline, the later variant of REINFORCE++ (Hu et al. 2025, arXiv:2501.03262).
 
-    A_t  = r - mean(r_1 ... r_k),  the same for all tokens, then whitened over all tokens of the whole batch
+    A_t  = r - mean(r_1 ... r_k), the same for all tokens, then whitened over all of the batch's
     loss = sum_t [ - min( ratio_t A_t, clip(ratio_t, 1 +- clip) A_t ) + beta k2_t ]
     k2_t = 1/2 ( log pi(y_t) - log pi_ref(y_t) )^2
 
     python reinforce_pp_baseline.py
 
-What differs from reinforce_pp.py: the baseline is the mean of the prompt's k scores, and the KL is a term of the loss
-(k2), not part of the reward.
+What differs from reinforce_pp.py: the baseline is the mean of the prompt's k scores, and the KL is
+a term of the loss (k2), not part of the reward.
 
-This has two biases. The prompt's mean includes the response itself, which scales the gradient by (k - 1) / k. And k2 in
-the loss lacks the KL-to-go (the fact that a token leads to prefixes with more or less KL), so the optimum of
-E[r] - beta KL is not a fixed point. Whitening adds its own, as in reinforce_pp.py. tests/test_exact.py has the numbers.
+This has two biases. The prompt's mean includes the response itself, which scales the gradient by (k
+- 1) / k. And k2 in the loss lacks the KL-to-go (the fact that a token leads to prefixes with more
+or less KL), so the optimum of E[r] - beta KL is not a fixed point. Whitening adds its own, as in
+reinforce_pp.py. tests/test_exact.py has the numbers.
 
-Because the advantages are divided by their std, beta is relative to a reward of size 1, whatever the reward's scale.
+Because the advantages are divided by their std, beta is relative to a reward of size 1, whatever
+the reward's scale.
 
-What to watch: policy/clipfrac (a few percent at most); objective/frac_reward_zero_std; objective/kl.
+What to watch: policy/clipfrac (a few percent at most); objective/frac_reward_zero_std;
+objective/kl.
 """
 
 from dataclasses import dataclass
@@ -24,11 +27,17 @@ from typing import Literal
 import torch
 from transformers import get_scheduler
 
-from common import (evaluate, microbatches, minibatches, no_grad_logprobs, rollout, rollout_metrics, token_kl,
-                    token_logprobs, token_rewards)
-from plumbing import (clip_gradients, leave, load_model, load_reference, load_rows, load_tokenizer, require,
-                      sum_over_ranks)
-from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
+try:
+    from common import (dry_run, evaluate, microbatches, minibatches, no_grad_logprobs, rollout,
+                        rollout_metrics, score, token_kl, token_logprobs, token_rewards)
+    from plumbing import (Count, CountOrZero, Limit, NotNegative, Positive, Run, RunArgs, Seed,
+                          clip_gradients, leave, load_policy, load_reference, load_rewards,
+                          load_rows, load_tokenizer, parse, require, setup, sum_gradients,
+                          sum_over_ranks)
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}; copy common.py, plumbing/ and tasks/ along with this "
+                     "script, and install requirements.txt")
+
 
 
 def center_scores(scores, k):
@@ -40,18 +49,21 @@ def center_scores(scores, k):
 def compute_advantages(rewards, response_mask, whiten=True):
     """A_t = sum of the rewards from token t on, whitened over all tokens in the batch.
 
-    Args: rewards (N, T), 0 where masked; response_mask (N, T); whiten (False: return the returns unchanged).
+    Args: rewards (N, T), 0 where masked; response_mask (N, T); whiten (False: return the returns
+    unchanged).
     Returns: advantages (N, T), 0 where masked.
     """
-    returns = rewards.flip(1).cumsum(1).flip(1) * response_mask  # (N, T), the KL-to-go and the score
+    returns = rewards.flip(1).cumsum(1).flip(1) * response_mask  # (N, T), KL-to-go and score
     if not whiten:
         return returns
     tokens = returns[response_mask]  # all real tokens
-    return (returns - tokens.mean()) / tokens.var(correction=0).clamp(min=1e-8).sqrt() * response_mask
+    std = tokens.var(correction=0).clamp(min=1e-8).sqrt()
+    return (returns - tokens.mean()) / std * response_mask
 
 
 def compute_loss(logprobs, old_logprobs, advantages, clip):
-    """- sum_t min( ratio_t A_t, clip(ratio_t, 1 - clip, 1 + clip) A_t ),  ratio_t = pi(y_t) / pi_old(y_t).
+    """- sum_t min( ratio_t A_t, clip(ratio_t, 1 - clip, 1 + clip) A_t ),  ratio_t = pi(y_t) /
+    pi_old(y_t).
 
     A sum: the caller divides by the number of rows in the whole mini-batch.
 
@@ -64,83 +76,92 @@ def compute_loss(logprobs, old_logprobs, advantages, clip):
 
 
 def compute_kl_loss(logprobs, ref_logprobs):
-    """sum_t k2_t = 1/2 ( log pi - log pi_ref )^2. Args: logprobs, ref_logprobs (n, T), 0 where masked."""
+    """sum_t k2_t = 1/2 ( log pi - log pi_ref )^2. Args: logprobs, ref_logprobs (n, T), 0 where
+    masked."""
     return (logprobs - ref_logprobs).square().sum() / 2
 
 
 @dataclass
-class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints (see runs.py)
+class Args(RunArgs):  # data, evaluation, memory, devices, checkpoints: see plumbing/flags.py
     whiten: bool = True
     """normalize the advantages over all tokens in the batch"""
-    k: int = 4
+    k: Count = 4
     """responses per prompt, at least 2"""
-    beta: float = 0.3
+    beta: NotNegative = 0.3
     """weight of the KL penalty in the loss, relative to advantages of size 1; 0 disables it"""
-    temperature: float = 0.7
+    temperature: Positive = 0.7
     """sampling temperature; all log-probs are under softmax(logits / temperature)"""
-    lr: float = 1e-3
-    """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
+    lr: Positive = 1e-3
+    """Adam's peak learning rate (for a pretrained model of billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up"""
-    warmup_updates: int = 0
+    warmup_updates: CountOrZero = 0
     """linear warm-up updates"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
-    num_updates: int = 80
+    num_updates: Count = 80
     """rollouts, each used for epochs * minibatches optimizer steps"""
-    epochs: int = 1
+    epochs: Count = 1
     """passes over each rollout"""
-    minibatches: int = 2
+    minibatches: Count = 2
     """optimizer steps per epoch, each on an equal share of the rollout's responses"""
-    clip: float = 0.2
+    clip: Limit = 0.2
     """PPO clip range of the ratio pi / pi_old; "inf" disables clipping"""
-    prompts_per_step: int = 16
+    prompts_per_step: Count = 16
     """prompts per rollout, with k responses each"""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """maximum response length in tokens"""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: NotNegative = 1.0
     """subtracted from the score of a response without EOS"""
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
     """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
-    """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
+    """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function;
+    several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
-    """prompts, and reference responses (completion) for the win rate: hub name, path, or path/to/file.py:function"""
-    seed: int = 1
+    """prompts, and reference responses (completion) for the win rate: hub name, path, or
+    path/to/file.py:function"""
+    seed: Seed = 1
     """random seed for prompt order and sampling"""
 
 
 def main(args):
-    require(args.k >= 2, f"--k {args.k}: the baseline is the mean of the k responses; use at least 2")
+    require(args.k >= 2, f"--k {args.k}: the baseline is the mean of the k responses; use at "
+                         "least 2")
+    responses = args.prompts_per_step * args.k
+    require(args.minibatches <= responses, f"--minibatches {args.minibatches}: a rollout has only "
+                                           f"{responses} responses to divide")
     device = setup(args)
     tokenizer = load_tokenizer(args.model)
-    policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
+    policy = load_policy(args, device)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
+    reward_fns = load_rewards(args, device)  # what is maximized, and what is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
 
-    run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))  # --resume restores all three
+    run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))
     if run.step == 0:
         run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
     for examples in run.updates(train, args.prompts_per_step):
         # 1. rollout: k responses per prompt, with the sampler's own log-probs
-        batch = rollout(policy, tokenizer, examples["prompt_ids"], args.k, args.temperature, args.max_new_tokens,
-                        args.rollout_batch_size)  # N rows
+        batch = rollout(policy, tokenizer, examples["prompt_ids"], args.k, args.temperature,
+                        args.max_new_tokens, args.rollout_batch_size)  # N rows
 
         # 2. score: one number per response
-        parts = run.add_noise(reward_fns["score"](batch, examples))  # name -> (N,): the score, and its parts, if any
+        parts = score(reward_fns, tokenizer, batch, examples)  # name -> (N,): the score, its parts
         scores = parts["score"] - args.missing_eos_penalty * ~batch.ended  # (N,)
 
         # 3. shape: the KL to the reference is part of the loss, not of the reward
-        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
+                                        args.microbatch_tokens)  # (N, T)
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
-        rewards = token_rewards(center_scores(scores, args.k), kl, 0.0, batch.response_mask)  # (N, T)
+        rewards = token_rewards(center_scores(scores, args.k), kl, 0.0,
+                                batch.response_mask)  # (N, T)
 
         # 4. advantages: each token's reward-to-go, compared with all tokens in the batch
         advantages = compute_advantages(rewards, batch.response_mask, args.whiten)  # (N, T)
@@ -152,12 +173,15 @@ def main(args):
             optimizer.zero_grad()
             for rows in microbatches(policy, args.microbatch_tokens, batch, rows=minibatch):
                 logprobs = token_logprobs(policy, batch[rows], args.temperature)  # (n, T)
-                part, outside = compute_loss(logprobs, batch.old_logprobs[rows], advantages[rows], args.clip)
+                part, outside = compute_loss(logprobs, batch.old_logprobs[rows], advantages[rows],
+                                             args.clip)
                 part = part + args.beta * compute_kl_loss(logprobs, ref_logprobs[rows])
                 (part / len(minibatch)).backward()
                 loss += part.item() / len(minibatch)
                 clipped += outside.item()
-            loss, grad_norm = sum_over_ranks(loss), clip_gradients(policy, args.max_grad_norm)
+            loss = sum_over_ranks(loss)
+            sum_gradients(policy)  # over all processes
+            grad_norm = clip_gradients(policy, args.max_grad_norm)
             run.check_finite(examples, scores=scores, kl=kl, loss=loss, grad_norm=grad_norm)
             optimizer.step()
             grad_clipped += (grad_norm > args.max_grad_norm) / (args.epochs * args.minibatches)

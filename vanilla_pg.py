@@ -1,20 +1,26 @@
-"""Vanilla policy gradient with a learned value baseline (Ahmadian et al. 2024, sections 3.1 to 3.3, arXiv:2402.14740).
+"""Vanilla policy gradient with a learned value baseline.
 
-    gradient = sum_t [ G_t - V(x, y_<t) ] grad log pi(y_t | x, y_<t),    G_t = r - beta sum_{i >= t} kl_i
+As in Ahmadian et al. 2024 (arXiv:2402.14740), sections 3.1 to 3.3:
 
-Each token is an action, each prefix a state, and a critic the size of the policy learns the value of each state. This
-is PPO with lambda = 1 and without the ratio and the clipping. The paper finds that it beats PPO, and that RLOO, which
-needs no critic, beats it in turn.
+    gradient = sum_t [ G_t - V(x, y_<t) ] grad log pi(y_t | x, y_<t)
+    G_t      = r - beta sum_{i >= t} kl_i
+
+Each token is an action, each prefix a state, and a critic the size of the policy learns the value
+of each state. This is PPO with lambda = 1 and without the ratio and the clipping. The paper finds
+that it beats PPO, and that RLOO, which needs no critic, beats it in turn.
 
     python vanilla_pg.py
 
-What differs from rloo.py: the baseline V depends on the state, is learned by regression on G, and takes a second model
-and optimizer. V is read before the token is chosen, so it cannot bias the gradient, however wrong it is; a bad critic
-only adds variance. The critic is initialized from the reward model unless --critic names another.
+What differs from rloo.py: the baseline V depends on the state, is learned by regression on G, and
+takes a second model and optimizer. V is read before the token is chosen, so it cannot bias the
+gradient, however wrong it is; a bad critic only adds variance. The critic is initialized from the
+reward model unless --critic names another.
 
-Where published code differs: a common bug is to read V at the token itself, after the action, which adds bias.
+Where published code differs: a common bug is to read V at the token itself, after the action, which
+adds bias.
 
-What to watch: value/explained_variance should climb from near 0 (or below) towards 1 within a few dozen updates.
+What to watch: value/explained_variance should climb from near 0 (or below) towards 1 within a few
+dozen updates.
 """
 
 from dataclasses import dataclass
@@ -23,25 +29,33 @@ from typing import Literal
 import torch
 from transformers import get_scheduler
 
-from common import (evaluate, microbatches, no_grad_logprobs, no_grad_values, rollout, rollout_metrics, token_kl,
-                    token_logprobs, token_rewards, token_values)
-from plumbing import (clip_gradients, leave, load_critic, load_model, load_reference, load_rows, load_tokenizer,
-                      sum_over_ranks)
-from runs import Run, RunArgs, dry_run, load_rewards, parse, setup
+try:
+    from common import (dry_run, evaluate, microbatches, no_grad_logprobs, no_grad_values, rollout,
+                        rollout_metrics, score, token_kl, token_logprobs, token_rewards,
+                        token_values)
+    from plumbing import (Count, CountOrZero, NotNegative, Positive, Run, RunArgs, Seed,
+                          clip_gradients, leave, load_critic, load_policy, load_reference,
+                          load_rewards, load_rows, load_tokenizer, parse, setup, sum_gradients,
+                          sum_over_ranks)
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}; copy common.py, plumbing/ and tasks/ along with this "
+                     "script, and install requirements.txt")
+
 
 
 def compute_advantages(rewards, values, response_mask):
     """A_t = G_t - V_t, where G_t is the sum of the rewards from token t on.
 
-    Args: rewards (N, T), 0 where masked; values (N, T), of the state before each token; response_mask (N, T).
+    Args: rewards (N, T), 0 where masked; values (N, T), of the state before each token;
+    response_mask (N, T).
     Returns: advantages and returns G (N, T), 0 where masked.
     """
-    returns = rewards.flip(1).cumsum(1).flip(1) * response_mask  # (N, T), the KL-to-go and the score
+    returns = rewards.flip(1).cumsum(1).flip(1) * response_mask  # (N, T), KL-to-go and score
     return (returns - values) * response_mask, returns
 
 
 def compute_loss(logprobs, advantages):
-    """- sum_t A_t log pi(y_t | x, y_<t). A sum: the caller divides by the number of rows in the whole batch.
+    """- sum_t A_t log pi(y_t | x, y_<t). A sum: the caller divides by the number of rows.
 
     Args: logprobs (n, T) and advantages (n, T), both 0 where masked. Returns: scalar.
     """
@@ -49,71 +63,75 @@ def compute_loss(logprobs, advantages):
 
 
 def compute_value_loss(values, returns):
-    """1/2 sum_t ( V_t - G_t )^2. Args: values (n, T), with gradients, and returns (n, T), 0 where masked."""
+    """1/2 sum_t ( V_t - G_t )^2. Args: values (n, T), with gradients, and returns (n, T), 0 where
+    masked."""
     return (values - returns).square().sum() / 2
 
 
 def explained_variance(values, returns, response_mask):
-    """1 - Var(G - V) / Var(G) over real tokens: 1 for a perfect critic, 0 for one no better than a constant."""
+    """1 - Var(G - V) / Var(G) over real tokens: 1 for a perfect critic, 0 for a constant one."""
     values, returns = values[response_mask], returns[response_mask]
     return 1 - (returns - values).var() / returns.var()
 
 
 @dataclass
-class Args(RunArgs):  # RunArgs: data, evaluation, memory, devices, checkpoints (see runs.py)
-    k: int = 1
+class Args(RunArgs):  # data, evaluation, memory, devices, checkpoints: see plumbing/flags.py
+    k: Count = 1
     """responses per prompt"""
     critic: str | None = None
-    """initial critic: one-label classifier or policy (hub name or folder); default: the --reward, or the --model if the
-    reward is a function"""
-    critic_lr: float = 1e-3
+    """initial critic: one-label classifier or policy (hub name or folder); default: the --reward,
+    or the --model if the reward is a function"""
+    critic_lr: Positive = 1e-3
     """Adam's peak learning rate for the critic"""
-    beta: float = 0.05
+    beta: NotNegative = 0.05
     """weight of the KL penalty in the reward; 0 disables it"""
-    temperature: float = 0.7
+    temperature: Positive = 0.7
     """sampling temperature; all log-probs are under softmax(logits / temperature)"""
-    lr: float = 1e-3
-    """Adam's peak learning rate (for a pretrained model with billions of parameters: 1e-6 to 3e-6)"""
+    lr: Positive = 1e-3
+    """Adam's peak learning rate (for a pretrained model of billions of parameters: 1e-6 to 3e-6)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up"""
-    warmup_updates: int = 0
+    warmup_updates: CountOrZero = 0
     """linear warm-up updates"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """maximum gradient norm; policy/grad_clipped logs how often gradients are clipped"""
-    num_updates: int = 80
+    num_updates: Count = 80
     """optimizer steps, each on a fresh rollout"""
-    prompts_per_step: int = 64
+    prompts_per_step: Count = 64
     """prompts per rollout, with k responses each"""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """maximum response length in tokens"""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: NotNegative = 1.0
     """subtracted from the score of a response without EOS"""
     model: str = "tasks/mini_tldr-sft"
     """initial policy: hub name or folder"""
     reference: str | None = None
     """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
-    """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function; several are summed"""
+    """reward to maximize: one-label classifier (hub name or folder) or path/to/file.py:function;
+    several are summed"""
     dataset: str = "tasks/mini_tldr.py:prompts"
-    """prompts, and reference responses (completion) for the win rate: hub name, path, or path/to/file.py:function"""
-    seed: int = 1
+    """prompts, and reference responses (completion) for the win rate: hub name, path, or
+    path/to/file.py:function"""
+    seed: Seed = 1
     """random seed for prompt order and sampling"""
 
 
 def main(args):
     device = setup(args)
     tokenizer = load_tokenizer(args.model)
-    policy = load_model(args.model, device, args.dtype, args.shard, args.gradient_checkpointing)
+    policy = load_policy(args, device)
     reference = load_reference(args, tokenizer, device)
     critic = load_critic(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)  # "score" is maximized; "gold", if any, is only logged
+    reward_fns = load_rewards(args, device)  # what is maximized, and what is only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)
-    critic_scheduler = get_scheduler(args.lr_schedule, critic_optimizer, args.warmup_updates, args.num_updates)
+    critic_scheduler = get_scheduler(args.lr_schedule, critic_optimizer, args.warmup_updates,
+                                     args.num_updates)
 
     run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler),
               critic=(critic, critic_optimizer, critic_scheduler))  # --resume restores all six
@@ -121,15 +139,16 @@ def main(args):
         run.log_evaluation(evaluate(policy, reference, tokenizer, reward_fns, test, args))
     for examples in run.updates(train, args.prompts_per_step):
         # 1. rollout: k responses per prompt, with the sampler's own log-probs
-        batch = rollout(policy, tokenizer, examples["prompt_ids"], args.k, args.temperature, args.max_new_tokens,
-                        args.rollout_batch_size)  # N rows
+        batch = rollout(policy, tokenizer, examples["prompt_ids"], args.k, args.temperature,
+                        args.max_new_tokens, args.rollout_batch_size)  # N rows
 
         # 2. score: one number per response
-        parts = run.add_noise(reward_fns["score"](batch, examples))  # name -> (N,): the score, and its parts, if any
+        parts = score(reward_fns, tokenizer, batch, examples)  # name -> (N,): the score, its parts
         scores = parts["score"] - args.missing_eos_penalty * ~batch.ended  # (N,)
 
         # 3. shape: the KL to the reference becomes part of the reward
-        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature, args.microbatch_tokens)  # (N, T)
+        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
+                                        args.microbatch_tokens)  # (N, T)
         kl = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask)  # (N, T)
         rewards = token_rewards(scores, kl, args.beta, batch.response_mask)  # (N, T)
 
@@ -150,8 +169,11 @@ def main(args):
             part = compute_value_loss(values, returns[rows]) / len(batch)
             part.backward()
             value_loss += part.item()
-        loss, grad_norm = sum_over_ranks(loss), clip_gradients(policy, args.max_grad_norm)
-        value_loss, critic_grad_norm = sum_over_ranks(value_loss), clip_gradients(critic, args.max_grad_norm)
+        loss, value_loss = sum_over_ranks(loss), sum_over_ranks(value_loss)
+        sum_gradients(policy)  # over all processes
+        sum_gradients(critic)
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
+        critic_grad_norm = clip_gradients(critic, args.max_grad_norm)
         run.check_finite(examples, scores=scores, kl=kl, loss=loss + value_loss,
                          grad_norm=grad_norm + critic_grad_norm)
         optimizer.step()
@@ -160,9 +182,11 @@ def main(args):
         # 6. log, evaluate, save
         metrics = rollout_metrics(batch, parts, scores, kl, rewards, args.k) | {
             "value/loss": value_loss,
-            "value/explained_variance": explained_variance(old_values, returns, batch.response_mask),
+            "value/explained_variance": explained_variance(old_values, returns,
+                                                           batch.response_mask),
             "policy/loss": loss, "policy/grad_norm": grad_norm,
-            "policy/grad_clipped": grad_norm > args.max_grad_norm, "policy/lr": scheduler.get_last_lr()[0],
+            "policy/grad_clipped": grad_norm > args.max_grad_norm,
+            "policy/lr": scheduler.get_last_lr()[0],
         }
         run.log(metrics, samples=len(batch), tokens=batch.response_mask.sum())
         scheduler.step()

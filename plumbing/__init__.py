@@ -1,0 +1,20 @@
+"""What a run needs besides its algorithm, by room. Scripts import from here and from common.py.
+
+Not needed to understand an algorithm. Nothing in here calls a script's code, or common.py's.
+"""
+
+from plumbing.checkpoints import checkpoints, read_settings
+from plumbing.data import batches, load_dataset, load_rows, prompt_tokens
+from plumbing.errors import one_line, require, stop
+from plumbing.files import find, load_function, load_module
+from plumbing.flags import (Between, Count, CountOrZero, DataArgs, EvaluationArgs, Limit,
+                            NotNegative, Positive, Range, RunArgs, Seed, SystemArgs, check_ranges,
+                            parse, setup)
+from plumbing.models import (eos_ids, load_classifier, load_critic, load_model, load_policy,
+                             load_reference, load_tokenizer, try_out)
+from plumbing.processes import (clip_gradients, equal_share, gather, is_first, isolated_rng, leave,
+                                my_parts, pick_device, random_states, rank_generator,
+                                set_random_states, sum_gradients, sum_over_ranks)
+from plumbing.rewards import (Reward, Rewards, as_text, call_function, find_gold, load_reward,
+                              load_rewards)
+from plumbing.run import Run

@@ -1,0 +1,61 @@
+"""One-line error messages: a user's mistake ends in one sentence, before any long work starts."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+def stop(message, code=2):
+    """Exit with a one-line error on standard error (code 2: a mistake on the command line)."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that torchrun can end this process
+        # The first process reports. Once all have joined, they are in sync; before, it may still
+        # be importing.
+        time.sleep(5 if dist.is_initialized() else 30)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # clears a progress bar first
+    raise SystemExit(code)
+
+
+def require(ok, message):
+    """Exit with `message` unless `ok`: for a user's mistakes, before any long work starts."""
+    if not ok:
+        stop(message)
+
+
+def one_line(error):
+    """The text of an error as a single line that can always be printed."""
+    return " ".join(str(error).encode(errors="replace").decode().split())[:300]
+
+
+def explain(what, name, error):
+    """The rest of a message: why `name` could not be loaded, and what to do about it."""
+    text, folder = one_line(error), Path(name)
+    config = folder / "config.json"
+    own_code = config.is_file() and "auto_map" in config.read_text(errors="replace")
+    if own_code or "trust_remote_code" in text:
+        return ("needs code from its repository, which is never run; use a model that is built "
+                "into transformers")
+    if "ignore_mismatched_sizes" in text:
+        return ("its weights have the wrong shapes (a reward model or critic needs a head with "
+                "one label)")
+    files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    pickles = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    safe = any(file.endswith(".safetensors") for file in files)
+    if (pickles and not safe) or "use_safetensors" in text:
+        return (f"{pickles[0] if pickles else 'its weights'} is a pickle, which can run arbitrary "
+                "code when loaded, so it is refused; if you trust it, load it in transformers and "
+                "save it with save_pretrained, as safetensors")
+    if not folder.exists() and isinstance(error, OSError):  # raised without a connection
+        repository = "--repo-type dataset " * (what == "dataset") + name
+        return ("not a local folder, and the hub cannot be reached or does not have it; if you "
+                "are offline, set HF_HUB_OFFLINE=1 to use cached downloads at once, or fetch it "
+                f"elsewhere with `hf download {repository} --local-dir FOLDER` and name that "
+                "folder")
+    return f"cannot be loaded from a folder or the hub: {type(error).__name__}: {text}"

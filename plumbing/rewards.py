@@ -1,0 +1,120 @@
+"""Rewards: one-label classifiers and python functions, as the flags name them. common.py scores."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from plumbing.errors import one_line, require, stop
+from plumbing.files import find, load_function, load_module
+from plumbing.models import freeze, load_classifier, load_tokenizer
+from plumbing.processes import rank_slice
+
+
+@dataclass
+class Reward:
+    """A reward model with its tokenizer, or a python function."""
+
+    name: str
+    function: Callable | None = None  # (prompts, completions, **columns) -> numbers, as in TRL
+    model: torch.nn.Module | None = None  # a causal model with a one-label head called `score`
+    tokenizer: object = None
+    max_tokens: int = 0  # of a micro-batch
+
+
+@dataclass(eq=False)  # so that it can be the key of a cache
+class Rewards:
+    """What a run maximizes, and what it only logs."""
+
+    parts: dict  # name -> (weight, Reward): the score is their weighted sum
+    held_out: dict  # name -> Reward: the last one judges the win rate
+    noise: float = 0.0  # standard deviation of the noise on each score in training
+
+
+def load_reward(name, args, device, loaded=None):
+    """The Reward of a name: a classifier (hub name or folder) or "path/to/file.py:function".
+
+    Args: name; args (a script's flags); device; loaded (dict name -> Reward: those that need not be
+    loaded again).
+    """
+    loaded = {} if loaded is None else loaded
+    if name not in loaded and ".py:" in name:
+        loaded[name] = Reward(name, function=load_function(name))
+    elif name not in loaded:
+        model = load_classifier(name, device, args.dtype, args.shard, args.plain)
+        model = freeze(model, args.dtype)
+        loaded[name] = Reward(name, model=model, tokenizer=load_tokenizer(name),
+                              max_tokens=args.microbatch_tokens)
+    return loaded[name]
+
+
+def load_rewards(args, device):
+    """The Rewards of a run, by --reward, --reward-weights, --gold and --reward-noise."""
+    weights = args.reward_weights or [1.0] * len(args.reward)
+    require(len(weights) == len(args.reward), f"--reward-weights: {len(weights)} weights for "
+                                              f"{len(args.reward)} rewards; give one for each")
+    short = [Path(name).name.rpartition(":")[2] for name in args.reward]
+    names = [own if short.count(own) == 1 else full for own, full in zip(short, args.reward)]
+    require(len(set(names)) == len(names),
+            f"--reward: {args.reward[0]} is given twice; use --reward-weights instead")
+    loaded, gold = {}, find_gold(args.gold, args.dataset)
+    parts = {name: (weight, load_reward(full, args, device, loaded))
+             for name, weight, full in zip(names, weights, args.reward)}
+    held_out = {"gold": load_reward(gold, args, device, loaded)} if gold else {}
+    return Rewards(parts, held_out, getattr(args, "reward_noise", 0.0))
+
+
+def find_gold(gold, dataset):
+    """What --gold names: "auto" is the function gold_reward in the file of --dataset, if any."""
+    path = find(dataset).rpartition(":")[0]
+    if gold == "auto" and path.endswith(".py") and hasattr(load_module(path), "gold_reward"):
+        return f"{path}:gold_reward"
+    return None if gold in ("auto", "none") else gold
+
+
+def call_function(reward, examples, completions):
+    """Call a python reward, as TRL does: function(prompts, completions, **columns) -> numbers.
+
+    The dataset's other columns are lists of one value per completion. Completions are texts, or
+    one-message lists for chat prompts. With several processes, each calls the function for its
+    slice of the prompts.
+
+    Args: reward; examples (dict of columns, lists of B values); completions (N texts,
+    prompt-major). Returns: (N,), 0 in rows that other processes handle.
+    """
+    k, mine = len(completions) // len(examples["prompt"]), rank_slice(len(examples["prompt"]))
+    values = torch.zeros(len(completions))  # (N,)
+    if not len(mine):
+        return values
+    columns = {name: [rows[i] for i in mine for _ in range(k)] for name, rows in examples.items()
+               if name not in ("prompt_ids", "num_tokens")}  # ours, not the dataset's
+    columns["prompts"] = columns.pop("prompt")
+    texts = completions[k * mine.start : k * mine.stop]
+    columns["completions"] = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(columns["prompts"], texts)]
+    values[k * mine.start : k * mine.stop] = checked_values(reward, columns)
+    return values
+
+
+def checked_values(reward, columns):
+    """A python reward's numbers as a tensor; exits with one line if they are not that."""
+    try:
+        values = [float(value) for value in reward.function(**columns)]
+    except Exception as error:
+        stop(f"reward {reward.name}: raised {type(error).__name__}: {one_line(error)}")
+    count = len(columns["completions"])
+    require(len(values) == count,
+            f"reward {reward.name}: returned {len(values)} values for {count} completions")
+    bad = [value for value in values if not abs(value) < torch.finfo(torch.float32).max]
+    require(not bad,
+            f"reward {reward.name}: returned {bad[:1]}; every value must be a finite number")
+    return torch.tensor(values)
+
+
+def as_text(prompt):
+    """A prompt as plain text: itself, or its chat messages, one per line."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
