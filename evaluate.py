@@ -7,15 +7,18 @@ For each policy, on held-out prompts (Ahmadian et al. 2024, section 4.2 and tabl
 
     score, variance    mean reward; its variance across a prompt's samples, averaged over prompts
     gold               mean of a held-out reward that training never sees, if there is one
-    win_rate           share of responses that the judge scores above the reference text (or the other policy's
-                       response); ties count one half; +- is the standard error over prompts
-    perplexity         of the dataset's preferred responses under the policy: what tuning cost in fluency
-    pass@1, @2, ...    if every score is 0 or 1: the probability that the best of so many samples has a 1 (the unbiased
-                       estimate of Chen et al. 2021, arXiv:2107.03374)
+    win_rate           share of responses that the judge scores above the reference text (or the
+                       other policy's response); ties count one half; +- is the standard error
+                       over prompts
+    perplexity         of the dataset's preferred responses under the policy: what tuning cost in
+                       fluency
+    pass@1, @2, ...    if every score is 0 or 1: the probability that the best of so many samples
+                       has a 1 (the unbiased estimate of Chen et al. 2021, arXiv:2107.03374)
     distinct           distinct responses to a prompt / all its samples, averaged over prompts
-    entropy            of the next-token distribution at the sampling temperature, over the whole vocabulary, in
-                       nats: mean over the tokens of a response, then over responses
-    diversity_1, _2    distinct words (word pairs) in a response / all of them, averaged over responses
+    entropy            of the next-token distribution at the sampling temperature, over the whole
+                       vocabulary, in nats: mean over a response's tokens, then over responses
+    diversity_1, _2    distinct words (word pairs) in a response / all of them, averaged over
+                       responses
     length, eos_rate   tokens per response; share of responses that end with EOS
     kl                 KL(policy || reference) of whole responses, estimated from the samples
 """
@@ -32,10 +35,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common import encode, evaluate, forward, log_softmax, microbatches, no_grad_logprobs
-from plumbing import (leave, load_model, load_reference, load_rows, load_tokenizer, pick_device, rank_and_world_size,
-                      require, sum_over_ranks)
-from runs import check_args, dry_run, find_gold, load_reward, load_rewards
+from common import (dry_run, encode, evaluate, log_softmax, microbatches, model_inputs,
+                    no_grad_logprobs)
+from plumbing import (Count, Positive, Seed, check_ranges, find_gold, is_first, leave, load_model,
+                      load_reference, load_reward, load_rewards, load_rows, load_tokenizer,
+                      pick_device, require, sum_over_ranks)
 
 
 @dataclass
@@ -49,11 +53,13 @@ class Args:
     reward_weights: tuple[float, ...] = ()
     """weights of the rewards, if there are several; default: all 1"""
     gold: str = "auto"
-    """held-out reward; auto: the function gold_reward in the --dataset file, if there is one; none: no gold reward"""
+    """held-out reward; auto: the function gold_reward in the --dataset file, if there is one; none:
+    no gold reward"""
     judge: str = "gold"
     """what decides the win rate: gold, reward, or path/to/file.py:function"""
     against: str | None = None
-    """opponent policy for the win rate (hub name or folder); default: the dataset's completion column"""
+    """opponent policy for the win rate (hub name or folder); default: the dataset's completion
+    column"""
     dataset: str = "tasks/mini_tldr.py:prompts"
     """prompts, and reference responses (completion): hub name, path, or path/to/file.py:function"""
     dataset_config: str | None = None
@@ -69,26 +75,27 @@ class Args:
     test_split: str = "test"
     """evaluation split"""
     preferred_column: str | None = None
-    """column of preferred responses, for the perplexity; default: completion or chosen, if there is one"""
-    eval_prompts: int = 1000
+    """column of preferred responses, for the perplexity; default: completion or chosen, if there is
+    one"""
+    eval_prompts: Count = 1000
     """number of prompts"""
-    k: int = 4
+    k: Count = 4
     """responses per prompt"""
     greedy: bool = False
     """decode greedily instead of sampling; omits variance and KL"""
-    temperature: float = 0.7
+    temperature: Positive = 0.7
     """sampling temperature; the KL uses log-probs under softmax(logits / temperature)"""
-    max_prompt_length: int = 512
+    max_prompt_length: Count = 512
     """drop prompts with more tokens than this"""
     truncate_prompts: bool = False
     """truncate long prompts on the left instead of dropping them"""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """maximum response length in tokens"""
-    eval_batch_size: int = 512
+    eval_batch_size: Count = 512
     """responses to sample at once"""
-    microbatch_tokens: int = 4096
+    microbatch_tokens: Count = 4096
     """maximum tokens per micro-batch, padding included"""
-    seed: int = 1
+    seed: Seed = 1
     """random seed for sampling"""
     output: str | None = None
     """JSON file to write; default: runs/evaluation-<time>.json"""
@@ -96,12 +103,16 @@ class Args:
     """auto, cuda, mps or cpu"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """compute dtype; bfloat16 uses autocast"""
+    plain: bool = False
+    """run models in the plain form of common.py only, without plumbing/fast.py"""
     shard: bool = False
-    """shard the weights across processes (FSDP2, needs torchrun), for models that do not fit on one device"""
+    """shard the weights across processes (FSDP2, needs torchrun), for models that do not fit on one
+    device"""
 
 
 def diversity(texts, n):
-    """Mean over texts of distinct word n-grams / all word n-grams (n is 1 or 2; shorter texts are skipped)."""
+    """Mean over texts of distinct word n-grams / all word n-grams (n is 1 or 2; shorter texts are
+    skipped)."""
     ratios = []
     for text in texts:
         grams = text.split() if n == 1 else list(pairwise(text.split()))
@@ -123,39 +134,41 @@ def perplexity(policy, tokenizer, dataset, column, args):
 
 @torch.no_grad()
 def entropies(policy, batch, temperature, max_tokens):
-    """Mean over a response's tokens of the entropy of softmax(logits / temperature) that each was drawn from: (N,)."""
-    def outputs(keep, **inputs):
-        output = policy(**inputs, logits_to_keep=keep)
-        return output.logits, output.past_key_values
-
-    def pick(logits, rows, start):
-        logprobs = log_softmax(logits, temperature)  # (n, t, V)
-        return -(logprobs.exp() * logprobs).sum(2)
-
-    found = torch.zeros(len(batch), device=policy.device)  # (N,)
+    """Mean over a response's tokens of the entropy of softmax(logits / temperature) at each:
+    (N,)."""
+    found, T = torch.zeros(len(batch), device=policy.device), batch.responses.shape[1]  # (N,)
     for rows in microbatches(policy, max_tokens, batch):
-        mask = batch.response_mask[rows]  # (n, T)
-        found[rows] = ((forward(policy, outputs, pick, batch[rows], last=False) * mask).sum(1) / mask.sum(1)).float()
+        logits = policy(**model_inputs(batch[rows]), logits_to_keep=T + 1).logits[:, :-1]
+        logprobs, mask = log_softmax(logits, temperature), batch.response_mask[rows]  # (n, T, V)
+        entropy = -(logprobs.exp() * logprobs).sum(2) * mask  # (n, T)
+        found[rows] = (entropy.sum(1) / mask.sum(1)).float()
     return sum_over_ranks(found)
 
 
 def pass_at(correct, n):
-    """Probability that n of a prompt's k samples, drawn without replacement, have a correct one, averaged over prompts.
+    """Probability that n of a prompt's k samples, drawn without replacement, have a correct one,
+    averaged over prompts.
 
-    1 - C(k - c, n) / C(k, n) for c correct ones. (Chen et al. 2021, equation 1.) Args: correct (B, k) bool; n <= k.
+    1 - C(k - c, n) / C(k, n) for c correct ones. (Chen et al. 2021, equation 1.) Args: correct (B,
+    k) bool; n <= k.
     """
     k = correct.shape[1]
-    return sum(1 - math.comb(k - c, n) / math.comb(k, n) for c in correct.sum(1).tolist()) / len(correct)
+    return sum(1 - math.comb(k - c, n) / math.comb(k, n)
+               for c in correct.sum(1).tolist()) / len(correct)
 
 
 def summarize(values, completions, k):
-    """Metrics of one policy from evaluate()'s values (dict name -> (N,), prompt-major) and completions (N texts)."""
+    """Metrics of one policy from evaluate()'s values (dict name -> (N,), prompt-major) and
+    completions (N texts)."""
     metrics = {"score": values["score"].mean().item()}
     scores = values["score"].view(-1, k)  # (B, k)
     if k > 1:
         metrics["variance"] = scores.var(1).mean().item()
         if torch.isin(scores, torch.tensor([0.0, 1.0])).all():
-            metrics |= {f"pass@{n}": pass_at(scores == 1, n) for n in (2**i for i in range(k.bit_length())) if n <= k}
+            metrics |= {
+                f"pass@{n}": pass_at(scores == 1, n)
+                for n in (2**i for i in range(k.bit_length())) if n <= k
+            }
         groups = [completions[i : i + k] for i in range(0, len(completions), k)]
         metrics["distinct"] = sum(len(set(group)) for group in groups) / len(completions)
     if "gold" in values:
@@ -173,7 +186,7 @@ def summarize(values, completions, k):
 def main(args):
     # Check everything that can go wrong before evaluating the first policy.
     require(args.policies, "name at least one policy (a folder or a hub name)")
-    check_args(args)
+    check_ranges(args)
     device = pick_device(args)
     output = Path(args.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}.json")
     require(not output.exists(), f"--output {output}: already exists; choose another name")
@@ -188,10 +201,9 @@ def main(args):
         require(same, f"policy {name}: its vocabulary is not that of --reference {args.reference}; "
                       "evaluate it separately")
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, tokenizer, device)
+    reward_fns = load_rewards(args, device)
     if judge == "judge":
-        by = load_reward(args.judge, tokenizer, device, args.dtype, args.microbatch_tokens, args.shard)
-        reward_fns["judge"] = lambda batch, examples: {"judge": by(batch, examples)}
+        reward_fns.held_out["judge"] = load_reward(args.judge, args, device)
     dataset = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     columns = [args.preferred_column] if args.preferred_column else ["completion", "chosen"]
     preferred = next((column for column in columns if column in dataset.column_names), None)
@@ -200,30 +212,34 @@ def main(args):
     dry_run(reference, tokenizer, [dataset], reward_fns, args)
 
     k, opponents, results = 1 if args.greedy else args.k, None, {}
-    if args.against:  # with a different seed, so that the two policies do not share random numbers
-        policy = load_model(args.against, device, args.dtype, args.shard).requires_grad_(False)
-        values, _ = evaluate(policy, reference, tokenizer, reward_fns, dataset, replace(args, seed=args.seed + 1), k,
-                             args.greedy, judge)
+    load = lambda name: load_model(name, device, args.dtype, args.shard,
+                                   args.plain).requires_grad_(False)
+    if args.against:  # with a different seed, so that the two policies share no random numbers
+        other = replace(args, seed=args.seed + 1)
+        values, _ = evaluate(load(args.against), reference, tokenizer, reward_fns, dataset, other,
+                             k, args.greedy, judge)
         opponents = values[judge]
-    for name in tqdm(args.policies, desc="evaluate", unit="policy", disable=rank_and_world_size()[0] > 0):
-        policy = load_model(name, device, args.dtype, args.shard).requires_grad_(False)
-        reward_fns["entropy"] = lambda batch, examples: {
-            "entropy": entropies(policy, batch, args.temperature, args.microbatch_tokens)}
-        values, completions = evaluate(policy, reference, tokenizer, reward_fns, dataset, args, k, args.greedy, judge,
-                                       opponents)
+    for name in tqdm(args.policies, desc="evaluate", unit="policy", disable=not is_first()):
+        policy = load(name)
+        entropy = lambda batch: {"entropy": entropies(policy, batch, args.temperature,
+                                                      args.microbatch_tokens)}
+        values, completions = evaluate(policy, reference, tokenizer, reward_fns, dataset, args, k,
+                                       args.greedy, judge, opponents, entropy)
         if args.greedy:
             del values["kl"]  # estimating it takes samples
         results[name] = summarize(values, completions, k)
         if preferred:
             results[name]["perplexity"] = perplexity(policy, tokenizer, dataset, preferred, args)
 
-    if rank_and_world_size()[0] == 0:
+    if is_first():
         print("".join([f"{'':<12}", *(f"  {name:>10}" for name in results)]))
         for metric in next(iter(results.values())):
-            numbers = (f"  {metrics[metric]:>z{max(10, len(name))}.3f}" for name, metrics in results.items())
+            numbers = (f"  {metrics[metric]:>z{max(10, len(name))}.3f}"
+                       for name, metrics in results.items())
             print(f"{metric:<12}" + "".join(numbers))
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"settings": asdict(args), "policies": results}, indent=2) + "\n")
+        output.write_text(
+            json.dumps({"settings": asdict(args), "policies": results}, indent=2) + "\n")
         print(f"wrote {output}")
     return results
 

@@ -2,9 +2,9 @@
 
     python plot.py runs/rloo-seed* --output curves.png
 
-Runs that differ only in the seed (and in flags that do not change the result, such as --output) form one curve: their
-mean, with a band of one standard deviation (except against the KL). Every metric (--y) is plotted against every x-axis
-(--x).
+Runs that differ only in the seed (and in flags that do not change the result, such as --output)
+form one curve: their mean, with a band of one standard deviation (except against the KL). Every
+metric (--y) is plotted against every x-axis (--x).
 """
 
 import json
@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from plumbing import require
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+plt.switch_backend("agg")  # pictures are written, not shown
 
-UNSEEN = {"seed", "output", "resume", "save_every", "keep", "device", "nproc_per_node"}  # do not start another curve
+UNSEEN = {"seed", "output", "resume", "save_every", "keep", "device", "plain",
+          "nproc_per_node"}  # flags that do not start another curve
 AXES = {"updates": None, "samples": "time/samples", "seconds": "time/seconds", "kl": "eval/kl"}
+NAMES = {"kl": "KL to the reference", "seconds": "training seconds"}
 
 
 @dataclass
@@ -44,22 +45,43 @@ def read_run(folder):
     path = Path(folder)
     require((path / "args.json").is_file(), f"{folder}: is not a run folder (it has no args.json)")
     log = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-    scalars = {name: {event.step: event.value for event in log.Scalars(name)} for name in log.Tags()["scalars"]}
+    scalars = {name: {event.step: event.value for event in log.Scalars(name)}
+               for name in log.Tags()["scalars"]}
     require(scalars, f"{folder}: its TensorBoard log holds no scalars")
     return json.loads((path / "args.json").read_text()), scalars
 
 
 def label(settings, all_settings):
-    """Legend entry of a group of runs: the script, and the flags that differ between groups of that script."""
+    """Legend entry of a group of runs: the script, and flags that differ between its groups."""
     same = [other for other in all_settings if other["script"] == settings["script"]]
-    flags = [name for name in settings if len({str(other.get(name)) for other in same}) > 1]
-    return " ".join([settings["script"], *(f"--{name.replace('_', '-')} {settings[name]}" for name in flags)])
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()
+             if len({str(other.get(name)) for other in same}) > 1]
+    return " ".join([settings["script"], *flags])
 
 
 def curve(scalars, x, y):
-    """Points of one run: dict step -> (x, y), at the steps where both were logged (x at step 0 is 0)."""
-    xs = {step: step for step in scalars[y]} if AXES[x] is None else {0: 0.0, **scalars.get(AXES[x], {})}
+    """Points of one run: dict step -> (x, y), where both were logged (at step 0, x is 0)."""
+    steps = {step: step for step in scalars[y]}
+    xs = steps if AXES[x] is None else {0: 0.0, **scalars.get(AXES[x], {})}
     return {step: (xs[step], value) for step, value in scalars[y].items() if step in xs}
+
+
+def draw(axis, runs, x, y, color):
+    """Draw one group of runs: their mean, and a band of one standard deviation.
+
+    Args: axis; runs (list of scalars, see `read_run`); x; y; color. Returns: the line and how many
+    runs it stands for; None if there are no points.
+    """
+    curves = [curve(scalars, x, y) for scalars in runs if y in scalars]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    if not steps:
+        return None
+    points = np.array([[points[step] for step in steps] for points in curves])  # (runs, steps, 2)
+    mean, std = points.mean(0), points[..., 1].std(0)  # (steps, 2), (steps,)
+    (line,) = axis.plot(mean[:, 0], mean[:, 1], marker=".", color=color)
+    if x != "kl":  # the KL can decrease, and the band would cross itself
+        axis.fill_between(mean[:, 0], mean[:, 1] - std, mean[:, 1] + std, color=color, alpha=0.15)
+    return line, len(curves)
 
 
 def main(args):
@@ -77,27 +99,21 @@ def main(args):
     all_settings = [json.loads(key) for key in groups]
     colors = [*plt.colormaps["tab10"].colors, "black", "gold"]
 
-    figure, axes = plt.subplots(len(ys), len(args.x), squeeze=False, figsize=(3.6 * len(args.x), 2.7 * len(ys)))
+    figure, axes = plt.subplots(len(ys), len(args.x), squeeze=False,
+                                figsize=(3.6 * len(args.x), 2.7 * len(ys)))
     lines = {}
-    for row, y in enumerate(ys):
-        for column, x in enumerate(args.x):
-            axis = axes[row][column]
+    for row, y in zip(axes, ys):
+        for axis, x in zip(row, args.x):
             for i, (settings, runs) in enumerate(zip(all_settings, groups.values())):
-                curves = [curve(scalars, x, y) for scalars in runs if y in scalars]
-                steps = sorted(set.intersection(*map(set, curves))) if curves else []
-                if not steps:
-                    continue
-                points = np.array([[points[step] for step in steps] for points in curves])  # (runs, steps, 2)
-                mean, std = points.mean(0), points[..., 1].std(0)
-                color = colors[i % len(colors)]
-                name = f"{label(settings, all_settings)} ({len(curves)} seed{'s' * (len(curves) > 1)})"
-                (lines[name],) = axis.plot(mean[:, 0], mean[:, 1], marker=".", color=color)
-                if x != "kl":  # the KL can decrease, and the band would cross itself
-                    axis.fill_between(mean[:, 0], mean[:, 1] - std, mean[:, 1] + std, color=color, alpha=0.15)
+                if drawn := draw(axis, runs, x, y, colors[i % len(colors)]):
+                    line, count = drawn
+                    seeds = f"({count} seed{'s' * (count > 1)})"
+                    lines[f"{label(settings, all_settings)} {seeds}"] = line
             axis.grid(alpha=0.3)
-            axis.set_xlabel({"kl": "KL to the reference", "seconds": "training seconds"}.get(x, x))
+            axis.set_xlabel(NAMES.get(x, x))
             axis.set_ylabel(y)
-    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1.0), fontsize=9)
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=3,
+                  bbox_to_anchor=(0.5, 1.0), fontsize=9)
     figure.tight_layout()
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110, bbox_inches="tight")

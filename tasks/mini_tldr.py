@@ -1,23 +1,24 @@
 """mini TL;DR: a toy summarization task that can be learned in a minute and judged exactly.
 
-A post says who did what to which thing, where and when, how the writer feels and what they ask, in one of several
-phrasings, mixed with sentences about other people and things:
+A post says who did what to which thing, where and when, how the writer feels and what they ask, in
+one of several phrasings, mixed with sentences about other people and things:
 
-    hi all . last week my sister sold my bike at the party . another cousin once lost a tent . i feel so sad .
-    should i help them ? TL;DR:
+    hi all . last week my sister sold my bike at the party . another cousin once lost a tent .
+    i feel so sad . should i help them ? TL;DR:
 
-The names below go on the scripts' command line (`--dataset tasks/mini_tldr.py:prompts`), just like a hub dataset or
-a reward of your own:
+The names below go on the scripts' command line (`--dataset tasks/mini_tldr.py:prompts`), just like
+a hub dataset or a reward of your own:
 
-    prompts(split)          prompt, completion (a reference summary) and the seven facts        for RL and evaluation
-    demonstrations(split)   prompt, completion (a hurried person's summary)                     for sft.py
-    preferences(split)      prompt, chosen, rejected (a noisy annotator's choice)               for reward_model.py
-    comparisons(split)      a smaller set of the same                                           for dpo.py
+    prompts(split)          for RL and evaluation: prompt, completion (a reference), seven facts
+    demonstrations(split)   for sft.py: prompt, completion (a hurried person's summary)
+    preferences(split)      for reward_model.py: prompt, chosen, rejected (by a noisy annotator)
+    comparisons(split)      for dpo.py: a smaller set of the same
     gold_reward(...)        the true quality of a summary, which RL never sees
-    new_model()             an untrained model and its tokenizer                                for sft.py
+    new_model()             for sft.py: an untrained model and its tokenizer
 
-Splits are "train" and "test", and post i of a split is always the same. `python tasks/mini_tldr.py` prints a few
-posts with their reference, a demonstration, and the gold reward broken down into its parts.
+Splits are "train" and "test", and post i of a split is always the same. `python tasks/mini_tldr.py`
+prints a few posts with their reference, a demonstration, and the gold reward broken down into its
+parts.
 """
 
 import itertools
@@ -26,13 +27,15 @@ import random
 from pathlib import Path
 
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 
 SLOTS = {  # the seven facts of a post, and the words that can fill them; no word is in two slots
-    "who": "sister brother mother father cousin uncle aunt boss roommate neighbor teacher landlord girlfriend "
-    "boyfriend friend coworker",
-    "did": "lost sold burned ruined damaged borrowed scratched cracked dropped trashed painted flooded",
-    "thing": "laptop bike phone guitar car couch camera watch cake jacket tent piano lamp mirror drone passport "
-    "necklace kayak printer scooter",
+    "who": "sister brother mother father cousin uncle aunt boss roommate neighbor teacher landlord "
+    "girlfriend boyfriend friend coworker",
+    "did": "lost sold burned ruined damaged borrowed scratched cracked dropped trashed painted "
+    "flooded",
+    "thing": "laptop bike phone guitar car couch camera watch cake jacket tent piano lamp mirror "
+    "drone passport necklace kayak printer scooter",
     "where": "party office park school beach station gym library market hotel airport church",
     "when": "night week month summer winter friday sunday weekend",
     "feeling": "angry sad confused guilty hurt jealous worried ashamed lonely annoyed",
@@ -41,14 +44,16 @@ SLOTS = {  # the seven facts of a post, and the words that can fill them; no wor
 SLOTS = {slot: words.split() for slot, words in SLOTS.items()}
 SLOT_OF = {word: slot for slot, words in SLOTS.items() for word in words}
 
-OPENINGS = ["hi all .", "so this is a long story .", "i need some advice .", "sorry for my bad english .", ""]
+OPENINGS = ["hi all .", "so this is a long story .", "i need some advice .",
+            "sorry for my bad english .", ""]
 EVENTS = [
     "my {who} {did} my {thing} at the {where} last {when} .",
     "last {when} my {who} {did} my {thing} at the {where} .",
     "we were at the {where} last {when} . my {who} {did} my {thing} .",
     "my {thing} was {did} by my {who} . it was last {when} at the {where} .",
 ]
-FEELINGS = ["i feel so {feeling} .", "now i am {feeling} about it .", "to be honest i am really {feeling} ."]
+FEELINGS = ["i feel so {feeling} .", "now i am {feeling} about it .",
+            "to be honest i am really {feeling} ."]
 QUESTIONS = ["should i {question} them ?", "do you think i should {question} them ?",
              "i wonder if i should {question} them ."]
 DISTRACTORS = [  # other people, things and places, which do not belong in a summary
@@ -61,12 +66,12 @@ DISTRACTORS = [  # other people, things and places, which do not belong in a sum
 
 # A summary is one choice from each part; "" leaves the part out.
 SUMMARIES = [  # the same facts in three orders
-    (["my {who} {did} my {thing}"], ["at the {where}", ""], ["last {when}", ""], [", i feel {feeling}", ""],
-     [", should i {question} them ?", "."]),
-    (["last {when} ,", ""], ["my {who} {did} my {thing}"], ["at the {where}", ""], ["and now i am {feeling}", ""],
-     [". should i {question} them ?", "."]),
-    (["my {who} {did} my {thing}"], ["last {when}", ""], ["at the {where}", ""], [". i am {feeling}", ""],
-     [". should i {question} them ?", "."]),
+    (["my {who} {did} my {thing}"], ["at the {where}", ""], ["last {when}", ""],
+     [", i feel {feeling}", ""], [", should i {question} them ?", "."]),
+    (["last {when} ,", ""], ["my {who} {did} my {thing}"], ["at the {where}", ""],
+     ["and now i am {feeling}", ""], [". should i {question} them ?", "."]),
+    (["my {who} {did} my {thing}"], ["last {when}", ""], ["at the {where}", ""],
+     [". i am {feeling}", ""], [". should i {question} them ?", "."]),
 ]
 FILLERS = ["so yeah", "anyway", "long story short", "basically"]
 FILLER_WORDS = set(" ".join(FILLERS).split())
@@ -83,7 +88,8 @@ WEIGHTS = {  # gold reward = sum of weight * count
 
 
 def legal_joints():
-    """Every pair of neighbouring words in well-formed summaries, with slot words replaced by their slot."""
+    """Every pair of neighbouring words in well-formed summaries, with slot words replaced by their
+    slot."""
     pairs = set()
     for parts in SUMMARIES:
         for choice in itertools.product(*parts):
@@ -98,13 +104,15 @@ LEGAL_JOINTS = legal_joints()
 def gold_parts(summary, facts):
     """Count what is right and wrong in one summary.
 
-    Args: summary (str, words separated by spaces); facts (dict slot -> word, the post's seven facts).
+    Args: summary (str, words separated by spaces); facts (dict slot -> word, the post's seven
+    facts).
     Returns: dict part -> count, with the keys of WEIGHTS.
     """
     words = [word for word in summary.split() if word not in FILLER_WORDS]
     named = [word for word in words if word in SLOT_OF]
     true = set(facts.values())
-    classes = ["<start>", *("{" + SLOT_OF[word] + "}" if word in SLOT_OF else word for word in words)]
+    classes = ["<start>", *("{" + SLOT_OF[word] + "}" if word in SLOT_OF else word
+                            for word in words)]
     return {
         "covered": len(set(named) & true),
         "hallucinated": len(set(named) - true),
@@ -116,9 +124,11 @@ def gold_parts(summary, facts):
 
 
 def gold_reward(prompts, completions, **facts):
-    """The true quality of summaries, known exactly because the facts are: at most 7, below 0 for a bad one.
+    """The true quality of summaries, known exactly because the facts are: at most 7, below 0 for a
+    bad one.
 
-    Args: prompts and completions (lists of str); facts (a list of words for each of the seven slots).
+    Args: prompts and completions (lists of str); facts (a list of words for each of the seven
+    slots).
     Returns: list of float, one per completion.
     """
     rows = [{slot: facts[slot][i] for slot in SLOTS} for i in range(len(completions))]
@@ -127,7 +137,8 @@ def gold_reward(prompts, completions, **facts):
 
 
 def write_post(facts, aside, rng):
-    """A post of about 27 to 63 words about `facts`, with one to three sentences about those in `aside`."""
+    """A post of about 27 to 63 words about `facts`, with one to three sentences about those in
+    `aside`."""
     story = [rng.choice(EVENTS).format(**facts)]
     for distractor in rng.sample(DISTRACTORS, rng.randint(1, 3)):
         story.insert(rng.randint(0, len(story)), distractor.format(**aside))
@@ -138,12 +149,14 @@ def write_post(facts, aside, rng):
 
 def write_summary(facts, omit, rng):
     """A well-formed summary that leaves out each optional part with probability `omit`."""
-    parts = [rng.choice(part) if len(part) == 1 else part[rng.random() < omit] for part in rng.choice(SUMMARIES)]
+    parts = [rng.choice(part) if len(part) == 1 else part[rng.random() < omit]
+             for part in rng.choice(SUMMARIES)]
     return " ".join(part for part in parts if part).format(**facts)
 
 
 def write_demonstration(facts, aside, rng):
-    """A hurried person's summary: many details missing, some from the wrong sentence, filler words, a missing end."""
+    """A hurried person's summary: many details missing, some from the wrong sentence, filler words,
+    a missing end."""
     mixed = {slot: aside[slot] if rng.random() < 0.1 else word for slot, word in facts.items()}
     summary = write_summary(mixed, 0.5, rng)
     if rng.random() < 0.35:
@@ -158,7 +171,8 @@ def example(split, i):
     """Post i of a split: a dict with prompt, reference, demonstration and the seven facts."""
     rng = random.Random(f"mini_tldr {split} {i}")
     facts = {slot: rng.choice(words) for slot, words in SLOTS.items()}
-    aside = {slot: rng.choice([word for word in words if word != facts[slot]]) for slot, words in SLOTS.items()}
+    aside = {slot: rng.choice([word for word in words if word != facts[slot]])
+             for slot, words in SLOTS.items()}
     return {
         "prompt": write_post(facts, aside, rng),
         "reference": write_summary(facts, 0.4, rng),
@@ -172,20 +186,34 @@ PAIRS = {"train": 96_000, "test": 2_000}
 SFT_POLICY = str(Path(__file__).parent / "mini_tldr-sft")
 
 
+def examples(split):
+    """Yield the posts of a split, in order."""
+    for i in range(POSTS[split]):
+        yield example(split, i)
+
+
+def posts(split):
+    """The posts of a split. datasets keeps them in its cache, until this file changes."""
+    code = Path(__file__).read_text()
+    return Dataset.from_generator(examples, gen_kwargs={"split": split},
+                                  fingerprint=Hasher.hash([split, code]))
+
+
 def prompts(split):
-    """Posts with a reference summary. Columns: prompt, completion, who, did, thing, where, when, feeling, question."""
-    rows = Dataset.from_list([example(split, i) for i in range(POSTS[split])])
-    return rows.remove_columns("demonstration").rename_column("reference", "completion")
+    """Posts with a reference summary. Columns: prompt, completion, who, did, thing, where, when,
+    feeling, question."""
+    return posts(split).remove_columns("demonstration").rename_column("reference", "completion")
 
 
 def demonstrations(split):
     """Posts with a hurried person's summary. Columns: prompt, completion."""
-    rows = Dataset.from_list([example(split, i) for i in range(POSTS[split])])
-    return rows.select_columns(["prompt", "demonstration"]).rename_column("demonstration", "completion")
+    rows = posts(split).select_columns(["prompt", "demonstration"])
+    return rows.rename_column("demonstration", "completion")
 
 
 def edit(summary, facts, rng):
-    """The summary with one fact word changed: a wrong one corrected, or a correct one made wrong."""
+    """The summary with one fact word changed: a wrong one corrected, or a correct one made
+    wrong."""
     words = summary.split()
     named = [i for i, word in enumerate(words) if word in SLOT_OF]
     if named:
@@ -197,13 +225,15 @@ def edit(summary, facts, rng):
 
 
 def preferences(split, count=None):
-    """Which of two summaries a noisy annotator prefers. Columns: prompt, chosen, rejected, and the seven facts.
+    """Which of two summaries a noisy annotator prefers. Columns: prompt, chosen, rejected, and the
+    seven facts.
 
-    The first summary is sampled from the shipped SFT policy. The second is another sample (3 of 8 pairs), the post's
-    reference (1 of 8; Stiennon et al. 2020 compare both kinds), or the first with one fact edited (4 of 8): without
-    such pairs, a model this small learns to count facts but not to check them. The annotator prefers a over b with
-    probability sigmoid(2 (gold(a) - gold(b))), a Bradley-Terry model: one more fact wins in 88% of pairs. There are
-    `count` pairs, PAIRS[split] by default.
+    The first summary is sampled from the shipped SFT policy. The second is another sample (3 of 8
+    pairs), the post's reference (1 of 8; Stiennon et al. 2020 compare both kinds), or the first
+    with one fact edited (4 of 8): without such pairs, a model this small learns to count facts but
+    not to check them. The annotator prefers a over b with probability sigmoid(2 (gold(a) -
+    gold(b))), a Bradley-Terry model: one more fact wins in 88% of pairs. There are `count` pairs,
+    PAIRS[split] by default.
     """
     import torch
     from tqdm import trange
@@ -215,14 +245,15 @@ def preferences(split, count=None):
     rng, rows = random.Random(f"mini_tldr preferences {split}"), []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for start in trange(0, count or PAIRS[split], 500, desc=f"{split} pairs", unit=" x 500 pairs"):
-            posts = [example(split, i % POSTS[split]) for i in range(start, start + 500)]
-            prompt_ids = tokenizer([post["prompt"] for post in posts])["input_ids"]
+        for start in trange(0, count or PAIRS[split], 500, desc=f"{split} pairs", unit=" x 500"):
+            chunk = [example(split, i % POSTS[split]) for i in range(start, start + 500)]
+            prompt_ids = tokenizer([post["prompt"] for post in chunk])["input_ids"]
             samples = decode(tokenizer, rollout(policy, tokenizer, prompt_ids, 2, 1.0, 32))
-            for post, a, b in zip(posts, samples[::2], samples[1::2]):
+            for post, a, b in zip(chunk, samples[::2], samples[1::2]):
                 facts = {slot: post[slot] for slot in SLOTS}
                 b = rng.choice([b] * 3 + [post["reference"]] + [edit(a, facts, rng)] * 4)
-                gold_a, gold_b = gold_reward(None, [a, b], **{slot: [word] * 2 for slot, word in facts.items()})
+                columns = {slot: [word] * 2 for slot, word in facts.items()}
+                gold_a, gold_b = gold_reward(None, [a, b], **columns)
                 if rng.random() > 1 / (1 + math.exp(2 * (gold_b - gold_a))):
                     a, b = b, a
                 rows.append({"prompt": post["prompt"], "chosen": a, "rejected": b, **facts})
@@ -235,13 +266,15 @@ def comparisons(split):
 
 
 def new_model():
-    """An untrained Llama of 223,104 parameters and its tokenizer, which has one token for each word of this file."""
+    """An untrained Llama of 223,104 parameters and its tokenizer, which has one token for each word
+    of this file."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     texts = [*OPENINGS, *EVENTS, *FEELINGS, *QUESTIONS, *DISTRACTORS, *FILLERS, "TL;DR:"]
     texts += [text for parts in SUMMARIES for part in parts for text in part]
-    words = sorted({word for text in texts for word in text.split() if "{" not in word} | set(SLOT_OF))
+    words = {word for text in texts for word in text.split() if "{" not in word}
+    words = sorted(words | set(SLOT_OF))
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -250,9 +283,9 @@ def new_model():
     )
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.1,  # the usual 0.02 is too small for this width: copying is learned late or never
+        num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,  # with the usual 0.02, so narrow a model learns to copy late or never
     )
     return LlamaForCausalLM(config), tokenizer
 
@@ -264,8 +297,10 @@ def main():
         print(f"post           {post['prompt']}")
         for kind in ("reference", "demonstration"):
             parts = gold_parts(post[kind], facts)
-            gold = gold_reward(None, [post[kind]], **{slot: [word] for slot, word in facts.items()})[0]
-            terms = "  ".join(f"{name} {count} x {WEIGHTS[name]:+g}" for name, count in parts.items() if count)
+            columns = {slot: [word] for slot, word in facts.items()}
+            (gold,) = gold_reward(None, [post[kind]], **columns)
+            terms = "  ".join(f"{name} {count} x {WEIGHTS[name]:+g}"
+                              for name, count in parts.items() if count)
             print(f"{kind:<15}{post[kind]}\n{'':15}gold {gold:.2f} = {terms}")
         print()
 

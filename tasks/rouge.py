@@ -1,4 +1,5 @@
-"""ROUGE-L against the dataset's completion column as a reward, or as the held-out one (Lin 2004, section 3).
+"""ROUGE-L against the dataset's completion column as a reward, or as the held-out one (Lin 2004,
+section 3).
 
     python rloo.py --k 4 --reward tasks/rouge.py:rouge_l
     python rloo.py --k 4 --gold tasks/rouge.py:rouge_l
@@ -6,15 +7,17 @@
 
 
 def rouge_l(prompts, completions, completion, **columns):
-    """F1 of the longest common subsequence of words of each completion and its reference text, between 0 and 1.
+    """F1 of the longest common subsequence of words of each completion and its reference text,
+    between 0 and 1.
 
-    Lower case, split at white space, no stemming; of a chat completion the last message counts. 0 for an empty text.
+    Lower case, split at white space, no stemming; of a chat completion the last message counts. 0
+    for an empty text.
     """
     scores = []
     for text, reference in zip(completions, completion):
         words = (text if isinstance(text, str) else text[-1]["content"]).lower().split()
         target = reference.lower().split()
-        longest = [0] * (len(target) + 1)  # longest[j]: of the words so far and the first j of the target
+        longest = [0] * (len(target) + 1)  # [j]: of the words so far and the target's first j
         for word in words:
             before = longest.copy()
             for j, other in enumerate(target, 1):
