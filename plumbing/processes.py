@@ -106,7 +106,7 @@ def my_parts(rows, divide, model):
     some of them are empty.
     """
     rank, size = rank_and_world_size()
-    parts = [list(divide(share)) for share in rows.tensor_split(size)]
+    parts = [[part for part in divide(share) if len(part)] for share in rows.tensor_split(size)]
     missing = max(map(len, parts)) - len(parts[rank])
     return parts[rank] + [rows[:0]] * (missing if getattr(model, "is_sharded", False) else 0)
 
@@ -137,11 +137,18 @@ def sum_gradients(model):
     By hand, since DistributedDataParallel averages, and wraps the model, so that every call would
     have to unwrap it.
     """
-    for parameter in model.parameters() if dist.is_initialized() else []:
+    if not dist.is_initialized():
+        return
+    parameters = list(model.parameters())
+    used = [parameter.grad is not None for parameter in parameters]  # not if there were no rows
+    used = sum_over_ranks(torch.tensor(used, device=parameters[0].device)).tolist()
+    for parameter in itertools.compress(parameters, used):
         if hasattr(parameter.grad, "full_tensor"):  # sharded: summed already, and averaged
             parameter.grad.mul_(dist.get_world_size())
-        elif parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
 
 
 def clip_gradients(model, max_norm):

@@ -62,7 +62,8 @@ def load_rewards(args, device):
     parts = {name: (weight, load_reward(full, args, device, loaded))
              for name, weight, full in zip(names, weights, args.reward)}
     held_out = {"gold": load_reward(gold, args, device, loaded)} if gold else {}
-    return Rewards(parts, held_out, getattr(args, "reward_noise", 0.0))
+    noise = args.reward_noise if hasattr(args, "reward_noise") else 0.0
+    return Rewards(parts, held_out, noise)
 
 
 def find_gold(gold, dataset):

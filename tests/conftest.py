@@ -2,9 +2,7 @@
 
 import json
 import os
-import sys
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 # One thread in every process, also in those that tests start: threads of several processes would wait for each other.
@@ -13,13 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # with a network or without, the tests see t
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp()  # and they write nothing into the project,
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # nor into the user's cache
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from helpers.tiny import make_tokenizer, save_classifier, save_policy  # noqa: E402
+import pytest
+import torch
+from helpers.tiny import make_tokenizer, save_classifier, save_policy
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "lab"))
-
-import kill  # noqa: E402
+from tools import kill
 
 torch.set_num_threads(1)
 

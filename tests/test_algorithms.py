@@ -1,5 +1,6 @@
 """Every RL script end to end on a tiny world: it runs, logs, saves, repeats itself bit for bit, and finds a reward."""
 
+import ast
 import dataclasses
 import difflib
 import importlib
@@ -15,10 +16,9 @@ from helpers.tiny import ROOT, scalars
 
 import dpo
 import ppo
-import runs
+from lab.family import FAMILY, SAMPLING, SCRIPTS
+from plumbing import parse
 
-SCRIPTS = ["rloo", "reinforce", "remax", "grpo", "reinforce_pp", "reinforce_pp_baseline", "vanilla_pg", "ppo",
-           "raft"]
 VARIANTS = [
     ("reinforce", {"baseline": "ema", "decay": 0.5}),
     ("grpo", {"scale_std": False, "length_mean": False, "epochs": 2, "minibatches": 2}),
@@ -57,7 +57,7 @@ def test_another_seed_is_another_run(world, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SAMPLING)
 def test_a_run_raises_its_reward(name, world, tmp_path):
     """Reward: the share of the words a, b and c in the response. Twenty updates on a random policy must find it."""
     path = tmp_path / "reward.py"
@@ -89,64 +89,52 @@ def body(name):
     return (ROOT / f"{name}.py").read_text().split('"""\n', 1)[1].splitlines()
 
 
-# How many lines may differ between a script and its nearest relative, below the docstring page and whatever the
-# indentation. A change of the shared skeleton that does not reach every script shows up here.
-DIFFS = {
-    ("reinforce", "rloo"): 30,
-    ("remax", "rloo"): 30,
-    ("raft", "rloo"): 30,
-    ("grpo", "rloo"): 56,
-    ("vanilla_pg", "rloo"): 56,
-    ("reinforce_pp", "grpo"): 60,
-    ("reinforce_pp_baseline", "reinforce_pp"): 40,
-    ("ppo", "vanilla_pg"): 74,
-    ("dpo", "rloo"): 96,
-}
-
-
-@pytest.mark.parametrize("name, relative", DIFFS)
-def test_scripts_share_their_skeleton_line_by_line(name, relative):
+@pytest.mark.parametrize("name", [name for name in FAMILY if FAMILY[name].relative])
+def test_scripts_share_their_skeleton_line_by_line(name):
+    """Below the docstring page, whatever the indentation. A change of the skeleton that misses a script shows here."""
+    relative, most = FAMILY[name].relative, FAMILY[name].changed
     a, b = ([line.strip() for line in body(script)] for script in (relative, name))
     matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
     changed = sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
-    assert changed <= DIFFS[name, relative]
+    assert changed <= most
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "dpo", "sft", "reward_model"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read_and_explained(name):
     script = importlib.import_module(name)
-    shared = "".join((ROOT / f"{room}.py").read_text() for room in ("common", "plumbing", "runs"))
+    shared = "".join(path.read_text() for path in [ROOT / "common.py", *(ROOT / "plumbing").glob("*.py")])
     read = "\n".join(body(name)).split("def main(args)")[1] + shared
     for field in dataclasses.fields(script.Args):
         assert f"args.{field.name}" in read or field.name.endswith("_column"), field.name
         owner = next(cls for cls in script.Args.__mro__ if field.name in cls.__annotations__)
-        source = Path(sys.modules[owner.__module__].__file__).read_text()
-        definition = source.split(f"class {owner.__name__}")[1].split(f"    {field.name}: ")[1]
-        assert definition.splitlines()[1].startswith('    """'), field.name
+        source = ast.parse(Path(sys.modules[owner.__module__].__file__).read_text())
+        (definition,) = (node for node in ast.walk(source) if getattr(node, "name", None) == owner.__name__)
+        flags = [getattr(getattr(node, "target", None), "id", None) for node in definition.body]
+        text = definition.body[flags.index(field.name) + 1]  # of the line below
+        assert isinstance(text, ast.Expr) and isinstance(text.value.value, str), field.name
 
 
-def test_help_shows_the_algorithms_own_flags_first_and_every_flag_once(capsys, monkeypatch):
+def test_help_shows_every_flag_once_and_the_algorithms_own_last(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ppo.py", "--help"])
     with pytest.raises(SystemExit):
-        runs.parse(ppo.Args)
+        parse(ppo.Args)
     text = capsys.readouterr().out
     for field in dataclasses.fields(ppo.Args):
         flag = f"--{field.name.replace('_', '-')}"
         assert len(re.findall(rf"^[│ ]{{1,3}}{flag}[ ,]", text, re.MULTILINE)) == 1, flag
-    places = [text.index(words) for words in ("algorithm options", "--lam ", "--beta ", "evaluation options",
-                                              "data options", "--chat", "system options", "--device")]  # fmt: skip
+    places = [text.index(words) for words in ("--device ", "--chat", "--eval-every", "--reward-noise", "--k ", "--lam ")]
     assert places == sorted(places)
 
 
 def test_flags_from_the_command_line_arrive(monkeypatch):
     words = "ppo.py --lam 0.5 --no-whiten --chat --keep 3 --reward a b --reward-weights 1 2".split()
     monkeypatch.setattr(sys, "argv", words)
-    args = runs.parse(ppo.Args)
+    args = parse(ppo.Args)
     given = dict(lam=0.5, whiten=False, chat=True, keep=3, reward=("a", "b"), reward_weights=(1.0, 2.0))
     assert args == ppo.Args(**given)
 
 
 def test_the_six_steps_stand_in_the_same_order():
-    for name in [*SCRIPTS, "dpo"]:
+    for name in FAMILY:
         numbers = re.findall(r"(\d)\. [a-z]", "\n".join(line for line in body(name) if line.strip().startswith("# ")))
         assert numbers == sorted(numbers) and numbers[-1] == "6", name

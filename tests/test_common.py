@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from helpers.tiny import CPU, data_args, make_policy, make_tokenizer, save_classifier, save_policy, token_ids
+from helpers.tiny import CPU, data_args, load_scorer, make_policy, make_tokenizer, save_classifier, save_policy, token_ids
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from common import (
@@ -20,6 +20,7 @@ from common import (
     no_grad_logprobs,
     microbatches,
     minibatches,
+    pad,
     positions,
     rollout,
     sequence_rewards,
@@ -34,11 +35,10 @@ from plumbing import (
     load_model,
     load_rows,
     load_tokenizer,
-    pad,
     random_states,
     set_random_states,
 )
-from runs import load_reward
+from plumbing.rewards import Reward, Rewards
 
 WORDS = "a b c d e f".split()
 PROMPTS = ["a b c", "d", "e f a b c d", "f f"]
@@ -49,9 +49,11 @@ def tokenizer():
     return make_tokenizer(WORDS)
 
 
-@pytest.fixture
-def policy(tokenizer):
-    return make_policy(len(tokenizer), tokenizer.eos_token_id)
+@pytest.fixture(params=["plain", "fast"])
+def policy(tokenizer, request):
+    model = make_policy(len(tokenizer), tokenizer.eos_token_id)
+    model.is_fast, model.shares_prompts = request.param == "fast", True
+    return model
 
 
 # ------------------------------------------------------------------------------------------------ rollout
@@ -189,16 +191,20 @@ def test_kl_is_policy_minus_reference_and_its_mean_is_the_kl(policy, tokenizer):
     assert abs(kl.mean() - exact) < 4 * kl.std() / math.sqrt(len(kl)) and exact > 0.1
 
 
-def test_microbatches_cover_every_row_once_within_the_budget(policy, tokenizer):
+@pytest.mark.parametrize("shares", [True, False])
+def test_microbatches_cover_every_row_once_within_the_budget(shares, policy, tokenizer):
     torch.manual_seed(0)
     batch = rollout(policy, tokenizer, token_ids(tokenizer, PROMPTS), 8, 1.0, 12)
-    for shares, budget in itertools.product((True, False), (1, 25, 60, 10_000)):
-        policy.shares_prompts = shares
+    policy.shares_prompts = shares
+    for budget in (1, 25, 60, 10_000):
         parts = list(microbatches(policy, budget, batch))
         assert sorted(torch.cat(parts).tolist()) == list(range(len(batch)))
+        assert len(parts) == 1 if budget == 10_000 else len(parts) > 1
         for rows in parts:
             prompts = len(batch.prompts[rows].unique(dim=0)) if shares else len(rows)
             P, T = (mask[rows].sum(1).max() for mask in (batch.prompt_mask, batch.response_mask))
+            if not policy.is_fast:  # all columns, for each row
+                prompts, P, T = len(rows), batch.prompts.shape[1], batch.responses.shape[1]
             assert len(rows) == 1 or prompts * P + len(rows) * T + (len(rows) - prompts) * P // 8 <= budget
     assert len(list(microbatches(policy, 60, batch, batch))) > len(list(microbatches(policy, 60, batch)))
 
@@ -215,8 +221,9 @@ def test_pairs_stay_within_the_budget_whichever_response_is_longer(shares, polic
         parts = list(microbatches(policy, budget, *groups))
         assert sorted(torch.cat(parts).tolist()) == list(range(6))
         for rows in parts:
-            prompts = 5 + (len(rows) - 1) * 5 // 8 if shares else 5 * len(rows)
-            assert len(rows) == 1 or 2 * (prompts + len(rows) * lengths[rows].max()) <= budget
+            prompts = 5 + (len(rows) - 1) * 5 // 8 if shares and policy.is_fast else 5 * len(rows)
+            longest = lengths[rows].max() if policy.is_fast else 9
+            assert len(rows) == 1 or 2 * (prompts + len(rows) * longest) <= budget
 
 
 def test_a_prompt_that_runs_once_counts_once(policy):
@@ -225,8 +232,9 @@ def test_a_prompt_that_runs_once_counts_once(policy):
     batch = Batch(prompts.long(), prompts, responses.long(), responses, responses[:, 0], responses * 0.0)
     for shares, whole in ((True, 100 + 40 + 37), (False, 440)):
         policy.shares_prompts = shares
-        assert [len(rows) for rows in microbatches(policy, whole, batch)] == [4]
-        assert [len(rows) for rows in microbatches(policy, whole - 1, batch)] == [3, 1]
+        if policy.is_fast or not shares:
+            assert [len(rows) for rows in microbatches(policy, whole, batch)] == [4]
+            assert [len(rows) for rows in microbatches(policy, whole - 1, batch)] == [3, 1]
 
 
 # ------------------------------------------------------------------------------------------------ rewards
@@ -237,7 +245,7 @@ def test_reward_is_read_at_the_last_real_token(pad_token, tmp_path):
     """Of each row alone, without padding, the head's output at the last token: EOS, or where the row was cut off."""
     tokenizer = make_tokenizer(WORDS, pad=pad_token)
     folder = save_policy(tmp_path / "policy", tokenizer)
-    score = load_reward(save_classifier(tmp_path / "reward", folder, tokenizer), tokenizer, CPU, "float32", 60)
+    score = load_scorer(save_classifier(tmp_path / "reward", folder, tokenizer), tokenizer, 60)
     model = load_model(str(tmp_path / "reward"), CPU, auto_class=AutoModelForSequenceClassification)
     torch.manual_seed(0)
     batch = rollout(load_model(folder, CPU), tokenizer, token_ids(tokenizer, PROMPTS), 4, 1.0, 8)
@@ -257,11 +265,11 @@ def test_reward_model_with_another_tokenizer_gets_the_text_and_the_eos(tmp_path)
     batch = encode(mine, token_ids(mine, PROMPTS), ["a b", "c", "d e", "f"], CPU, ended=[True, False, True, False])
     other = encode(theirs, token_ids(theirs, PROMPTS), ["a b", "c", "d e", "f"], CPU, ended=[True, False, True, False])
     columns = {"prompt": PROMPTS}
-    expected = load_reward(reward, theirs, CPU, "float32", 1000)(other, columns)
-    torch.testing.assert_close(load_reward(reward, mine, CPU, "float32", 1000)(batch, columns), expected)
+    expected = load_scorer(reward, theirs, 1000)(other, columns)
+    torch.testing.assert_close(load_scorer(reward, mine, 1000)(batch, columns), expected)
     all_ended = encode(theirs, token_ids(theirs, PROMPTS), ["a b", "c", "d e", "f"], CPU)
     assert not torch.allclose(
-        load_reward(reward, theirs, CPU, "float32", 1000)(all_ended, columns)[[1, 3]], expected[[1, 3]]
+        load_scorer(reward, theirs, 1000)(all_ended, columns)[[1, 3]], expected[[1, 3]]
     )
 
 
@@ -274,7 +282,7 @@ def test_python_reward_gets_texts_and_the_columns_of_its_own_row(tmp_path):
     )
     tokenizer = make_tokenizer(WORDS)
     batch = encode(tokenizer, token_ids(tokenizer, ["a", "a", "b", "b"]), ["c d", "c", "c d", "d"], CPU)
-    score = load_reward(f"{path}:check", tokenizer, CPU, "float32", 100)
+    score = load_scorer(f"{path}:check", tokenizer, 100)
     columns = {"prompt": ["a", "b"], "answer": [0.25, 0.5], "completion": ["x", "y"]}
     assert score(batch, columns).tolist() == [11.25, 10.25, 1.5, 0.5]
 
@@ -283,51 +291,65 @@ class EvaluateArgs:
     temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed = 1.0, 6, 1000, 3, 1
 
 
-def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer):
-    length = lambda batch, columns: {"score": batch.response_mask.sum(1).float()}
-    dataset = Dataset.from_dict(
-        {"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS), "completion": ["a b c d"] * 4}
-    )  # 5 tokens with EOS
-    values, completions = evaluate(policy, policy, tokenizer, {"score": length}, dataset, EvaluateArgs, k=2)
+def rewards(score, **held_out):
+    """Rewards of functions (completions) -> numbers."""
+    reward = lambda name, function: Reward(name, lambda completions, **_: function(completions))
+    return Rewards({"score": (1.0, reward("score", score))},
+                   {name: reward(name, function) for name, function in held_out.items()})
+
+
+def words(completions):
+    return [float(len(text.split())) for text in completions]
+
+
+def brevity(completions):
+    return [-float(len(text.split())) for text in completions]
+
+
+@pytest.fixture
+def dataset(tokenizer):
+    rows = {"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS), "completion": ["a b c"] * 4}
+    return Dataset.from_dict(rows)
+
+
+def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer, dataset):
+    found = [evaluate(policy, policy, tokenizer, rewards(words), dataset, EvaluateArgs, k=2) for _ in range(2)]
+    values, completions = found[0]
     assert len(completions) == 8 and values["kl"].abs().max() < 1e-4
-    assert {2, 5, 6} <= set(values["length"].tolist())
-    assert values["win_rate"].tolist() == [1 if n > 5 else 0 if n < 5 else 0.5 for n in values["length"].tolist()]
-    again, _ = evaluate(policy, policy, tokenizer, {"score": length}, dataset, EvaluateArgs, k=2)
-    assert torch.equal(values["length"], again["length"])
+    assert values["score"].tolist() == words(completions) and {1.0, 6.0} <= set(values["score"].tolist())
+    read = torch.tensor(words(completions)) + values["eos_rate"]
+    assert (values["length"] >= read).all() and (values["length"] == read).any()  # <pad> is no word
+    assert values["win_rate"].tolist() == [1 if n > 3 else 0 if n < 3 else 0.5 for n in words(completions)]
+    assert torch.equal(values["length"], found[1][0]["length"])
 
 
-def test_the_datasets_completions_are_scored_once_and_ties_count_half(world):
-    tokenizer, policy = load_tokenizer(world.policy), load_model(world.policy, CPU)
+def test_the_datasets_completions_are_scored_once_and_ties_count_half(policy, tokenizer):
     scored = []
 
-    def score(batch, columns):
-        scored.append(decode(tokenizer, batch))
-        return {"score": torch.tensor([float(text.count("a")) for text in scored[-1]])}
+    def count(completions):
+        scored.append(completions)
+        return [float(text.count("a")) for text in completions]
 
     texts = ["a a a a a a a", "b", "a", ""]  # the first is longer than a sample can be
     dataset = Dataset.from_dict({"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS), "completion": texts})
+    reward_fns = rewards(count)
     for _ in range(2):
-        values, completions = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4)
+        values, completions = evaluate(policy, policy, tokenizer, reward_fns, dataset, EvaluateArgs, k=4)
         pairs = zip([text.count("a") for text in completions], [7] * 4 + [0] * 4 + [1] * 4 + [0] * 4)
         wins = [1.0 if ours > theirs else 0.5 if ours == theirs else 0.0 for ours, theirs in pairs]
         assert values["win_rate"].tolist() == wins and 0.5 in wins and 1.0 in wins and 0.0 in wins
     assert [text for rows in scored for text in rows].count(texts[0]) == 1
-    values, _ = evaluate(policy, policy, tokenizer, {"score": score}, dataset, EvaluateArgs, k=4,
+    values, _ = evaluate(policy, policy, tokenizer, reward_fns, dataset, EvaluateArgs, k=4,
                          opponents=values["score"])  # fmt: skip
     assert values["win_rate"].tolist() == [0.5] * 16
 
 
-def test_the_last_reward_judges_unless_another_is_named(policy, tokenizer):
-    dataset = Dataset.from_dict(
-        {"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS), "completion": ["a b c"] * 4}
-    )
-    length = lambda batch, columns: {"score": batch.response_mask.sum(1).float()}
-    brevity = lambda batch, columns: {"gold": -batch.response_mask.sum(1).float()}
+def test_the_last_reward_judges_unless_another_is_named(policy, tokenizer, dataset):
     for judge, sign in ((None, -1), ("gold", -1), ("score", 1)):
-        values, _ = evaluate(policy, policy, tokenizer, {"score": length, "gold": brevity}, dataset, EvaluateArgs, k=2,
-                             judge=judge)  # fmt: skip
-        assert values["win_rate"].tolist() == [(1 + sign * ((n > 4) - (n < 4))) / 2 for n in values["length"].tolist()]
-        assert {0.0, 1.0} <= set(values["win_rate"].tolist())
+        values, texts = evaluate(policy, policy, tokenizer, rewards(words, other=words, gold=brevity), dataset,
+                                 EvaluateArgs, k=2, judge=judge)  # fmt: skip
+        assert values["win_rate"].tolist() == [(1 + sign * ((n > 3) - (n < 3))) / 2 for n in words(texts)]
+        assert {0.0, 1.0} <= set(values["win_rate"].tolist()) and values["gold"].tolist() == brevity(texts)
 
 
 def random_numbers():

@@ -10,14 +10,13 @@ import pytest
 import torch
 from helpers.families import save_family
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from helpers.tiny import CPU, data_args, make_tokenizer
+from helpers.tiny import CPU, data_args, make_tokenizer, reward_args
 
-import plumbing
 import rloo
 import sft
-from common import encode
-from plumbing import load_dataset, load_rows, load_tokenizer, shorten, split_row
-from runs import load_rewards
+from common import encode, score
+from plumbing import data, load_dataset, load_rewards, load_rows, load_tokenizer
+from plumbing.data import shorten, split_row
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +199,8 @@ def test_other_flags_tokenizers_or_code_do_not_see_each_others_rows(qwen, jsonl,
         make_tokenizer(order).save_pretrained(tmp_path / "words")
         found = load_tokenizer(str(tmp_path / "words"))
         assert load(found) == [found.get_vocab()[word] for word in words[:8]]
-    monkeypatch.setattr(plumbing, "__file__", __file__)  # as if a student had edited it
-    monkeypatch.setattr(plumbing, "prompt_tokens", lambda *_: [[7], [7]])
+    monkeypatch.setattr(data, "__file__", __file__)  # as if a student had edited it
+    monkeypatch.setattr(data, "prompt_tokens", lambda *_: [[7], [7]])
     assert load(tokenizer, length=100) == [7]
 
 
@@ -260,12 +259,8 @@ def test_a_reward_may_have_any_name(world, tmp_path):
         "def kl(completions, **_):\n    return [100.0] * len(completions)\n"
     )
     names = (f"{tmp_path}/a.py:score", f"{tmp_path}/a.py:kl")
-    load = SimpleNamespace(
-        reward=names, reward_weights=(1.0, 0.5), gold="none", dataset="", dtype="float32", shard=False,
-        microbatch_tokens=100,
-    )  # fmt: skip
-    reward_fn = load_rewards(load, world.tokenizer, CPU)["score"]
-    found = reward_fn(encode(world.tokenizer, [[1]], ["a"], CPU), {"prompt": ["a"]})
+    reward_fns = load_rewards(reward_args(reward=names, reward_weights=(1.0, 0.5)), CPU)
+    found = score(reward_fns, world.tokenizer, encode(world.tokenizer, [[1]], ["a"], CPU), {"prompt": ["a"]})
     assert {name: value.tolist() for name, value in found.items()} == {
         "score": [51.0],
         "reward/score": [1.0],

@@ -4,14 +4,17 @@ Given rollouts of several prompts with responses that end early, late and never,
 the gradient of every optimizer step, of policy and critic, the weights in the end, and every logged number.
 """
 
+import importlib
 import itertools
 import math
 import re
+from dataclasses import fields
 
-import numpy
 import pytest
 import torch
 from helpers import loop, oracle, small_world
+
+from lab.family import FAMILY, SAMPLING
 
 INF = float("inf")
 HERE = f"{loop.ROOT}/tests/helpers/small_world.py"
@@ -42,9 +45,10 @@ PAIRS = dict(dataset=f"{HERE}:pairs", eval_dataset=f"{HERE}:prompts", batch_size
 
 # The flags of each run. Every flag that changes the algorithm has two values at least: the default or that of BASE, and
 # another one.
-EVERY_SCRIPT = [  # of rloo, reinforce, remax, grpo, reinforce_pp, vanilla_pg, ppo and raft
+EVERY_SCRIPT = [  # of all that make rollouts
     {},
-    {"beta": 0.0, "missing_eos_penalty": 0.0, "microbatch_tokens": 1, "eval_prompts": 2, "max_grad_norm": 1e9},
+    {"beta": 0.0, "missing_eos_penalty": 0.0, "microbatch_tokens": 1, "eval_prompts": 2, "max_grad_norm": 1e9,
+     "plain": True},
     {"temperature": 1.0, "microbatch_tokens": 10_000, "k": 2, "eval_every": 0, "lr_schedule": "cosine",
      "warmup_updates": 1, "num_updates": 4, "max_grad_norm": 0.1},
     {"lr_schedule": "constant", "reward": (f"{HERE}:reward", f"{HERE}:brevity"), "reward_weights": (0.5, -2.0),
@@ -58,51 +62,28 @@ STEPS = [
     {"clip": 0.05, "minibatches": 3, "max_grad_norm": 1e9},
     {"clip": INF, "minibatches": 2},
 ]
-CASES = {
-    "rloo": [],
-    "reinforce": [
-        ONE_RESPONSE,
-        {"baseline": "none"},
-        {"window": 2, "num_updates": 5},
-        {"baseline": "ema", "num_updates": 4},
-        {"baseline": "ema", "decay": 0.3, "num_updates": 4},
-    ],
-    "remax": [ONE_RESPONSE],
-    "grpo": [*STEPS, {"scale_std": False}, {"length_mean": False}, {"scale_std": False, "length_mean": False}],
+MORE = {  # of single scripts
     "reinforce_pp": [
-        *STEPS,
-        ONE_RESPONSE,
-        {"normalize_scores": False},
-        {"whiten": False},
-        {"clip_scores": 0.5},
-        {"normalize_scores": False, "whiten": False},
         {"reward": (f"{HERE}:constant",), "whiten": False, "missing_eos_penalty": 0.0},
         {"k": 1, "prompts_per_step": 1, "max_new_tokens": 1, "minibatches": 1},
     ],
-    "reinforce_pp_baseline": [*STEPS, {"whiten": False}, {"beta": 0.0, "minibatches": 3, "epochs": 2}],
-    "vanilla_pg": [ONE_RESPONSE, {"critic_lr": 0.2}],
-    "ppo": [
-        *STEPS,
-        ONE_RESPONSE,
-        {"whiten": False},
-        {"lam": 0.5, "gamma": 0.9},
-        {"lam": 0.0, "whiten": False},
-        {"lam": 1.0, "whiten": False, "clip": INF, "value_clip": INF},
-        {"value_clip": 0.02, "epochs": 2, "critic_lr": 0.2},
-        {"value_clip": INF, "epochs": 2},
-        {"k": 1, "prompts_per_step": 1, "max_new_tokens": 1, "minibatches": 1},
-    ],
-    "raft": [{"rank_by": "score", "beta": 2.0}, {"beta": 2.0}],
+    "ppo": [{"k": 1, "prompts_per_step": 1, "max_new_tokens": 1, "minibatches": 1}],
+    "dpo": [{"dataset": f"{HERE}:tied_pairs", "microbatch_tokens": 1}],
 }
-RUNS = [(name, {"num_updates": 2} | flags if flags else {})  # three updates with the flags of BASE
-        for name, more in CASES.items() for flags in [*EVERY_SCRIPT, *more]]
-RUNS += [("dpo", PAIRS | flags) for flags in [
-    {},
-    {"beta": 1.0, "temperature": 1.0, "microbatch_tokens": 1},
-    {"max_grad_norm": 0.01, "batch_size": 5, "lr_schedule": "cosine", "warmup_updates": 1},
-    {"lr": 0.2, "lr_schedule": "constant", "max_grad_norm": 1e9, "microbatch_tokens": 10_000},
-    {"dataset": f"{HERE}:tied_pairs", "microbatch_tokens": 1},
-]]  # fmt: skip
+
+
+def cases(name):
+    """The flags of a script's runs. The first is that of BASE alone, with three updates instead of two."""
+    algorithm, flags = FAMILY[name], {field.name for field in fields(importlib.import_module(name).Args)}
+    if not algorithm.samples:
+        return [PAIRS | flags for flags in [{}, *algorithm.variants, *MORE.get(name, [])]]
+    found = [*EVERY_SCRIPT, *(STEPS if "minibatches" in flags else []),
+             *([ONE_RESPONSE] if algorithm.least_k == 1 else []), *algorithm.variants, *MORE.get(name, [])]
+    return [{"num_updates": 2} | flags if flags else {} for flags in found]
+
+
+CASES = SAMPLING
+RUNS = [(name, flags) for name in FAMILY for flags in cases(name)]
 RUNS += [("sft", PAIRS | flags) for flags in [
     {"eval_rows": 2, "eval_every": 1},
     {"lr_schedule": "linear", "warmup_updates": 2, "weight_decay": 0.1, "max_grad_norm": 0.1, "num_updates": 4},
@@ -158,17 +139,17 @@ def updates_of(name, seen):
     if name == "sft":
         return [{"rows": [encoded(row, "completion") for row in rows]} for rows in examples]
     repeat = lambda rows, k: [row for row in rows for _ in range(k)]
-    updates, tokenizer = [], small_world.tokenizer()
+    updates, tokenizer, draws = [], small_world.tokenizer(), iter(seen.draws)
     orders = iter([order for order in seen.orders if len(order) == size * args.k != len(dataset)])
     for number, rows in enumerate(examples):
         prompt_ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
         assert seen.rollouts[number] == prompt_ids
         update = {"rows": score(given_rollout(number, prompt_ids, args, False), repeat(rows, args.k), args.reward)}
-        if name == "remax":
+        if (FAMILY[name].formula or name) == "remax":
             update["greedy"] = score(given_rollout(number, prompt_ids, args, True), rows, args.reward)
-        noise = numpy.random.default_rng((args.seed, number + 1))
-        for row in [*update["rows"], *update.get("greedy", [])]:
-            row.noise = noise.normal(0, args.reward_noise)
+        for scored in (update["rows"], update.get("greedy", [])) if args.reward_noise else ():
+            for row, draw in zip(scored, next(draws).tolist() if scored else [], strict=True):
+                row.noise = args.reward_noise * draw
         if getattr(args, "minibatches", 1) > 1:
             update["orders"] = [next(orders) for _ in range(args.epochs)]
         updates.append(update)
@@ -200,8 +181,9 @@ def compare(name, seen):
     policy, reference = small_world.policy()[0], small_world.reference()[0]
     critic = small_world.critic()[0]
     trained = critic if name == "reward_model" else policy
-    steps, metrics = oracle.train(name, args, updates_of(name, seen), trained, reference, critic)
-    both = ["policy", "critic"] if name in ("vanilla_pg", "ppo") else ["policy"]
+    formula = FAMILY[name].formula if name in FAMILY else None
+    steps, metrics = oracle.train(formula or name, args, updates_of(name, seen), trained, reference, critic)
+    both = ["policy", "critic"] if name in FAMILY and FAMILY[name].critic else ["policy"]
     assert len(seen.steps) == len(both)
     for kind, found in zip(both, seen.steps):
         assert_close(found, [step[kind] for step in steps], f"{name}: gradients of the {kind}")
@@ -346,7 +328,8 @@ NOT_FINITE = {  # what goes wrong -> (what is named, rollout, flags)
 }
 FINITE = [(name, *case) for name in CASES for case in NOT_FINITE.values()]
 FINITE += [(name, *case) for name in ("dpo", "sft", "reward_model") for case in list(NOT_FINITE.values())[:2]]
-FINITE += [(name, "grad_norm", given_rollout, {"critic": f"{HERE}:steep_critic"}) for name in ("vanilla_pg", "ppo")]
+FINITE += [(name, "grad_norm", given_rollout, {"critic": f"{HERE}:steep_critic"})
+           for name, algorithm in FAMILY.items() if algorithm.critic]
 
 
 @pytest.mark.slow

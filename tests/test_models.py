@@ -8,14 +8,14 @@ import shutil
 import pytest
 import torch
 from helpers.families import FAMILIES, save_family
-from helpers.tiny import save_classifier
+from helpers.tiny import load_scorer, save_classifier
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-import common
 import reinforce
 from common import Batch, decode, rollout, token_logprobs
-from plumbing import eos_ids, load_model, load_tokenizer, prompt_tokens, write_model
-from runs import load_reward
+from plumbing import eos_ids, fast, load_model, load_tokenizer, prompt_tokens
+from plumbing.checkpoints import write_model
+from plumbing.sharding import without_rows
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -205,7 +205,7 @@ def test_a_reward_model_with_another_chat_template_gets_the_messages_in_its_own(
     other.save_pretrained(tmp_path / "reward")
     messages = [[{"role": "user", "content": f"What is {i} + 3?"}] for i in range(2)]
     batch = rollout(policy, tokenizer, prompt_tokens(tokenizer, messages, "test"), 2, 1.0, 6)
-    reward = load_reward(str(tmp_path / "reward"), tokenizer, CPU, "float32", 1000)
+    reward = load_scorer(str(tmp_path / "reward"), tokenizer)
     scores = reward(batch, {"prompt": messages})
     for row, text in enumerate(decode(tokenizer, batch)):
         prompt = other.apply_chat_template(messages[row // 2], tokenize=False, add_generation_prompt=True)
@@ -226,13 +226,14 @@ def test_ids_that_only_the_policy_has_do_not_reach_the_reward_model(folders, tmp
     prompt_ids = prompt_tokens(tokenizer, PROMPTS, "test")
     batch = rollout(policy, tokenizer, prompt_ids, 4, 1.0, 8)
     batch.responses[3, 0] = len(tokenizer) + 5  # an id without a word
-    scores = load_reward(small, tokenizer, CPU, "float32", 1000)(batch, {"prompt": PROMPTS})
+    scores = load_scorer(small, tokenizer)(batch, {"prompt": PROMPTS})
     assert scores.isfinite().all() and len(scores) == 16
 
 
 def test_a_row_that_is_longer_than_the_budget_and_empty_batches(folders):
-    """Placeholders: a process without rows takes part in every forward pass, and gets nothing out of it."""
+    """A process without rows takes part in every pass of a sharded model, and gets nothing out of it."""
     policy, tokenizer = load_model(folders["gpt2"], CPU), load_tokenizer(folders["gpt2"])
+    policy.forward, policy.shares_prompts = without_rows(policy.forward), False
     batch = rollout(policy, tokenizer, prompt_tokens(tokenizer, PROMPTS, "test"), 1, 1.0, 8)
     none = batch[torch.tensor([], dtype=torch.long)]
     assert isinstance(none, Batch) and len(none) == 0
@@ -248,8 +249,8 @@ def test_a_cache_with_room_changes_nothing(dtype, folders, monkeypatch):
     policy, tokenizer = load_model(folders["llama"], CPU, dtype), load_tokenizer(folders["llama"])
     prompt_ids = prompt_tokens(tokenizer, PROMPTS, "test")
     batches = []
-    for layer in (common.RoomyLayer, lambda layer, room: layer):
-        monkeypatch.setattr(common, "RoomyLayer", layer)
+    for with_room in (fast.with_room, lambda cache, room: cache):
+        monkeypatch.setattr(fast, "with_room", with_room)
         torch.manual_seed(0)
         batches.append(rollout(policy, tokenizer, prompt_ids, 6, 0.9, 16))
     assert all(torch.equal(getattr(batches[0], name), getattr(batches[1], name)) for name in vars(batches[0]))

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import kill
 import pytest
 import torch
 from helpers.families import save_family
@@ -20,6 +19,8 @@ from safetensors.torch import load_file
 from test_loops import assert_close, compare, compare_evaluations
 from helpers.tiny import ROOT, call_script, command_line, run_two, start_two, wait_for
 from transformers import AutoModelForCausalLM
+
+from tools import kill
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -41,8 +42,8 @@ def test_two_processes_do_what_the_second_implementation_does(name, how, both):
                    for rank in (0, 1))
     seen.args = SimpleNamespace(**seen.args)
     with loop.float64():
-        compare(RUNS[name][0], seen)
-        compare_evaluations(RUNS[name][0], seen)
+        compare(name, seen)
+        compare_evaluations(name, seen)
     assert not other.metrics and not other.evaluations  # which only the first process logs
     for mine, theirs in zip([*seen.steps, seen.models, [seen.returned]], [*other.steps, other.models, [other.returned]],
                             strict=True):  # fmt: skip

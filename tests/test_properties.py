@@ -11,11 +11,11 @@ import torch
 from helpers.families import save_family
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from helpers.tiny import CPU, data_args
+from helpers.tiny import CPU, data_args, load_scorer
 
 from common import decode, encode
-from plumbing import load_module, load_rows, load_tokenizer, one_line, prompt_tokens, shorten
-from runs import load_reward
+from plumbing import load_module, load_rows, load_tokenizer, one_line, prompt_tokens
+from plumbing.data import shorten
 
 ROOT = Path(__file__).parent.parent
 gsm8k = load_module(str(ROOT / "tasks" / "gsm8k.py"))
@@ -99,7 +99,7 @@ anything = values | st.sampled_from([1e300, -1e39, 3e38, 5e-324, 10**400, "1e5",
 def test_any_answer_of_a_reward_function_is_numbers_or_refused(answer, qwen, path, capsys):
     module = load_module(str(reward_file(path)))
     module.answer = answer
-    reward = load_reward(f"{reward_file(path)}:reward", qwen, CPU, "float32", 1000)
+    reward = load_scorer(f"{reward_file(path)}:reward", qwen)
     batch = encode(qwen, [[1]] * 3, ["a", "b", "c"], CPU)
     scores = attempt(lambda: reward(batch, {"prompt": ["a", "b", "c"]}), capsys)
     if scores is not None:
@@ -142,5 +142,5 @@ def test_a_number_that_float32_cannot_hold_is_not_a_number(qwen, path, capsys):
     assert math.isinf(torch.tensor(1e300).item())
     module = load_module(str(reward_file(path)))
     module.answer = [1e300]
-    reward = load_reward(f"{reward_file(path)}:reward", qwen, CPU, "float32", 1000)
+    reward = load_scorer(f"{reward_file(path)}:reward", qwen)
     assert attempt(lambda: reward(encode(qwen, [[1]], ["a"], CPU), {"prompt": ["a"]}), capsys) is None

@@ -11,14 +11,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import kill
 import pytest
 import torch
 from helpers.tiny import ROOT, Child, call_script, run_two, save_policy, scalars, wait_for
 
-import runs
 import rloo
-from plumbing import load_module
+from plumbing import parse, report, run
+from plumbing.checkpoints import checksums
+from tools import kill
 
 
 pytestmark = pytest.mark.slow
@@ -126,7 +126,7 @@ def test_the_last_checkpoints_are_kept_small_and_whole(finished):
     found = sorted((finished / "checkpoints").iterdir())
     assert [path.name for path in found] == ["000003", "000004"]
     for path in found:
-        assert json.loads((path / "checksums.json").read_text()) == runs.checksums(path)
+        assert json.loads((path / "checksums.json").read_text()) == checksums(path)
         assert (path / "policy" / "model.safetensors").is_file()
 
 
@@ -166,7 +166,7 @@ def test_a_pickle_in_place_of_tensors_runs_nothing(copy, world, capsys, tmp_path
     monkeypatch.chdir(tmp_path)
     last = copy / "checkpoints" / "000004"
     torch.save({"state": Code()}, last / "state.pt")
-    (last / "checksums.json").write_text(json.dumps(runs.checksums(last)))
+    (last / "checksums.json").write_text(json.dumps(checksums(last)))
     line = refused(capsys, lambda: resume(world, copy), copy)
     assert "does not fit" in line
     assert not (tmp_path / "code-was-run").exists()
@@ -186,6 +186,8 @@ def test_what_cannot_go_on_is_refused(copy, world, capsys, tmp_path):
         (lambda: resume(world, copy, seed=2), "--seed 2: the run in"),
         (lambda: resume(world, copy, k=2), "--k 2: the run in"),
         (lambda: resume(world, copy, prompts_per_step=2), "--prompts-per-step 2: the run in"),
+        (lambda: resume(world, copy, lr=0.5), "--lr 0.5: the run in"),
+        (lambda: resume(world, copy, eval_every=1), "--eval-every 1: the run in"),
         (lambda: resume(world, copy, num_updates=3), "--num-updates 3: the run in"),
         (lambda: resume(world, copy, output=str(tmp_path / "new")), "--output"),
         (lambda: resume(world, copy, save_every=-1), "--save-every -1"),
@@ -197,8 +199,7 @@ def test_what_cannot_go_on_is_refused(copy, world, capsys, tmp_path):
 def test_the_log_goes_on_as_if_the_run_had_never_stopped(world, tmp_path, monkeypatch):
     """With a clock that ticks once whenever it is read: twice in each update. The last updates are made twice."""
     ticks = itertools.count()
-    monkeypatch.setattr(runs.time, "perf_counter", lambda: float(next(ticks)))
-    monkeypatch.setattr(runs, "pick_threads", lambda *_: 1)
+    monkeypatch.setattr(run.time, "perf_counter", lambda: float(next(ticks)))
     folder = tmp_path / "run"
     rloo.main(rloo.Args(**flags_of("rloo", world, num_updates=5, keep=3), output=str(folder)))
     for name in ("000004", "000005"):  # as if it had been killed after the log of update 5 was written
@@ -224,17 +225,17 @@ def test_another_model_shape_is_refused(copy, world, capsys, tmp_path):
 
 
 def test_changed_flags_are_told(copy, world, capsys):
-    resume(world, copy, lr=5e-3, beta=0.1)
+    resume(world, copy, keep=5, plain=True)
     output = capsys.readouterr().out
-    assert "note: --lr changed from 0.01 to 0.005" in output and "--beta changed from 0.05 to 0.1" in output
-    assert "note: --num-updates changed from 4 to 6" in output
+    assert "note: --keep changed from 2 to 5" in output and "note: --plain changed from False to True" in output
+    assert "note: --num-updates changed from 4 to 6" in output and output.count("note: ") == 3
     rates = kill.outcome(copy)["curves"]["policy/lr"]  # linear, to 0 after the last update
-    assert rates[3:] == [(4, pytest.approx(0.01 / 4)), (5, pytest.approx(5e-3 * 2 / 6)), (6, pytest.approx(5e-3 / 6))]
+    assert rates[3:] == [(4, pytest.approx(0.01 / 4)), (5, pytest.approx(0.01 * 2 / 6)), (6, pytest.approx(0.01 / 6))]
 
 
 def test_flags_that_are_not_given_are_the_runs_own(copy, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rloo.py", "--resume", str(copy), "--lr", "0.5"])
-    args = runs.parse(rloo.Args)
+    args = parse(rloo.Args)
     settings = json.loads((copy / "args.json").read_text())
     assert args.lr == 0.5 and args.resume == str(copy) and args.output is None
     for name in ("model", "k", "num_updates", "dataset", "prompts_per_step"):
@@ -262,22 +263,17 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(copy, world, ca
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_name_their_prompts(world, tmp_path, capsys, monkeypatch):
-    """The third call of the reward (two are before training) gives one nan."""
-    real, calls = rloo.load_rewards, []
+    """The fourth score of the training gives one nan."""
+    real, calls = rloo.score, []
 
-    def rewards(*args):
-        score = real(*args)["score"]
+    def broken(reward_fns, tokenizer, batch, examples):
+        calls.append(examples["prompt"])
+        parts = real(reward_fns, tokenizer, batch, examples)
+        if len(calls) == 4:
+            parts["score"][4] = float("nan")
+        return parts
 
-        def broken(batch, examples):
-            calls.append(examples["prompt"])
-            parts = score(batch, examples)
-            if len(calls) == 5:
-                parts["score"][4] = float("nan")
-            return parts
-
-        return {"score": broken}
-
-    monkeypatch.setattr(rloo, "load_rewards", rewards)
+    monkeypatch.setattr(rloo, "score", broken)
     with pytest.raises(SystemExit) as stopped:
         rloo.main(rloo.Args(**flags_of("rloo", world, num_updates=9, eval_every=0), output=str(tmp_path / "run")))
     assert stopped.value.code == 1
@@ -300,13 +296,13 @@ def test_a_collapse_is_told_once(capsys):
         ((8.0, 0.001, 1.0), "the entropy is close to 0"),
     ]:
         state = {}
-        for _ in range(3 * runs.PATIENCE):
-            runs.warn_if_collapsed(state, metrics(*values), 8)
+        for _ in range(3 * report.PATIENCE):
+            report.warn_if_collapsed(state, metrics(*values), 8)
         error = capsys.readouterr().err
         assert error.count("warning: ") == 1 and words in error
     state = {}
-    for i in range(3 * runs.PATIENCE):  # not in a row
-        runs.warn_if_collapsed(state, metrics(8.0, 9.0, 0.0 if i % 10 else 0.5), 8)
+    for i in range(3 * report.PATIENCE):  # not in a row
+        report.warn_if_collapsed(state, metrics(8.0, 9.0, 0.0 if i % 10 else 0.5), 8)
     assert capsys.readouterr().err == ""
 
 
@@ -335,5 +331,4 @@ def test_two_processes_are_killed_and_resume(shard, context, world, tmp_path):
 
 
 def test_the_long_version_is_documented():
-    assert "python lab/kill.py" in (ROOT / "README.md").read_text()
-    assert load_module(str(ROOT / "lab" / "kill.py")).Args().kills == 20
+    assert "python -m tools.kill" in (ROOT / "README.md").read_text() and kill.Args().kills == 20

@@ -42,7 +42,7 @@ def make(name, dtype, auto_class=AutoModelForCausalLM, **kwargs):
 
 def outcome(model, function, batch, shares_prompts, max_tokens=10_000):
     """What the function returns for each row, and the gradient of its weighted sum, over micro-batches."""
-    model.shares_prompts = shares_prompts
+    model.is_fast, model.shares_prompts = True, shares_prompts
     model.zero_grad()
     found = {}
     weights = torch.arange(1.0, 1 + batch.responses.numel(), dtype=torch.float64).view(batch.responses.shape).sin()
@@ -94,7 +94,7 @@ def tokens_through(model, batch, shares_prompts):
     seen = []
     embedding = model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
-    model.shares_prompts = shares_prompts
+    model.is_fast, model.shares_prompts = True, shares_prompts
     token_logprobs(model, batch, 1.0)
     handle.remove()
     return sum(seen)
@@ -113,7 +113,9 @@ def test_a_prompt_runs_once_and_without_siblings_nothing_changes():
 def test_siblings_stay_together():
     batch = ragged_batch(300, (4, 4, 4, 4))
     numbers = batch.prompts.masked_fill(~batch.prompt_mask, -1).unique(dim=0, return_inverse=True)[1]
-    parts = list(microbatches(make("gpt2", torch.float64), 4 * 13, batch))
+    model = make("gpt2", torch.float64)
+    model.is_fast = model.shares_prompts = True
+    parts = list(microbatches(model, 4 * 13, batch))
     assert len(parts) > 2 and sorted(torch.cat(parts).tolist()) == list(range(16))
     assert len(numbers[torch.cat(parts)].unique_consecutive()) == 4
 

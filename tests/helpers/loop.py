@@ -94,7 +94,7 @@ def record(script, output, rollout=None, frozen=False, **flags):
     Returns: a namespace of args; steps (for each optimizer, in the order of its first step, a list with the gradients
     of each step); metrics (one dict per update); evaluations (dict update -> dict); models (the trained ones'
     parameters at the end, as in steps); rollouts (for each update the prompts that it asked for); samples (the Batches
-    of the evaluations); orders (what torch.randperm returned, in turn); texts (dict update -> the sampled responses'
+    of the evaluations); orders (what torch.randperm returned, in turn); draws (what torch.randn returned, in turn); texts (dict update -> the sampled responses'
     table in TensorBoard, a list of rows of cells); returned (the weights of the model that main returned).
     """
     path = str(script) if str(script).endswith(".py") else str(ROOT / f"{script}.py")
@@ -102,7 +102,7 @@ def record(script, output, rollout=None, frozen=False, **flags):
     names = {field.name for field in dataclasses.fields(module.Args)}
     args = module.Args(**{name: value for name, value in flags.items() if name in names}, output=str(output))
     seen = SimpleNamespace(args=args, steps=[], metrics={}, evaluations={}, rollouts=[], samples=[], orders=[],
-                           texts={})
+                           draws=[], texts={})
     optimizers = []
 
     def given(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None, greedy=False):
@@ -133,7 +133,7 @@ def record(script, output, rollout=None, frozen=False, **flags):
         if name == "samples":
             seen.texts[step] = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
 
-    def sample(*args, real=common.sample, **kwargs):
+    def evaluated(*args, real=common.rollout, **kwargs):
         seen.samples.append(real(*args, **kwargs))
         return seen.samples[-1]
 
@@ -141,12 +141,17 @@ def record(script, output, rollout=None, frozen=False, **flags):
         seen.orders.append(real(*args, **kwargs).tolist())
         return torch.tensor(seen.orders[-1])
 
+    def randn(*args, real=torch.randn, **kwargs):
+        seen.draws.append(real(*args, **kwargs))
+        return seen.draws[-1]
+
     with ExitStack() as stack:
         stack.enter_context(float64())
         stack.enter_context(patch.object(SummaryWriter, "add_scalar", add_scalar))
         stack.enter_context(patch.object(SummaryWriter, "add_text", add_text))
         stack.enter_context(patch.object(torch, "randperm", randperm))
-        stack.enter_context(patch.object(common, "sample", sample))
+        stack.enter_context(patch.object(torch, "randn", randn))
+        stack.enter_context(patch.object(common, "rollout", evaluated))
         if rollout and hasattr(module, "rollout"):
             stack.enter_context(patch.object(module, "rollout", given))
         stack.callback(register_optimizer_step_pre_hook(hook).remove)

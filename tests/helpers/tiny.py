@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common import reward_scores
+from plumbing import load_reward
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -31,6 +33,18 @@ def data_args(dataset, **more):
     """What load_rows reads from a script's args."""
     flags = dict(dataset=dataset, dataset_config=None, chat=False, system_prompt=None, truncate_prompts=False)
     return SimpleNamespace(**flags | more)
+
+
+def reward_args(max_tokens=1000, **more):
+    """What load_reward and load_rewards read from a script's args."""
+    flags = dict(dtype="float32", shard=False, plain=False, microbatch_tokens=max_tokens, gold="none", dataset="")
+    return SimpleNamespace(**flags | more)
+
+
+def load_scorer(name, tokenizer, max_tokens=1000):
+    """A function (batch, examples) -> (N,), what the reward of this name says."""
+    reward = load_reward(name, reward_args(max_tokens), CPU)
+    return lambda batch, examples: reward_scores(reward, tokenizer, batch, examples)
 
 
 def make_tokenizer(words, pad="<pad>", eos="<eos>"):

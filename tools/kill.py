@@ -1,11 +1,13 @@
-"""Kill a training script at random moments, resume it each time, and compare the result with an uninterrupted run.
+"""Kill a training script at random moments, resume it each time, and compare the result with an
+uninterrupted run.
 
-    python lab/kill.py --scripts rloo ppo --kills 20
+    python -m tools.kill --scripts rloo ppo --kills 20
 
-Each script (all by default) is run on the embedded task, somewhat shortened: once uninterrupted, and once killed by
-SIGKILL that many times, at moments drawn uniformly over its updates, including while saving. Weights, optimizer state,
-schedule, random states and every logged point (except times) must be bit-for-bit the same. `tests/test_resume.py`
-does the same with a tiny model and fewer kills.
+Each script (all by default) is run on the embedded task, somewhat shortened: once uninterrupted,
+and once killed by SIGKILL that many times, at moments drawn uniformly over its updates, including
+while saving. Weights, optimizer state, schedule, random states and every logged point (except
+times) must be bit-for-bit the same. `tests/test_resume.py` does the same with a tiny model and
+fewer kills.
 """
 
 import importlib
@@ -22,13 +24,11 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lab.family import SCRIPTS
+from plumbing import require
+from plumbing.checkpoints import checkpoints
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from plumbing import require  # noqa: E402
-
-SCRIPTS = ("rloo reinforce remax grpo reinforce_pp reinforce_pp_baseline vanilla_pg ppo raft dpo sft "
-           "reward_model").split()
 
 
 def train(script, flags, folder, resume):
@@ -44,10 +44,11 @@ def train(script, flags, folder, resume):
 
 
 def processes():
-    """A context whose processes start quickly: forked from one that has imported everything and computed nothing."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "lab"), os.environ.get("PYTHONPATH", "")])
+    """A context whose processes start quickly: forked from one that has imported everything and
+    computed nothing."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*SCRIPTS, "kill"])
+    context.set_forkserver_preload([*SCRIPTS, "tools.kill"])
     first = context.Process(target=int)  # waits for the imports
     first.start()
     first.join()
@@ -60,7 +61,8 @@ def reached(folder):
 
 
 def run(context, script, flags, folder, moment=None, seconds=0.0):
-    """Start or resume a run; kill it at `moment`: 3.7 is 0.7 * `seconds` after the checkpoint of update 3 appears."""
+    """Start or resume a run; kill it at `moment`: 3.7 is 0.7 * `seconds` after the checkpoint of
+    update 3 appears."""
     if folder.exists() and not reached(folder):
         shutil.rmtree(folder)  # killed before its first checkpoint: nothing to resume
     child = context.Process(target=train, args=(script, flags, folder, folder.exists()))
@@ -81,8 +83,10 @@ def outcome(folder):
     contents = torch.load(last / "state.pt", weights_only=True)
     contents["state"].pop("seconds", None)
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    curves = {name: [(event.step, event.value) for event in log.Scalars(name)]
-              for name in log.Tags()["scalars"] if name not in ("time/seconds", "time/tokens_per_second")}
+    curves = {
+        name: [(event.step, event.value) for event in log.Scalars(name)]
+        for name in log.Tags()["scalars"] if name not in ("time/seconds", "time/tokens_per_second")
+    }
     weights = {str(path.relative_to(folder)): path.read_bytes() for path in
                (*last.rglob("*.safetensors"), *(folder / "model").rglob("*.safetensors"))}
     return {"checkpoint": contents, "curves": curves, "weights": weights}
@@ -91,18 +95,27 @@ def outcome(folder):
 def differences(a, b, name="run"):
     """Names of the leaves where two outcomes differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [found for key in a.keys() | b.keys() for found in differences(a.get(key), b.get(key), f"{name}/{key}")]
+        return [
+            found for key in a.keys() | b.keys()
+            for found in differences(a.get(key), b.get(key), f"{name}/{key}")
+        ]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return [found for i, pair in enumerate(zip(a, b)) for found in differences(*pair, f"{name}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+        return [
+            found for i, pair in enumerate(zip(a, b))
+            for found in differences(*pair, f"{name}/{i}")
+        ]
+    same = torch.equal(a,
+                       b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
     return [] if same else [name]
 
 
 def compare(context, script, flags, folder, kills, seed=0):
-    """Returns the differences between an uninterrupted run and a killed one, and how often that one was killed."""
+    """Returns the differences between an uninterrupted run and a killed one, and how often that one
+    was killed."""
     begin = time.monotonic()
     run(context, script, flags, folder / "whole")
-    seconds = (time.monotonic() - begin) / flags["num_updates"]  # per update, startup and shutdown included
+    seconds = (time.monotonic() -
+               begin) / flags["num_updates"]  # per update, startup and shutdown included
     rng = random.Random(f"{script} {seed}")
     moments = sorted(rng.uniform(0, flags["num_updates"]) for _ in range(kills))
     killed = [run(context, script, flags, folder / "killed", moment, seconds) for moment in moments]
@@ -123,7 +136,8 @@ class Args:
 
 
 def main(args):
-    require(not Path(args.output).exists(), f"--output {args.output}: already exists; choose another folder")
+    require(not Path(args.output).exists(),
+            f"--output {args.output}: already exists; choose another folder")
     context, bad = processes(), []
     for script in args.scripts:
         flags = {"num_updates": args.updates, "save_every": 1, "device": "cpu", "eval_every": 10}
@@ -131,9 +145,11 @@ def main(args):
             flags["dataset"] = "tasks/mini_tldr.py:comparisons"
         if script not in ("sft", "reward_model"):
             flags["eval_prompts"] = 16
-        found, kills = compare(context, script, flags, Path(args.output).resolve() / script, args.kills)
-        print(f"{script:<14} killed {kills} times: {'differs in ' + ', '.join(found[:3]) if found else 'the same'}",
-              flush=True)
+        found, kills = compare(context, script, flags,
+                               Path(args.output).resolve() / script, args.kills)
+        print(
+            f"{script:<14} killed {kills} times: {'differs in ' + ', '.join(found[:3]) if found else 'the same'}",
+            flush=True)
         bad += found
     sys.exit(bool(bad))
 
