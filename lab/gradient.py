@@ -341,16 +341,20 @@ def table(results):
 def draw(results, path):
     """A picture of all results: how far off the mean gradient points, and the variance of a step of length 1.
 
-    Of several worlds the median, with lines from the smallest to the largest.
+    Of several worlds the median, with lines from the smallest to the largest, and the variance as in the table.
     """
-    found = {}  # command -> angles and variances, of the worlds in which the step has a right length
-    for command, worlds in results.items():
-        right = [] if isinstance(worlds, str) else [result for result in worlds if result.length > 0]
-        if right:
-            found[command] = [result.angle for result in right], [result.noise for result in right]
+    found, worked = {}, [worlds for worlds in results.values() if not isinstance(worlds, str)]
+    several = bool(worked) and len(worked[0]) > 1
+    for command, worlds in results.items():  # angles and variances, of the worlds in which a step has a right length
+        pairs = [] if isinstance(worlds, str) else [
+            (result.angle, result.noise / (first.noise if several else 1.0))
+            for result, first in zip(worlds, worked[0]) if result.length > 0 and first.length > 0]
+        if pairs:
+            found[command] = tuple(zip(*pairs))
+    share = f"as a multiple of that of {next(iter(results))}" if several else "share of the true gradient's squared norm"
     figure, axes = plt.subplots(figsize=(10, 5), dpi=120, facecolor="white", layout="constrained")
     axes.set(yscale="log", xlabel="bias: angle between mean and true gradient (degrees)",
-             ylabel="variance × responses, at length 1\n(share of the true gradient's squared norm)")
+             ylabel=f"variance × responses, at length 1\n({share})")
     places = {False: {}, True: {}}  # whether it is biased -> place -> numbers in the key
     colors = {False: "#0072b2", True: "#d55e00"}
     for number, (angles, noises) in enumerate(found.values(), 1):
@@ -361,7 +365,7 @@ def draw(results, path):
     for biased, marker, name in ((False, "o", "no bias"), (True, "^", "biased")):
         points = zip(*places[biased] or [(math.nan, 1.0)])
         axes.scatter(*points, c=colors[biased], marker=marker, s=45, label=name, zorder=2)
-    axes.margins(0.15, 0.1)
+    axes.margins(0.35 if several else 0.15, 0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, ncols=2)
     key = "\n".join(f"{number}  {command}" for number, command in enumerate(found, 1))
