@@ -416,10 +416,10 @@ def tests_for(edit, recorded, most_seconds):
     name, seen = edit["file"], lambda lines: not edit["lines"].isdisjoint(lines)
     every = [(values["seconds"], test, values["lines"].get(name, []), seen(file["imported"].get(name, [])))
              for file in recorded.values() for test, values in file["tests"].items()]
-    # If the line runs only while the file is imported: any test that uses the file, or that stands beside the import.
-    tests = (sorted((seconds, test) for seconds, test, lines, _ in every if seen(lines))
-             or sorted((seconds, test) for seconds, test, lines, imported in every if imported and lines)
-             or sorted((seconds, test) for seconds, test, _, imported in every if imported))
+    tests = sorted((seconds, test) for seconds, test, lines, _ in every if seen(lines))
+    if not tests:  # the line runs when the file is imported: tests that use the file, then others beside the import
+        used = sorted((not lines, seconds, test) for seconds, test, lines, imported in every if imported)
+        tests = [(seconds, test) for _, seconds, test in used]
     totals = list(itertools.accumulate(seconds for seconds, _ in tests))
     count = max(min(1, len(tests)), sum(total <= most_seconds for total in totals))
     # Among tests of similar duration, keep those of one file together, so that their fixtures are made once.
