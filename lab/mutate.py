@@ -23,7 +23,6 @@ import contextlib
 import gc
 import hashlib
 import importlib
-import inspect
 import itertools
 import json
 import math
@@ -221,12 +220,15 @@ class Watch:
     def __init__(self, paths):
         self.paths, self.tests, self.fixtures, self.failed = paths, {}, {}, []
         self.lines = self.imported = set()  # the second: outside tests, or while a module is imported
+        self.importing = 0  # how many modules at the moment
 
     def trace(self, frame, event, argument):
         name = self.paths.get(frame.f_code.co_filename)
         if name is None:
             return None
-        (self.lines if frame.f_code.co_flags & inspect.CO_OPTIMIZED else self.imported).add((name, frame.f_lineno))
+        if frame.f_code.co_name == "<module>":
+            self.importing += {"call": 1, "return": -1}.get(event, 0)
+        (self.imported if self.importing else self.lines).add((name, frame.f_lineno))
         return self.trace
 
     def pytest_sessionstart(self):
