@@ -10,12 +10,11 @@ forked from a process that has imported the heavy libraries but nothing from the
 where it stopped; survivors are tried again when the tests have changed.
 
 A survivor means one of three things: a test is missing; the edit has no visible effect (a clamp that never acts, a sum
-over one element); or the line is not needed. "0 of 0 tests" means that no test runs the line. If fewer tests ran than
-there are, a larger --seconds may find one that notices.
+over one element); or the line is not needed. If fewer tests ran than there are, a larger --seconds may find one that
+notices.
 
 Not edited: texts (f-strings too, with what is computed in them), the defaults of flags, progress bars, clocks, and how
-pictures look (sizes, colors, grids; but not what is drawn). A line that runs only in a process that a test starts is
-not seen to run.
+pictures look (sizes, colors, grids; but not what is drawn).
 """
 
 import ast
@@ -231,11 +230,6 @@ class Watch:
         (self.imported if self.importing else self.lines).add((name, frame.f_lineno))
         return self.trace
 
-    def pytest_sessionstart(self):
-        if self.paths:
-            threading.settrace(self.trace)
-            sys.settrace(self.trace)
-
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef):
         """Lines run by a shared fixture count for every test that uses it."""
@@ -300,7 +294,10 @@ def run_tests(folder, job):
     hypothesis.settings.register_profile("no shrinking", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
     hypothesis.settings.load_profile("no shrinking")
     names = {str(path): str(path.relative_to(Path.cwd())) for path in Path.cwd().rglob("*.py")}
-    watch = Watch({} if "mutant" in job else {path: name for path, name in names.items() if name[:6] != "tests/"})
+    watch = Watch({path: name for path, name in names.items() if not name.startswith("tests/")})
+    if "mutant" not in job:
+        threading.settrace(watch.trace)
+        sys.settrace(watch.trace)
     flags = ["-q", "-p", "no:cacheprovider", "--assert=plain", "--basetemp", str(folder / "pytest")]
     code = int(pytest.main([*job["tests"], *job["flags"], *flags], plugins=[watch]))
     sys.settrace(None)
@@ -414,14 +411,16 @@ def record(args, original):
 
 
 def tests_for(edit, recorded, most_seconds):
-    """The fastest tests that run an edit's lines, how many there are in total, and how long the chosen ones take."""
-    name, seen = edit["file"], lambda lines: not edit["lines"].isdisjoint(lines)
-    every = [(values["seconds"], test, values["lines"].get(name, []), seen(file["imported"].get(name, [])))
-             for file in recorded.values() for test, values in file["tests"].items()]
-    tests = sorted((seconds, test) for seconds, test, lines, _ in every if seen(lines))
-    if not tests:  # the line runs when the file is imported: tests that use the file, then others beside the import
-        used = sorted((not lines, seconds, test) for seconds, test, lines, imported in every if imported)
-        tests = [(seconds, test) for _, seconds, test in used]
+    """The fastest tests that run an edit's lines, how many there are in total, and how long the chosen ones take.
+
+    If none is seen to run them (they run when the file is imported, in another process, or never): tests that use the
+    file, then others that stand beside its import.
+    """
+    every = [(values["seconds"], test, values["lines"].get(edit["file"], [])) for file in recorded.values()
+             if edit["file"] in file["imported"] for test, values in file["tests"].items()]
+    seen = [(False, seconds, test) for seconds, test, lines in every if not edit["lines"].isdisjoint(lines)]
+    tests = sorted(seen or [(not lines, seconds, test) for seconds, test, lines in every])
+    tests = [(seconds, test) for _, seconds, test in tests]
     totals = list(itertools.accumulate(seconds for seconds, _ in tests))
     count = max(min(1, len(tests)), sum(total <= most_seconds for total in totals))
     # Among tests of similar duration, keep those of one file together, so that their fixtures are made once.
