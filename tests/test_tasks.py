@@ -155,8 +155,8 @@ def test_preferences_are_a_noisy_annotators(pairs):
         rows = [row for row in pairs if row[3] == kind]
         assert within(len(rows), [share] * 2000)
         chances = []
-        for post, ours, other, _, _ in rows:
-            good, bad = mini_tldr.gold_reward(None, [ours, other], **{slot: [post[slot]] * 2 for slot in mini_tldr.SLOTS})
+        for post, *texts, _, _ in rows:
+            good, bad = mini_tldr.gold_reward(None, texts, **{slot: [post[slot]] * 2 for slot in mini_tldr.SLOTS})
             chances.append(1 / (1 + math.exp(2 * (bad - good))))
         assert within(sum(ours for *_, ours in rows), chances)
     for _, ours, other, kind, _ in pairs:
