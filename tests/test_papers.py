@@ -340,3 +340,4 @@ def test_saved_numbers_are_of_todays_commands(name):
     assert {label: arm["command"] for label, arm in saved.items()} == papers.commands(experiment, rates)
     for arm in saved.values():
         assert sorted(map(int, arm["runs"])) == list(papers.seeds_of(experiment))
+        assert all(("tax" in run) == experiment.tax for run in arm["runs"].values())
