@@ -70,8 +70,9 @@ ROLES = [role.split() for role in (  # names that can be mistaken for each other
     "loss value_loss policy_loss", "grad_norm critic_grad_norm", "ours theirs", "found expected", "mean std",
     "low high", "a b", "x y", "prompts responses", "prompt_mask response_mask")]
 COLUMNS = ROLES[-2:]  # also attributes of every Batch
-LOOKS = """alpha bbox_inches bbox_to_anchor c capsize color dpi facecolor figsize fontsize frameon ha indent layout
-    linespacing linewidth loc marker markersize ncols s va xytext zorder""".split()  # keywords
+LOOKS = """alpha bbox_inches bbox_to_anchor c capsize color dpi facecolor figsize fontsize frameon ha indent
+    initial_indent layout linespacing linewidth loc marker markersize ncols s subsequent_indent va xytext
+    zorder""".split()  # keywords
 
 
 def skipped(node, parent):

@@ -73,8 +73,11 @@ def processes(monkeypatch):
         return SimpleNamespace(pid=7)
 
     monkeypatch.setattr(compare.subprocess, "Popen", start)
-    usage = SimpleNamespace(ru_maxrss=3 * 1024)
-    monkeypatch.setattr(compare.os, "wait4", lambda pid, options: (pid, seen.status, usage))
+    def wait(pid, options):
+        assert (pid, options) == (7, 0)  # which waits for the end
+        return pid, seen.status, SimpleNamespace(ru_maxrss=3 * 1024)
+
+    monkeypatch.setattr(compare.os, "wait4", wait)
     return seen
 
 

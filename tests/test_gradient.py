@@ -235,8 +235,7 @@ def test_equal_numbers_of_responses():
 
 
 def test_sampled_where_there_are_too_many_draws():
-    args = gradient.Args(length=2, prompts=1, k=3, draws=9)
-    found, exactly = measure("rloo.py", args), measure("rloo.py", gradient.Args(length=2, prompts=1, k=3))
+    found, exactly = (measure("rloo.py", gradient.Args(length=2, prompts=1, k=3, draws=draws)) for draws in (9, 10))
     assert found.draws == 9 and found.error == pytest.approx(math.sqrt(found.variance / 3 / 9))
     assert found.verdict() == f"no bias seen: {found.bias:.2f} ± {found.error:.2f}"
     assert exactly.draws == 10 and exactly.error == 0
@@ -406,21 +405,25 @@ def test_rloo_token_by_hand():
         [1.5, 0.5, -1.5], [3.0, 0.0, 0.0], [-4.5, -4.0, 0.0]]
 
 
-def test_without_kl_rloo_token_does_what_rloo_does(world, tmp_path, capsys):
-    """All that a token then has to go is its response's score."""
-    outcomes, texts = [], []
+def test_without_kl_rloo_token_does_what_rloo_does(world, tmp_path, monkeypatch):
+    """All that a token then has to go is its response's score. Compared: what is checked, logged, shown and saved."""
+    seen = []
     for script in (rloo, load_module(str(ROOT / "lab/rloo_token.py"))):
-        folder = tmp_path / script.__name__.rpartition("/")[2]
+        folder, numbers, sizes = tmp_path / script.__name__.rpartition("/")[2], [], []
+        monkeypatch.setattr(script, "dry_run", lambda _, __, datasets, *___: sizes.append(list(map(len, datasets))))
+        monkeypatch.setattr(script.Run, "check_finite", lambda _, examples, **values: numbers.append(values))
         script.main(script.Args(**world.flags | {"eval_prompts": 3}, beta=0.0, output=str(folder)))
-        outcomes.append(kill.outcome(folder))
         log = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
-        texts.append([(event.step, event.tensor_proto.string_val) for event in log.Tensors("samples/text_summary")])
-    ours, theirs = outcomes
-    assert ours["curves"].keys() == theirs["curves"].keys() and texts[0] == texts[1]
-    for name, points in ours["curves"].items():
-        assert points == [(step, pytest.approx(value, rel=1e-4, abs=1e-5)) for step, value in theirs["curves"][name]]
-    assert ours["weights"].keys() == theirs["weights"].keys()
-    assert ours["checkpoint"]["state"]["step"] == theirs["checkpoint"]["state"]["step"] == 3
+        texts = [(event.step, event.tensor_proto.string_val) for event in log.Tensors("samples/text_summary")]
+        outcome = kill.outcome(folder)
+        checked = [{name: torch.as_tensor(value).tolist() for name, value in values.items()} for values in numbers]
+        seen.append((sizes, texts, outcome["weights"].keys(), checked, outcome["curves"]))
+    *ours, checked, curves = seen[0]
+    *theirs, others_checked, others_curves = seen[1]
+    assert ours == theirs and ours[0] == [[12, 3]]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(checked, others_checked, **close)
+    torch.testing.assert_close(curves, others_curves, **close)
 
 
 def test_rloo_token_takes_two_responses_at_least(capsys):

@@ -107,6 +107,8 @@ def test_estimates_by_hand():
     assert update("llama") == 10 * (4 * layer + logits) == 551_040
     assert update("llama", gradient_checkpointing=True) == 10 * (4 * 4 * 128 + layer + logits) == 218_240
     assert update("neox") == 10 * (4 * 4 * (6 * 128 + 2 * 128 + 2 * 512) + logits) == 407_680
+    silu = GPTNeoXConfig(**SHAPE, hidden_act="silu")  # another activation is no gate
+    assert lab.memory(silu, 0, 0, 1, 1, 1, microbatch_tokens=10)["update"] == update("neox")
     logits, layer = 1000 // 2 * (2 + 12), 30 * 128 + 2 * (2 * 64 + 4 * 512)
     assert update("llama", bfloat16=True) == 10 * (4 * layer + logits) + 2 * 1_240_192 == 2_878_064
     assert update("llama", bfloat16=True, gradient_checkpointing=True) == (
