@@ -56,42 +56,26 @@ def total(groups):
     return groups.sum(1, keepdim=True)
 
 
-def past(moving=None, ema=None, none=None, history=lambda history: history):
-    """A reinforce_baseline in which one kind is another function of history and window, or of history and decay."""
-    def mean(history, window):
-        last = history[-window:] if window else history
-        return sum(last) / len(last)
-
-    def average(history, decay):
-        value = history[0]
-        for reward in history[1:]:
-            value = decay * value + (1 - decay) * reward
-        return value
-
-    def baseline(rewards, kind, window, decay):
-        rewards = history(rewards)
-        if not rewards:
-            return 0.0
-        if kind == "none":
-            return none(rewards, window) if none else 0.0
-        return (moving or mean)(rewards, window) if kind == "moving-average" else (ema or average)(rewards, decay)
-
-    return baseline
+def mean(history, window):
+    last = history[-window:] if window else history
+    return sum(last) / len(last)
 
 
-def from_zero(history, decay):
-    value = 0.0
-    for reward in history:
+def decayed(value, rewards, decay):
+    for reward in rewards:
         value = decay * value + (1 - decay) * reward
     return value
 
 
-def weighted(history, decay):
-    """1 - decay for the past, and decay for the new reward."""
-    value = history[0]
-    for reward in history[1:]:
-        value = (1 - decay) * value + decay * reward
-    return value
+def past(moving=mean, ema=lambda history, decay: decayed(history[0], history[1:], decay),
+         none=lambda history, window: 0.0, history=lambda history: history):
+    """A reinforce_baseline in which one kind is another function of history and window, or of history and decay."""
+    def baseline(rewards, kind, window, decay):
+        rewards = history(rewards)
+        if not rewards:
+            return 0.0
+        return ema(rewards, decay) if kind == "ema" else (none if kind == "none" else moving)(rewards, window)
+    return baseline
 
 
 def to_go(rewards):
@@ -286,13 +270,13 @@ WRONG = {
         past(moving=lambda history, window: sum(history[-window:] if window else history)),
         past(history=lambda history: history[:-1]),
         past(history=lambda history: history[-1:]),
-        past(moving=lambda history, window: sum(history) / len(history)),
-        past(moving=lambda history, window: sum(history[: window or None]) / len(history[: window or None])),
+        past(moving=lambda history, window: mean(history, 0)),
+        past(moving=lambda history, window: mean(history[::-1], window)),
         past(moving=lambda history, window: sum(history[-window:]) / (window or len(history))),
-        past(ema=weighted),
-        past(ema=from_zero),
-        past(ema=lambda history, decay: from_zero(history[-2::-1], decay) + history[-1] * decay ** (len(history) - 1)),
-        past(none=lambda history, window: sum(history[-window:]) / len(history[-window:])),
+        past(ema=lambda history, decay: decayed(history[0], history[1:], 1 - decay)),
+        past(ema=lambda history, decay: decayed(0.0, history, decay)),
+        past(ema=lambda history, decay: decayed(history[-1], history[-2::-1], decay)),
+        past(none=mean),
     ],
     "remax_advantages": [
         lambda rewards, baseline, mask: (rewards.cumsum(1) - whole(baseline)) * mask,
