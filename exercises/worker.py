@@ -64,7 +64,7 @@ def call(function, arguments, path=""):
     of arguments that were changed in place. printed: what it wrote to standard output.
     """
     given, printed = [copied(value) for value in arguments], io.StringIO()
-    outcome = dict(error=None, outputs=[], gradients=[], grads=[], changed=[], printed="")
+    outcome = dict(error=None, outputs=[], gradients=[], grads=[], changed=[])
     try:
         with contextlib.redirect_stdout(printed), warnings.catch_warnings(action="ignore"):
             returned = function(*given)

@@ -80,8 +80,8 @@ def run(script, flags, folder):
 
 def models(settings):
     """Number of models a run holds: policy, reference, reward models, critic."""
-    rewards = settings["reward"] if isinstance(settings["reward"], list) else [settings["reward"]]
-    return 2 + sum(".py:" not in name for name in rewards) + (settings["script"] in ("ppo", "vanilla_pg"))
+    rewards = sum(".py:" not in name for name in settings["reward"])
+    return 2 + rewards + (settings["script"] in ("ppo", "vanilla_pg"))
 
 
 def measure(folder, memory):

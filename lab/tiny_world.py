@@ -171,7 +171,7 @@ def pairs(split):
     return Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*rows)))))
 
 
-def encode(tokenizer, prompt_ids, completions, device, ended=True):
+def encode(tokenizer, prompt_ids, completions, device):
     """Like common.encode, but a response that was cut off gets no EOS."""
     prompts = tokenizer.batch_decode(prompt_ids)
     return world.batch[[world.texts.index(pair) for pair in zip(prompts, completions)]]

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 K, PROMPTS = 3, 4
 VOID = {"meta", "input"}  # elements without an end tag
-SCRIPTS = (*(f"{name}.py" for name in credit.SCRIPTS), "grpo.py --beta 0", "reinforce_pp_baseline.py --beta 0")
+SCRIPTS = (*(f"{name}.py" for name in credit.SCRIPTS), "grpo.py --beta 0", "reinforce_pp_baseline.py --beta 0",
+           "lab/rloo_token.py")
 
 
 class Page(HTMLParser):
@@ -113,6 +114,8 @@ def expected(name, script):
         best = rewards_of(script).view(-1, K).argmax(1) + K * torch.arange(PROMPTS)
         return torch.zeros(len(batch)).index_fill(0, best, len(batch) / mask[best].sum())
     rewards = common.token_rewards(script.scores, script.kl, beta, mask)
+    if name == "lab/rloo_token.py":
+        return plumbing.load_module(str(ROOT / name)).compute_advantages(rewards, mask, K)
     if name == "remax.py":
         return remax.compute_advantages(rewards, script.greedy_scores.repeat_interleave(K), mask)
     if name == "vanilla_pg.py":
@@ -178,13 +181,17 @@ def test_baselines_values_and_advantages(shown):
     """They are there for the algorithms that have them, and fit together."""
     for name, responses in shown.page.sections.items():
         for numbers in (response.numbers for response in responses):
-            assert ("baseline" in numbers) == (name in ("rloo.py", "reinforce.py", "remax.py"))
+            assert ("baseline" in numbers) == (name in ("rloo.py", "reinforce.py", "remax.py", "lab/rloo_token.py"))
             assert ("value" in numbers) == (name in ("vanilla_pg.py", "ppo.py"))
             assert ("advantage" in numbers) == (name != "raft.py")
     for name in ("rloo.py", "reinforce.py"):
         for numbers in (response.numbers for response in shown.page.sections[name]):
             reward = float(numbers["score"]) - 0.05 * float(numbers["KL"])
             assert float(numbers["advantage"]) == pytest.approx(reward - float(numbers["baseline"]), abs=2e-3)
+    script = shown.scripts["lab/rloo_token.py"]
+    mask = script.batch.response_mask
+    returns = common.token_rewards(script.scores, script.kl, 0.05, mask).flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(script.baseline[mask], (returns - script.advantages)[mask], atol=1e-5, rtol=1e-4)
     script = shown.scripts["reinforce.py"]
     assert (script.baseline == script.history[0]).all() and script.history[0] != rewards_of(script).mean().item()
     script = shown.scripts["vanilla_pg.py"]
@@ -208,6 +215,12 @@ def test_nothing_comes_from_elsewhere_and_text_is_text(shown):
     assert shown.page.prompt == "<b> b & <script>alert('$k')</script> c"
     assert "&lt;eos&gt;" in shown.text and "<eos>" not in shown.text
     assert not re.search(r"\$\w", shown.text.replace(r"$k&#x27;", ""))  # nothing was left to fill in
+
+
+def test_numbers_in_short():
+    for values, text in (([1.0], "1.000"), ([1.0, 1.0004], "1.000"), ([1.0, 1.0006], "1.000 … 1.001"),
+                         ([-0.0001, 2.0, -0.5], "0.000 … -0.500"), ([1.0, 3.0, 1.0], "1.000 … 1.000")):
+        assert credit.in_short(torch.tensor(values)) == text
 
 
 def test_edited_copies(shown, tmp_path):
@@ -249,6 +262,14 @@ def test_bad_input_gets_one_line(run, tmp_path, capsys, flags, message):
         credit.main(credit.Args(**defaults | flags))
     (error,) = re.findall("error: .*", capsys.readouterr().err)
     assert message in error
+
+
+def test_a_script_without_its_variables_gets_one_line(run, tmp_path, capsys):
+    text, path = (ROOT / "rloo.py").read_text(), tmp_path / "my.py"
+    path.write_text(text.replace("        run.checkpoint()", "        run.checkpoint()\n        del kl"))
+    with pytest.raises(SystemExit):
+        credit.main(credit.Args((str(path),), str(run), prompts_per_step=PROMPTS, output=str(tmp_path / "page.html")))
+    assert f"{path}: its main has no variable kl, so it cannot be shown" in capsys.readouterr().err
 
 
 def test_runs_that_cannot_be_shown(run, tmp_path, capsys):

@@ -1,14 +1,17 @@
 """exercises/: right solutions pass in any style, known mistakes are called by their names, nothing stops the check."""
 
 import doctest
+import inspect
 import itertools
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.students.wrong import WRONG
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "exercises"))
@@ -53,8 +56,10 @@ def test_right_solutions_pass_in_any_style(style):
         assert ok and all("world: the true gradient" in line for line in lines), lines
 
 
-def test_the_sheet_is_not_done_yet():
+def test_the_sheet_is_not_done_yet_but_has_the_right_functions_parameters():
     for name in check.NAMES:
+        ours, theirs = (inspect.signature(getattr(owner, name)).parameters.values() for owner in (estimators, right))
+        assert [parameter.default for parameter in ours] == [parameter.default for parameter in theirs], name
         assert verdict(name, getattr(estimators, name)) == (False, ["not done yet"])
 
 
@@ -63,13 +68,14 @@ def test_the_sheet_is_not_done_yet():
 
 def number_of(mistake):
     name, _, sentence, _ = mistake
-    return f"{name}-{[row[2] for row in MISTAKES if row[0] == name].index(sentence)}"
+    return [row[2] for row in MISTAKES if row[0] == name].index(sentence)
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=number_of)
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: f"{mistake[0]}-{number_of(mistake)}")
 def test_each_mistake_is_called_by_its_name(mistake):
-    name, function, sentence, words = mistake
-    ok, lines = verdict(name, function)
+    """As people make it, which is not how the catalogue does."""
+    name, _, sentence, words = mistake
+    ok, lines = verdict(name, WRONG[name][number_of(mistake)])
     assert not ok and lines[0] == sentence
     number, line = lines[1].removeprefix("docstring, line ").split(": ", 1)
     assert words in line and line in Path(SHEET).read_text().splitlines()[int(number) - 1]
@@ -77,14 +83,15 @@ def test_each_mistake_is_called_by_its_name(mistake):
 
 @pytest.mark.slow
 def test_with_other_inputs_too():
-    for name, function, sentence, _ in MISTAKES:
-        assert verdict(name, function, 2027)[1][0] == sentence
+    for mistake in MISTAKES:
+        assert verdict(mistake[0], WRONG[mistake[0]][number_of(mistake)], 2027)[1][0] == mistake[2]
 
 
 def test_there_are_many_mistakes_of_every_function():
     assert f"Each of the {len(MISTAKES)} known mistakes" in (ROOT / "exercises" / "instructors.md").read_text()
     assert len(MISTAKES) >= 40 and len({(name, sentence) for name, _, sentence, _ in MISTAKES}) == len(MISTAKES)
-    assert all(sum(row[0] == name for row in MISTAKES) >= 4 for name in check.NAMES)
+    assert Counter(row[0] for row in MISTAKES) == {name: len(functions) for name, functions in WRONG.items()}
+    assert WRONG.keys() == set(check.NAMES) and all(len(functions) >= 4 for functions in WRONG.values())
 
 
 def test_a_mistake_is_recognized_next_to_another():
@@ -93,6 +100,20 @@ def test_a_mistake_is_recognized_next_to_another():
     assert verdict("whiten_advantages", wrong)[1][0] == "your std has N in its denominator, not N - 1"
     wrong = lambda *given: (-right.ppo_loss(*given[:2], -given[2], given[3])[0], right.ppo_loss(*given)[1])
     assert verdict("ppo_loss", wrong)[1][0].startswith("max instead of min")
+
+
+def test_a_mistake_is_recognized_also_if_another_case_raises():
+    ok, lines = verdict("rloo_advantages", lambda rewards, k: rewards if k == 4 else 1 / 0)
+    assert not ok and lines[0] == "you subtract no baseline"
+
+
+def test_inputs_are_the_same_in_every_process_and_move_no_random_numbers():
+    state = torch.manual_seed(7).get_state()
+    again = cases(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, rows in CASES[1].items():
+        for row, other in zip(rows, again[name], strict=True):
+            assert not any(worker.differs(*pair) for pair in zip(row, other, strict=True))
 
 
 def test_a_wrong_estimator_is_measured():
@@ -193,8 +214,15 @@ def run(capsys, *flags):
 
 
 @pytest.mark.slow
-def test_one_function_harms_no_other(tmp_path, capsys):
+def test_one_function_harms_no_other(tmp_path, capsys, monkeypatch):
     """One hangs and cannot be interrupted, one ends the process, two fail; the others are checked in a real process."""
+    processes = []
+
+    def start(*command, start=check.subprocess.Popen, **settings):
+        processes.append(start(*command, **settings))
+        return processes[-1]
+
+    monkeypatch.setattr(check.subprocess, "Popen", start)
     path, results = tmp_path / "unruly.py", tmp_path / "results.json"
     path.write_text((STUDENTS / "loops.py").read_text() + UNRULY)
     ok, lines = run(capsys, "--file", path, "--json", results, "--seconds", 5)
@@ -206,6 +234,7 @@ def test_one_function_harms_no_other(tmp_path, capsys):
         "token_kl": "no answer within 5 s", "raft_best": "it ended the process",
         "dpo_loss": f"raises ValueError: two lines (line {path.read_text().count(chr(10))}) (beta = 0.5)"}
     assert json.loads(results.read_text())["score"] == 12
+    assert len(processes) == 3 and None not in [process.poll() for process in processes]  # none is left
     assert tests["rloo_loss"] == {"name": "rloo_loss", "score": 1, "max_score": 1, "output": "", "status": "passed"}
 
 
@@ -253,59 +282,158 @@ def test_bad_flags_get_one_line(flags, message, capsys, monkeypatch):
 WORLD = questions.World()
 
 
-def test_the_world_by_hand():
-    """Every table a distribution, and answers from plain loops over the tables."""
-    policy, reference = WORLD.policy.tolist(), WORLD.reference.tolist()
-    probability = lambda table, text: math.prod(
-        table[{"": 0, "a": 1, "b": 2}[text[:t]]]["ab.".index(token)] for t, token in enumerate(text))
-    pi = [probability(policy, text) for text in questions.RESPONSES]
-    ref = [probability(reference, text) for text in questions.RESPONSES]
-    r = WORLD.scores.tolist()
-    assert sum(pi) == pytest.approx(1) and sum(ref) == pytest.approx(1) and WORLD.probs.tolist() == pytest.approx(pi)
-    kl = sum(p * math.log(p / q) for p, q in zip(pi, ref))
-    assert questions.kl(WORLD) == pytest.approx([kl])
-    assert questions.objective(WORLD) == pytest.approx([sum(p * x for p, x in zip(pi, r)) - 2 * kl])
-    z = sum(q * math.exp(x / 2) for q, x in zip(ref, r))
+POLICY, REFERENCE, SCORES = WORLD.policy.tolist(), WORLD.reference.tolist(), WORLD.scores.tolist()
+STATES = {"": 0, "a": 1, "b": 2}
+
+
+def probabilities(table):
+    """Of every response, as a product over its tokens."""
+    return [math.prod(table[STATES[text[:t]]]["ab.".index(token)] for t, token in enumerate(text))
+            for text in questions.RESPONSES]
+
+
+PI, REF = probabilities(POLICY), probabilities(REFERENCE)
+
+
+def kl(p, q):
+    return sum(x * math.log(x / y) for x, y in zip(p, q))
+
+
+def mean_score(p):
+    return sum(x * score for x, score in zip(p, SCORES))
+
+
+def tilted(base, factor):
+    """The distribution base exp(factor r): its KL to the reference, and its objective."""
+    weights = [p * math.exp(factor * score) for p, score in zip(base, SCORES)]
+    best = [weight / sum(weights) for weight in weights]
+    return [kl(best, REF), mean_score(best) - 2 * kl(best, REF)]
+
+
+def token_scores(table, text):
+    """For each token, the gradient (9 numbers) of a softmax table: 1 - p for the token taken, -p for the others."""
+    for t, token in enumerate(text):
+        found, state = [0.0] * 9, STATES[text[:t]]
+        for other in range(3):
+            found[3 * state + other] = ("ab."[other] == token) - table[state][other]
+        yield found
+
+
+def added(vectors):
+    return [sum(numbers) for numbers in zip(*vectors)]
+
+
+def scores_of(table):
+    return [added(token_scores(table, text)) for text in questions.RESPONSES]
+
+
+GRADIENTS = scores_of(POLICY)
+TRUE = [sum(p * score * g[j] for p, score, g in zip(PI, SCORES, GRADIENTS)) for j in range(9)]
+
+
+def climbed(table, beta):
+    """20 steps up the objective's gradient: what is left to the optimum, and the KL."""
+    logits = [[math.log(p) for p in row] for row in table]
+    for step in range(21):
+        table = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in logits]
+        p = probabilities(table)
+        rewards = [score - beta * math.log(x / y) for score, x, y in zip(SCORES, p, REF)]
+        for j in range(9) if step < 20 else ():
+            logits[j // 3][j % 3] += 0.3 * sum(x * reward * g[j] for x, reward, g in zip(p, rewards, scores_of(table)))
+    return [tilted(REF, 1 / 2)[1] - mean_score(p) + 2 * kl(p, REF), kl(p, REF)]
+
+
+def estimates(k, advantages):
+    """Every draw of k responses: its probability, and 1/k sum A grad log pi, from a function of its k scores."""
+    for draw in itertools.product(range(7), repeat=k):
+        pairs = list(zip(advantages([SCORES[i] for i in draw]), draw))
+        yield math.prod(PI[i] for i in draw), [sum(a * GRADIENTS[i][j] for a, i in pairs) / k for j in range(9)]
+
+
+def mean_of(draws):
+    return added([p * x for x in estimate] for p, estimate in draws)
+
+
+def variances(constant):
+    """Without a baseline, and with leave-one-out from 2 and 4 responses."""
+    plain = lambda scores: [score + constant for score in scores]
+    left_out = lambda scores: [x - (sum(scores) - x) / (len(scores) - 1) for x in scores]
+    return [sum(p * sum((x - t) ** 2 for x, t in zip(estimate, TRUE)) for p, estimate in estimates(k, advantages))
+            for k, advantages in ((1, plain), (2, left_out), (4, left_out))]
+
+
+def cosine_and_projection(gradient):
+    dot = lambda a, b: sum(x * y for x, y in zip(a, b))
+    return [dot(gradient, TRUE) / math.sqrt(dot(gradient, gradient) * dot(TRUE, TRUE)),
+            dot(gradient, TRUE) / dot(TRUE, TRUE)]
+
+
+def over_std(scores):
+    mean = sum(scores) / len(scores)
+    std = math.sqrt(sum((x - mean) ** 2 for x in scores) / (len(scores) - 1))
+    return [(x - mean) / (std + 1e-4) for x in scores]
+
+
+def gae_error(lam):
+    """How far the expected gradient is from the true one, as a share of it."""
+    values, found = WORLD.values.tolist(), [0.0] * 9
+    for text, p, score in zip(questions.RESPONSES, PI, SCORES):
+        advantage, following, reward = 0.0, 0.0, score
+        for t, gradient in reversed(list(enumerate(token_scores(POLICY, text)))):
+            value = values[STATES[text[:t]]]
+            advantage = reward + following - value + lam * advantage
+            following, reward = value, 0.0
+            found = [x + p * advantage * g for x, g in zip(found, gradient)]
+    return math.dist(found, TRUE) / math.hypot(*TRUE)
+
+
+def test_the_answers_in_plain_loops():
+    assert sum(PI) == pytest.approx(1) and sum(REF) == pytest.approx(1) and WORLD.probs.tolist() == pytest.approx(PI)
+    assert WORLD.gradient(WORLD.scores).tolist() == pytest.approx(TRUE)
+    assert questions.kl(WORLD) == pytest.approx([kl(PI, REF)])
+    assert questions.objective(WORLD) == pytest.approx([mean_score(PI) - 2 * kl(PI, REF)])
+    assert questions.optimum(WORLD) == pytest.approx(tilted(REF, 1 / 2))
+    z = sum(q * math.exp(x / 2) for q, x in zip(REF, SCORES))
     assert questions.optimum(WORLD)[1] == pytest.approx(2 * math.log(z))  # J(pi*) = beta log Z
+    assert questions.ascent(WORLD) == pytest.approx(climbed(POLICY, 2))
     assert 0 < questions.ascent(WORLD)[0] < questions.optimum(WORLD)[1] - questions.objective(WORLD)[0]
+    assert questions.variance(WORLD) == pytest.approx(variances(0))
+    assert questions.plus_ten(WORLD) == pytest.approx(variances(10))
+    assert questions.group_std(WORLD) == pytest.approx(cosine_and_projection(mean_of(estimates(3, over_std))))
+    half = [sum(p * q * (x - y) * (a[j] / len(text) - b[j] / len(other)) / 2
+                for p, x, a, text in zip(PI, SCORES, GRADIENTS, questions.RESPONSES)
+                for q, y, b, other in zip(PI, SCORES, GRADIENTS, questions.RESPONSES)) for j in range(9)]
+    assert questions.length_mean(WORLD) == pytest.approx(cosine_and_projection(half))
     best = [0.0] * 7
     for draw in itertools.product(range(7), repeat=4):
-        best[max(draw, key=lambda i: r[i])] += math.prod(ref[i] for i in draw)
-    assert questions.best_of_n(WORLD)[0] == pytest.approx(sum(p * math.log(p / q) for p, q in zip(best, ref)))
+        best[max(draw, key=lambda i: SCORES[i])] += math.prod(REF[i] for i in draw)
+    assert questions.best_of_n(WORLD) == pytest.approx([kl(best, REF), math.log(4) - 3 / 4])
+    assert questions.gae(WORLD) == pytest.approx([0, gae_error(0.95), gae_error(0)], abs=1e-12)
+    assert gae_error(1) == pytest.approx(0, abs=1e-12)  # unbiased, whatever the critic says
 
 
-def test_gradients_in_plain_loops():
-    """Gradients of a softmax table: 1 - p for the token taken, -p for the others, in each state passed."""
-    policy, r = WORLD.policy.tolist(), WORLD.scores.tolist()
-
-    def gradient(text):
-        found = [0.0] * 9
-        for t, token in enumerate(text):
-            state = {"": 0, "a": 1, "b": 2}[text[:t]]
-            for other in range(3):
-                found[3 * state + other] += ("ab."[other] == token) - policy[state][other]
-        return found
-
-    pi, scores = WORLD.probs.tolist(), [gradient(text) for text in questions.RESPONSES]
-    true = [sum(p * x * g[j] for p, x, g in zip(pi, r, scores)) for j in range(9)]
-    assert WORLD.gradient(WORLD.scores).tolist() == pytest.approx(true)
-    for constant, answers in ((0, questions.variance(WORLD)), (10, questions.plus_ten(WORLD))):
-        plain = sum(p * ((x + constant) * g[j] - t) ** 2 for p, x, g in zip(pi, r, scores) for j, t in enumerate(true))
-        pairs = sum(pi[a] * pi[b] * ((r[a] - r[b]) * (scores[a][j] - scores[b][j]) / 2 - t) ** 2
-                    for a in range(7) for b in range(7) for j, t in enumerate(true))
-        assert answers[:2] == pytest.approx([plain, pairs])
-    assert questions.gae(WORLD)[0] == pytest.approx(0, abs=1e-12)  # lambda = 1: unbiased, whatever the critic says
-    half = [sum(p * q * (r[a] - r[b]) * (scores[a][j] / len(questions.RESPONSES[a]) -
-                                         scores[b][j] / len(questions.RESPONSES[b])) / 2
-                for a, p in enumerate(pi) for b, q in enumerate(pi)) for j in range(9)]
-    dot = lambda a, b: sum(x * y for x, y in zip(a, b))
-    expected = [dot(half, true) / math.sqrt(dot(half, half) * dot(true, true)), dot(half, true) / dot(true, true)]
-    assert questions.length_mean(WORLD) == pytest.approx(expected)
+def misconceptions():
+    """The wrong numbers, in the order of questions.MISCONCEPTIONS."""
+    tables = [(p, q) for rows in zip(POLICY, REFERENCE) for p, q in zip(*rows)]
+    length = sum(p * len(text) for p, text in zip(PI, questions.RESPONSES))
+    yield [kl(REF, PI)]
+    yield [sum(p * math.log2(p / q) for p, q in zip(PI, REF))]
+    yield [kl(PI, REF) / length]
+    yield [kl(*zip(*tables))]
+    yield from ([mean_score(PI) - beta * kl(PI, REF)] for beta in (-2, 0, 1))
+    yield [mean_score(REF)]
+    yield from (tilted(REF, 2), tilted(REF, 1), tilted(PI, 1 / 2), tilted([1.0] * 7, 1 / 2))
+    yield from (climbed(REFERENCE, 2), climbed(POLICY, 0))
+    one, two, four = variances(0)
+    yield from ([one, 4 * two, 16 * four], [one, one / 2, one / 4], [one, two, two / 2], [one, two, four])
+    cosine, projection = cosine_and_projection(mean_of(estimates(3, over_std)))
+    yield from ([1, 1], [1, 2 / 3], [cosine, projection * math.sqrt(3 / 2)], [1, 1])
+    yield from ([math.log(4) - 3 / 4] * 2, [math.log(4)] * 2, [0, 0, 0])
 
 
-@pytest.mark.parametrize("question, wrong, sentence", questions.MISCONCEPTIONS)
-def test_each_misconception_is_told(question, wrong, sentence):
-    assert questions.judge(question, wrong(WORLD), WORLD) == sentence
+def test_each_misconception_is_told():
+    for (question, _, sentence), numbers in zip(questions.MISCONCEPTIONS, misconceptions(), strict=True):
+        assert questions.judge(question, [float(number) for number in numbers], WORLD) == sentence
 
 
 def test_answers_as_a_student_gives_them(tmp_path, capsys):

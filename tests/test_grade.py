@@ -57,6 +57,12 @@ def test_each_threshold_counts(metric, value, points, write_run, capsys):
     assert f"{points} of 10 points" in capsys.readouterr().out
 
 
+def test_a_threshold_is_met_by_its_value():
+    for bound, met in (("at least", [False, True, True]), ("at most", [True, True, False])):
+        threshold = {"metric": "kl", "bound": bound, "value": 2.0}
+        assert [grade.meets(threshold, {"kl": value}) for value in (1.9, 2.0, 2.1)] == met
+
+
 @pytest.mark.parametrize("changes, reason", [
     ({"samples": 4864}, "4,864 samples, over the budget of 4,800"),
     ({"temperature": 0.1}, "--temperature is 0.1, not 0.7"),
@@ -107,6 +113,10 @@ def test_bad_input_is_one_line(write_run, tmp_path, capsys):
     (tmp_path / "wrong.json").write_text('{"samples": 1}')
     thresholds = [{"metric": "beauty", "bound": "at least", "points": 1}]
     (tmp_path / "open.json").write_text(json.dumps({"samples": 4800, "flags": {}, "thresholds": thresholds}))
+    half = [{"metric": "gold", "bound": "at least", "points": 1, "value": 5.0}, {"metric": "kl", "bound": "at most"}]
+    (tmp_path / "half.json").write_text(json.dumps({"samples": 4800, "flags": {}, "thresholds": half}))
+    half[1]["points"] = 1
+    (tmp_path / "part.json").write_text(json.dumps({"samples": 4800, "flags": {}, "thresholds": half}))
     gsm = write_run("gsm", after={"score": 1.0})
     for folders, flags, message in [
         ((), {}, "name at least one run folder"),
@@ -117,6 +127,8 @@ def test_bad_input_is_one_line(write_run, tmp_path, capsys):
         ((gsm,), {}, "its evaluation has no gold"),
         ((good,), {"rubric": "no.json"}, "--rubric no.json: no such file"),
         ((good,), {"rubric": str(tmp_path / "wrong.json")}, "not a rubric"),
+        ((good,), {"rubric": str(tmp_path / "half.json")}, "not a rubric"),
+        ((good,), {"rubric": str(tmp_path / "part.json")}, "has thresholds without a value"),
         ((good, good), {"json": "x.json"}, "--json x.json: holds one grade"),
         ((good,), {"json": str(tmp_path / "missing" / "x.json")}, "x.json: there is no folder"),
         ((good,), {"rubric": str(tmp_path / "open.json")}, "has thresholds without a value; set them with --calibrate"),

@@ -2,14 +2,17 @@
 
 import itertools
 import math
+import statistics
 from pathlib import Path
 
+import kill
 import pytest
 import test_exact as exact
 import torch
 from helpers import loop
 from helpers.exact import Enumeration
 from helpers.tiny import make_float64_critic
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dpo
 import gradient
@@ -17,6 +20,7 @@ import reinforce
 import remax
 import rloo
 import vanilla_pg
+from common import token_values
 from plumbing import load_module
 
 pytestmark = pytest.mark.slow
@@ -287,11 +291,88 @@ def test_equal_numbers_of_responses():
 
 
 def test_sampled_where_there_are_too_many_draws():
-    args = gradient.Args(length=2, prompts=1, k=3, draws=9)
-    found, exactly = measure("rloo.py", args), measure("rloo.py", gradient.Args(length=2, prompts=1, k=3))
+    found, exactly = (measure("rloo.py", gradient.Args(length=2, prompts=1, k=3, draws=draws)) for draws in (9, 10))
     assert found.draws == 9 and found.error == pytest.approx(math.sqrt(found.variance / 3 / 9))
     assert found.verdict() == f"no bias seen: {found.bias:.2f} ± {found.error:.2f}"
     assert exactly.draws == 10 and exactly.error == 0
+
+
+# ------------------------------------------------------------------------------------------------ draws
+
+
+def test_all_draws_by_hand():
+    probabilities = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    found = lambda prompts, k, *order: [list(part) for part in gradient.all_draws(probabilities, prompts, k, *order)]
+    assert found([1], 2) == [[(2, 2), (2, 3), (3, 3)], [0.25, 0.5, 0.25]]
+    assert found([1], 2, True) == [[(2, 2), (2, 3), (3, 2), (3, 3)], [0.25] * 4]
+    assert found([0, 1], 1) == [[(0, 2), (0, 3), (1, 2), (1, 3)], [0.125, 0.125, 0.375, 0.375]]
+    rows, weights = gradient.all_draws(probabilities, [0, 1], 3)
+    assert len(rows) == 16 and rows[5] == (0, 0, 1, 2, 2, 3)
+    assert weights[5].item() == pytest.approx(3 * 0.25**2 * 0.75 * 3 / 8) and weights.sum().item() == pytest.approx(1)
+
+
+def test_sampled_draws_have_the_policys_shares():
+    torch.manual_seed(0)
+    rows, weights = gradient.sampled_draws(torch.tensor([[0.25, 0.75], [0.5, 0.5]]), [1, 0], 2, 4000)
+    assert len(rows) == 4000 and weights.tolist() == pytest.approx([1 / 4000] * 4000)
+    share = lambda place, row: sum(draw[place] == row for draw in rows) / 4000
+    for place in (0, 1):
+        assert share(place, 2) + share(place, 3) == 1 and share(place, 3) == pytest.approx(0.5, abs=0.03)
+        assert share(2 + place, 0) + share(2 + place, 1) == 1 and share(2 + place, 1) == pytest.approx(0.75, abs=0.03)
+
+
+def test_another_order_keeps_each_prompts_responses():
+    draw = (0, 1, 2, 3, 4, 5, 6, 7)
+    other = gradient.shuffled(draw, 4)
+    assert other != draw and sorted(other[:4]) == [0, 1, 2, 3] and sorted(other[4:]) == [4, 5, 6, 7]
+
+
+# ------------------------------------------------------------------------------------------------ the world
+
+
+def true_values(world, beta, penalty):
+    """The mean reward to go of every state (prompt, tokens so far), from texts: dict state -> value."""
+    logprobs, ref_logprobs = (world.logprobs(world.temperature, model).tolist() for model in (None, world.reference))
+    rows, states = [], {}
+    for row, tokens in enumerate(world.batch.responses.tolist()):
+        tokens = tuple(tokens[: int(world.batch.response_mask[row].sum())])
+        rewards = [-beta * (logprobs[row][t] - ref_logprobs[row][t]) for t in range(len(tokens))]
+        rewards[-1] += world.scores[row].item() - penalty * (tokens[-1] != world.tokenizer.eos_token_id)
+        probability = math.exp(sum(logprobs[row]))
+        for t in range(len(tokens)):
+            states.setdefault((row // world.M, tokens[:t]), []).append((probability, sum(rewards[t:])))
+    return {state: sum(p * value for p, value in rows) / sum(p for p, _ in rows) for state, rows in states.items()}
+
+
+@pytest.mark.parametrize("error", [0.0, 1.0])
+def test_the_critic_knows_the_true_values_or_errs_by_chance(error):
+    with loop.float64(), torch.no_grad():
+        args = gradient.Args(length=2, words=2, prompts=2, critic_error=error)
+        world = gradient.make_world(args)
+        values = token_values(world.critic, world.batch).tolist()
+        true = true_values(world, args.beta, args.missing_eos_penalty)
+    assert len(true) == 2 * (1 + 2)
+    errors = {}
+    for row, tokens in enumerate(world.batch.responses.tolist()):
+        for t in range(int(world.batch.response_mask[row].sum())):
+            state = row // world.M, tuple(tokens[:t])
+            errors.setdefault(state, values[row][t] - true[state])
+            assert values[row][t] - true[state] == pytest.approx(errors[state])  # the same wherever the state occurs
+    if error:
+        assert 0.3 < statistics.stdev(errors.values()) < 2
+    else:
+        assert max(map(abs, errors.values())) < 1e-6
+
+
+def test_scores_have_the_mean_that_the_flags_say():
+    args = gradient.Args(words=2, prompts=3, constant=1.0, spread=2.0)
+    with loop.float64():
+        world = gradient.make_world(args)
+    probabilities = world.batch.old_logprobs.exp().prod(1)  # masked tokens have probability 1
+    scores = world.scores - args.missing_eos_penalty * (world.batch.responses != 2).all(1)
+    assert (probabilities * scores).view(3, -1).sum(1).tolist() == pytest.approx([3.0, -1.0, 3.0])
+    assert world.scores.view(3, -1).std(1).mean().item() == pytest.approx(2, abs=0.5)
+    assert [world.prompts[i] for i in (0, 1, 2)] == ["b a b", "a", "b b"]
 
 
 # ------------------------------------------------------------------------------------------------ the black box
@@ -315,6 +396,7 @@ def test_a_script_that_does_not_fit_gets_one_line(tmp_path):
     again = "rollout(policy, tokenizer, examples['prompt_ids'], args.k, args.temperature, args.max_new_tokens)"
     lines = {
         str(edited(tmp_path, "rloo.py", (MORE, f"        {again}\n{MORE}"))): "samples twice in an update",
+        str(edited(tmp_path, "raft.py", (MORE, f"        break\n{MORE}"))): "stops after 1 of --num-updates ",
         "nothing.py": "nothing.py: no such file",
         "plot.py": "has no Run",
         "sft.py": "has no flag --beta",
@@ -384,13 +466,28 @@ def test_at_the_optimum_only_a_kl_in_the_reward_stays(command, step, text):
     assert gradient.table({command: [found]}).splitlines()[-1] == f"| `{command}` | {text} |"
 
 
+def test_flags_at_their_limits():
+    for flags in ({"beta": 0.0, "critic_error": 0.0, "k": 1, "prompts": 1, "words": 1, "length": 1, "draws": 1},
+                  {"k": 8, "prompts": 4, "words": 6, "length": 1}, {"words": 1, "length": 6}):
+        gradient.check_args(gradient.Args(**flags))
+
+
 def test_table_and_picture(tmp_path, capsys):
     args = gradient.Args(scripts=("rloo.py", "dpo.py", "nothing.py"), length=2, prompts=1, output=f"{tmp_path}/a.png")
     with loop.float64():
         gradient.main(args)
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+        likely = gradient.make_world(args).logprobs(args.temperature).exp().prod(1).max()
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"3 responses to each prompt, the most probable with probability {likely:.2f}; ")
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| `")]
     assert [row[-1] for row in rows][0] == "unbiased to 1e-6 |" and "no such file" in rows[2][-1]
     assert rows[1][-1].startswith("biased") and (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_the_page_has_todays_numbers():
+    """Of an example in the first world."""
+    found = [measure("rloo.py", gradient.Args(beta=beta)).variance for beta in (0.3, 1.0)]
+    assert "this is RLOO | {:.3g} | {:.3g} |".format(*found) in (ROOT / "docs" / "lab.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------ rloo_token.py
@@ -401,6 +498,38 @@ def test_rloo_token_by_hand():
     rewards = torch.tensor([[1.0, 2.0, 4.0], [8.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     assert rloo_token.compute_advantages(rewards, mask, 2).tolist() == [[-1.0, -2.0, -4.0], [1.0, 0.0, 0.0]]
+    rewards = torch.cat([rewards, torch.tensor([[0.0, 3.0, 0.0]])])  # returns 7, 6, 4; 8; and 3, 3
+    mask = torch.cat([mask, torch.tensor([[True, True, False]])])
+    assert rloo_token.compute_advantages(rewards, mask, 3).tolist() == [
+        [1.5, 0.5, -1.5], [3.0, 0.0, 0.0], [-4.5, -4.0, 0.0]]
+
+
+def test_without_kl_rloo_token_does_what_rloo_does(world, tmp_path, monkeypatch):
+    """All that a token then has to go is its response's score. Compared: what is checked, logged, shown and saved."""
+    seen = []
+    for script in (rloo, load_module(str(ROOT / "lab/rloo_token.py"))):
+        folder, numbers, sizes = tmp_path / script.__name__.rpartition("/")[2], [], []
+        monkeypatch.setattr(script, "dry_run", lambda _, __, datasets, *___: sizes.append(list(map(len, datasets))))
+        monkeypatch.setattr(script.Run, "check_finite", lambda _, examples, **values: numbers.append(values))
+        script.main(script.Args(**world.flags | {"eval_prompts": 3}, beta=0.0, output=str(folder)))
+        log = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+        texts = [(event.step, event.tensor_proto.string_val) for event in log.Tensors("samples/text_summary")]
+        outcome = kill.outcome(folder)
+        checked = [{name: torch.as_tensor(value).tolist() for name, value in values.items()} for values in numbers]
+        seen.append((sizes, texts, outcome["weights"].keys(), checked, outcome["curves"]))
+    *ours, checked, curves = seen[0]
+    *theirs, others_checked, others_curves = seen[1]
+    assert ours == theirs and ours[0] == [[12, 3]]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(checked, others_checked, **close)
+    torch.testing.assert_close(curves, others_curves, **close)
+
+
+def test_rloo_token_takes_two_responses_at_least(capsys):
+    rloo_token = load_module(str(ROOT / "lab/rloo_token.py"))
+    with pytest.raises(SystemExit):
+        rloo_token.main(rloo_token.Args(k=1))
+    assert capsys.readouterr().err.startswith("error: --k 1: the baseline is the mean of the other k - 1 responses")
 
 
 def test_rloo_token_has_a_little_less_variance():

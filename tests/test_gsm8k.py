@@ -32,6 +32,11 @@ DATA = Path(__file__).parent.parent.parent / "shared" / "data"
         ("The answer is 5. No, wait. The answer is 6.", "6"),
         ("#### 5\nIs that right? \\boxed{6}", "6"),
         ("The answer is 18. It takes 3 steps.", "18"),
+        ("The answer is 2 * 9 = 36 / 2 = 18", "18"),
+        ("The answer is 18 or 19 = all of them", "18"),
+        (r"so \boxed{18}, as 9 + 9 = 20 - 2", "18"),
+        (r"\boxed{\text{about} 18} = 20", "18"),
+        (r"\boxed{18", "18"),  # cut off
         ("she has 3 + 2 = 5 left", "5"),
         ("12 apples, 30 pears", "30"),
         ("5 - 3", "3"),
@@ -48,7 +53,7 @@ def test_no_number_is_no_answer(text):
 
 
 def test_reward_of_texts_and_of_chats():
-    answers = ["a #### 18", "b #### 1,800", "c #### -3"]
+    answers = ["a #### 18", "b #### 1,800", "#### 2 #### -3"]
     texts = ["#### 18.0", "#### 1801", "The answer is -3"]
     assert gsm8k.reward(None, texts, answer=answers) == [1, 0, 1]
     chats = [[{"role": "assistant", "content": text}] for text in texts]

@@ -207,12 +207,15 @@ def test_all_symptoms_are_listed(capsys):
 
 
 @pytest.mark.slow
-def test_the_exit_code_says_whether_it_is_mended(capsys):
-    for number, code in ((5, 0), (6, 1)):  # bug 5 is one of rloo.py
+def test_the_exit_code_says_whether_it_is_mended(tmp_path, capsys):
+    planted = tmp_path / "rloo.py"
+    planted.write_text(hunt.plant(BUGS[4]))
+    for number, path, code in ((5, ROOT / "rloo.py", 0), (6, ROOT / "rloo.py", 1), (5, planted, 1)):  # 5: of rloo.py
         with pytest.raises(SystemExit) as stopped:
-            hunt.main(hunt.Args(number=number, check=str(ROOT / "rloo.py")))
+            hunt.main(hunt.Args(number=number, check=str(path)))
         assert stopped.value.code == code
-    assert re.findall(r"rloo.py: (.*?):", capsys.readouterr().out) == ["mended", "something else is different now"]
+    assert re.findall(r"rloo.py: (.*?)[:\n]", capsys.readouterr().out) == [
+        "mended", "something else is different now", "the bug is still there"]
 
 
 def test_bugs_of_your_own(tmp_path, here, capsys):

@@ -1,7 +1,9 @@
 """What a run needs: lab/memory.py against what is really kept, frozen models, casts, micro-batches and threads."""
 
+import importlib
 from pathlib import Path
 
+import credit
 import pytest
 import torch
 from helpers.families import FAMILIES, neox, save_family
@@ -14,7 +16,8 @@ from common import Batch, no_grad_logprobs, rollout, token_logprobs
 from plumbing import (fitting_tokens, freeze, load_classifier, load_model, load_module, load_tokenizer, pick_threads,
                       prompt_tokens)
 
-lab = load_module(str(Path(__file__).parent.parent / "lab" / "memory.py"))
+ROOT = Path(__file__).parent.parent
+lab = load_module(str(ROOT / "lab" / "memory.py"))
 
 CPU = torch.device("cpu")
 SHAPE = dict(vocab_size=1000, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
@@ -92,6 +95,56 @@ def test_rollout_cache_is_what_the_model_makes():
     cache = model(torch.zeros((6, 10), dtype=torch.long), use_cache=True).past_key_values
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert lab.memory(CONFIGS["llama"], 0, 0, 6, 7, 3)["rollout"] == found
+
+
+def test_estimates_by_hand():
+    """For 10 tokens, half of them of responses. The llama: 1,240,192 parameters, 128,000 of them in each embedding."""
+    def update(family, **more):
+        return lab.memory(CONFIGS[family], 0, 0, 1, 1, 1, microbatch_tokens=10, **more)["update"]
+
+    logits = 1000 // 2 * (4 + 12)
+    layer = 4 * (6 * 128 + 2 * 64 + 4 * 512)  # hidden vectors, keys and values of 2 heads, gate, up and their products
+    assert update("llama") == 10 * (4 * layer + logits) == 551_040
+    assert update("llama", gradient_checkpointing=True) == 10 * (4 * 4 * 128 + layer + logits) == 218_240
+    assert update("neox") == 10 * (4 * 4 * (6 * 128 + 2 * 128 + 2 * 512) + logits) == 407_680
+    silu = GPTNeoXConfig(**SHAPE, hidden_act="silu")  # another activation is no gate
+    assert lab.memory(silu, 0, 0, 1, 1, 1, microbatch_tokens=10)["update"] == update("neox")
+    logits, layer = 1000 // 2 * (2 + 12), 30 * 128 + 2 * (2 * 64 + 4 * 512)
+    assert update("llama", bfloat16=True) == 10 * (4 * layer + logits) + 2 * 1_240_192 == 2_878_064
+    assert update("llama", bfloat16=True, gradient_checkpointing=True) == (
+        10 * (4 * 4 * 128 + layer + logits) + 2 * (128_000 + 1_112_192 // 4)) == 984_496
+    assert update("neox", bfloat16=True, gradient_checkpointing=True) < update("neox", bfloat16=True)
+
+    tied = LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True)
+    frozen = lambda config: lab.memory(config, 0, 3, 1, 1, 1, bfloat16=True)["frozen"]
+    assert frozen(CONFIGS["llama"]) == 3 * (4 * 1_240_192 - 2 * (1_240_192 - 2 * 128_000))
+    assert frozen(tied) == 3 * (4 * 1_112_192 - 2 * (1_112_192 - 128_000))
+    assert lab.memory(tied, 0, 0, 6, 7, 3, bfloat16=True)["rollout"] == 6 * 10 * 4 * 2 * 64 * 2
+
+
+def test_the_scripts_with_a_critic():
+    scripts = {name: importlib.import_module(name) for name in lab.CRITICS}
+    assert set(scripts) == set(credit.SCRIPTS)
+    assert lab.CRITICS == {name: hasattr(script.Args, "critic") for name, script in scripts.items()}
+
+
+def test_the_command_passes_its_flags_on_and_prints_the_peak(monkeypatch, capsys):
+    parts, calls = {"trained": 4e9, "frozen": 2e9, "update": 1e9, "rollout": 3e9}, []
+    monkeypatch.setattr(lab, "memory", lambda config, *given: calls.append((config.hidden_size, *given)) or parts)
+    lab.main(lab.Args())
+    lab.main(lab.Args(algorithm="ppo", reward_function=True, samples=1, prompt_length=2, response_length=3,
+                      microbatch_tokens=4, gradient_checkpointing=True, bfloat16=True, processes=5))
+    assert calls == [(64, 0, 2, 64, 512, 128, 8192, False, False, 1), (64, 1, 1, 1, 2, 3, 4, True, True, 5)]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in printed[:5]] == [
+        ["trained", "4.000", "GB"], ["frozen", "2.000", "GB"], ["update", "1.000", "GB"], ["rollout", "3.000", "GB"],
+        ["peak", "9.000", "GB"]]
+    assert lab.total(parts | {"update": 7e9}) == 13e9
+
+
+def test_the_page_has_the_table_of_recipes(capsys):
+    lab.main(lab.Args(recipes=True))
+    assert "\n\n" + capsys.readouterr().out + "\n" in (ROOT / "docs" / "scaling.md").read_text()
 
 
 @pytest.mark.slow

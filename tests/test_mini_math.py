@@ -1,12 +1,11 @@
 """tasks/mini_math.py: the rule by hand, determinism, splits, demonstrations, and the shipped weights."""
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import CPU, token_ids
+from helpers.tiny import CPU, new_config, saved_config, token_ids
 
 from common import decode, encode, rollout
 from plumbing import load_model, load_tokenizer
@@ -101,11 +100,22 @@ def test_no_token_is_unknown_and_texts_come_back_whole():
     assert max(map(len, ids)) == 6
 
 
+def test_comparisons_by_hand(monkeypatch):
+    """The wrong answer forgets the carry, and has one too many where there is none: 12 + 34 would be 56."""
+    monkeypatch.setattr(mini_math, "problems", {"train": [(47, 38)], "test": [(12, 34), (96, 15)]}.get)
+    assert mini_math.comparisons("train")[:] == {
+        "prompt": ["4 7 + 3 8 ="], "chosen": ["5 8"], "rejected": ["5 7"], "answer": [85]}
+    assert mini_math.comparisons("test")[:] == {
+        "prompt": ["1 2 + 3 4 =", "9 6 + 1 5 ="], "chosen": ["6 4", "1 1 1"], "rejected": ["6 5", "1 0"],
+        "answer": [46, 111]}
+
+
 @pytest.mark.slow
-def test_the_task_prints_problems_with_their_reward():
-    done = subprocess.run([sys.executable, "tasks/mini_math.py"], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "2 1 + 9 4 =   right 5 1 1    demonstration 5 1      reward 0.0" in done.stdout
-    assert "reward 1.0" in done.stdout
+def test_the_task_prints_problems_with_their_reward(capsys):
+    runpy.run_path(str(ROOT / "tasks" / "mini_math.py"), run_name="__main__")
+    text = capsys.readouterr().out
+    assert "2 1 + 9 4 =   right 5 1 1    demonstration 5 1      reward 0.0" in text
+    assert "reward 1.0" in text and text.count("right") == 8
 
 
 def test_shipped_policy_can_carry_but_seldom_does():
@@ -116,6 +126,7 @@ def test_shipped_policy_can_carry_but_seldom_does():
     policy, tokenizer = load_model(str(folder), CPU), load_tokenizer(str(folder))
     assert sum(parameter.numel() for parameter in policy.parameters()) == 107_776
     assert tokenizer.get_vocab() == load_tokenizer("tasks/mini_math.py:new_model").get_vocab()
+    assert new_config(mini_math) == saved_config(folder)
     columns = mini_math.prompts("test").select(range(500))[:]
     free = torch.tensor([a % 10 + b % 10 < 10 and a // 10 + b // 10 < 10 for a, b in mini_math.problems("test")[:500]])
     torch.manual_seed(0)

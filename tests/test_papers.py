@@ -220,13 +220,133 @@ def test_a_failing_run_names_its_log(context, tmp_path, capsys):
     assert str(log) in capsys.readouterr().err and "--k 1" in log.read_text()
 
 
-def test_a_picture_of_curves_and_points(fake, tmp_path):
-    runs = {str(seed): RUN for seed in (1, 2)}
+@pytest.fixture
+def figures(monkeypatch):
+    """The pictures that are drawn."""
+    found = []
+    monkeypatch.setattr(papers.plot.plt, "close", found.append)
+    return found
+
+
+def test_a_picture_by_hand(fake, figures):
+    """Scores of 1 and 3: mean 2, half-width 12.7062. The second arm's are the same, so its interval has no width."""
+    more = RUN | {"score": [0.0, 3.0, 5.0], "kl": [0.0, 6.0, 14.0], "gold": [4.0, 8.0, 5.0], "seconds": 3 * math.e}
     papers.EXPERIMENTS["first"].panels = [("updates", "score"), ("√kl", "gold"), ("", "seconds")]
     papers.RESULTS.mkdir()
-    papers.draw("first", {"2": {"runs": runs}, "3": {"runs": runs}})
+    papers.draw("first", {"2": {"runs": {"1": RUN, "2": more}}, "3": {"runs": {"1": RUN, "2": RUN}}})
     height, width, _ = matplotlib.image.imread(papers.RESULTS / "first.png").shape
     assert width > 2 * height > 200
+    (figure,) = figures
+    curves, roots, points = figure.axes
+    ours, theirs = curves.lines
+    assert ours.get_xydata().tolist() == [[0, 0], [20, 2], [40, 4]]
+    assert theirs.get_xydata().tolist() == [[0, 0], [20, 1], [40, 3]]
+    band, narrow = (sorted(map(tuple, area.get_paths()[0].vertices.round(3))) for area in curves.collections)
+    assert {*band} == {(0, 0), (20, -10.706), (20, 14.706), (40, -8.706), (40, 16.706)}
+    assert {*narrow} == {(0, 0), (20, 1), (40, 3)}
+    assert roots.lines[0].get_xydata().round(9).tolist() == [[0, 4], [2, 7], [3, 5]]
+    assert len(roots.collections) == 0  # the seeds differ in KL
+    for i, (line, area) in enumerate(zip(points.lines[::3], points.collections)):
+        mean, half = ((2 * math.e, 12.7062 * math.e), (math.e, 0))[i]
+        assert line.get_xydata().tolist() == [[pytest.approx(mean), -i]]
+        assert [end for end, _ in area.get_segments()[0]] == pytest.approx([mean - half, mean + half])
+    assert [label.get_text() for label in points.get_yticklabels()] == ["2", "3"]
+    assert [axis.get_xlabel() for axis in figure.axes] == ["steps (rollouts)", "√KL", "CPU seconds per update"]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["reward", "gold reward", ""]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["2", "3"]
+
+
+def test_the_numbers_of_a_run(tmp_path):
+    """In the order of updates; seconds are per update, and the share of clipped tokens is a mean."""
+    with SummaryWriter(tmp_path) as writer:
+        for step, score in ((0, 0.123456), (20, 2.0), (10, 1.0)):
+            writer.add_scalar("eval/score", score, step)
+            writer.add_scalar("eval/kl", score / 2, step)
+        for step in range(1, 21):
+            writer.add_scalar("time/samples", 16 * step, step)
+            writer.add_scalar("time/seconds", 3.0 * step, step)
+            writer.add_scalar("policy/clipfrac", 0.25 * (step % 2), step)
+    (tmp_path / "args.json").write_text(json.dumps({"dataset": "tasks/mini_tldr.py:prompts"}))
+    (tmp_path / "cost.json").write_text(json.dumps({"cpu_seconds": 61.23456, "peak_mb": 100.0}))
+    assert papers.read_numbers(tmp_path) == {
+        "updates": [0, 10, 20], "samples": [0, 160, 320], "score": [0.1235, 1.0, 2.0], "kl": [0.0617, 0.5, 1.0],
+        "clipfrac": 0.125, "seconds": 3.0, "cpu_seconds": 61.23, "peak_mb": 100.0}
+
+
+def test_the_longest_tuned_command_gives_the_rate():
+    experiment = Experiment("", "", {"a": "reinforce.py --baseline none --k 1", "b": "reinforce.py --k 1",
+                                     "c": "rloo.py --lr 3"}, [], [])
+    rates = {"reinforce.py": "1", "reinforce.py --baseline none": "2"}
+    assert papers.commands(experiment, rates) == {
+        "a": f"reinforce.py --baseline none --k 1 --lr 2 {papers.EVERY_RUN}",
+        "b": f"reinforce.py --k 1 --lr 1 {papers.EVERY_RUN}", "c": f"rloo.py --lr 3 {papers.EVERY_RUN}"}
+
+
+def test_rows_of_the_tables_by_hand(fake, monkeypatch):
+    """Small numbers have four digits; a claim that a number is below a bound is told as such."""
+    first = papers.EXPERIMENTS["first"]
+    first.columns, first.source = ("score", "clipfrac", "variance"), "a paper"
+    small = RUN | {"clipfrac": 0.001, "score": [0.0, 0.0, 0.0]}
+    arms = {"2": {"runs": {"1": RUN, "2": RUN}}, "3": {"runs": {"1": small, "2": small}}}
+    assert papers.arm_rows("first", arms) == [
+        ["", "score", "clipfrac", "variance"], ["2", "2.00 ± 0.00", "0.25 ± 0.00", "–"],
+        ["3", "0.0000 ± 0.0000", "0.0010 ± 0.0000", "–"]]
+    first.claims = [Claim("grows", "growth of score", ("2",)), Claim("more", "clipfrac", ("2",), ("3",), 0.2),
+                    Claim("little", "clipfrac", (), ("3",), -0.05)]
+    monkeypatch.setattr(papers, "saved", lambda: {"first": arms})
+    told = [(said, cells[0], cells[2]) for said, cells in papers.claim_rows()]
+    assert told == [("holds", "grows", "growth of score: 3.00 [3.00, 3.00] (above 0?)"),
+                    ("holds", "more", "clipfrac: 0.25 [0.25, 0.25] (above 0.2?)"),
+                    ("holds", "little", "clipfrac: 0.001 [0.001, 0.001] (below 0.05?)")]
+    assert papers.claim_rows()[0][1] == [
+        "grows", "a paper", told[0][2], "2", "**holds**", "holds", "`python lab/papers.py first --again`",
+        "[first](results/first.png)"]
+
+
+def test_the_list_says_what_was_run(fake, tmp_path, monkeypatch, capsys):
+    """A run that two experiments share counts once."""
+    papers.print_list()
+    assert capsys.readouterr().out.count("not run yet") == 2
+    monkeypatch.setattr(papers, "read_numbers", lambda folder: RUN | {"cpu_seconds": 90.0})
+    papers.EXPERIMENTS["second"].claims = [Claim("a", "score", ("3",)), Claim("b", "score", ("3",), ("4",))]
+    papers.sweep(["first", "second"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "runs")))
+    papers.print_list()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in lines[1::2]] == [
+        "4 runs, 6 CPU minutes; no claims", "4 runs, 6 CPU minutes; does not hold: 1, holds: 1"]
+    assert papers.cost(papers.EXPERIMENTS) == (6, 9.0)
+
+
+def test_what_is_run_and_drawn(monkeypatch):
+    """First the learning rates; without --redraw. No panels, no picture."""
+    calls = []
+    for name in ("sweep", "draw", "write_page", "print_list", "chosen_rates"):
+        monkeypatch.setattr(papers, name, lambda *given, name=name: calls.append((name, *given[:2])) or "rates")
+    monkeypatch.setattr(papers, "read", lambda name: f"arms of {name}")
+    args = papers.Args(("lr", "fig3"))
+    papers.main(args)
+    assert calls == [("sweep", ["lr"], {}), ("chosen_rates", "arms of lr"), ("sweep", ["lr", "fig3"], "rates"),
+                     ("draw", "fig3", "arms of fig3"), ("write_page",), ("print_list",)]
+    calls.clear()
+    papers.main(papers.Args(("all",), redraw=True))
+    assert [name for _, *names in calls for name in names[:1]] == [name for name in EXPERIMENTS if name != "lr"]
+    calls.clear()
+    papers.main(papers.Args())
+    assert calls == [("print_list",)]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"experiments": ("fig1", "fig9")}, "fig9: unknown experiment; choose from lr, fig2, "),
+    ({"experiments": ("first",), "redraw": True}, "first: docs/results has no numbers of it yet"),
+    ({"jobs": 0}, "--jobs 0: must be 1 or more"),
+])
+def test_bad_flags_get_one_line(flags, message, tmp_path, monkeypatch, capsys):
+    if flags.get("redraw"):
+        monkeypatch.setattr(papers, "RESULTS", tmp_path)
+        monkeypatch.setitem(papers.EXPERIMENTS, "first", EXPERIMENTS["fig1"])
+    with pytest.raises(SystemExit):
+        papers.main(papers.Args(**flags))
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 # ----------------------------------------------------------------------------------------------- the real experiments
@@ -304,3 +424,4 @@ def test_saved_numbers_are_of_todays_commands(name):
     assert {label: arm["command"] for label, arm in saved.items()} == papers.commands(experiment, rates)
     for arm in saved.values():
         assert sorted(map(int, arm["runs"])) == list(papers.seeds_of(experiment))
+        assert all(("tax" in run) == experiment.tax for run in arm["runs"].values())

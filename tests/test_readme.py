@@ -4,10 +4,13 @@ import contextlib
 import importlib
 import inspect
 import re
+import runpy
 import shlex
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import tyro
@@ -69,6 +72,21 @@ def test_there_are_commands():
     found = set(commands())
     assert len(found) > 45
     assert {words.split()[1] for words in found if words.startswith("python ")} >= {*SCRIPTS, "lab/compare.py"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", LAB)
+def test_a_command_finds_the_files_that_it_imports(path, monkeypatch):
+    """Started from the project's folder, python looks in the script's own."""
+    folders = {ROOT, *(ROOT / name for name in ("lab", "exercises", "tasks", "tests"))}
+    others = [entry for entry in sys.path if Path(entry).resolve() not in folders]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *others])
+    with patch.dict(sys.modules):
+        for name, imported in list(sys.modules.items()):
+            if Path(getattr(imported, "__file__", None) or "/").parent in folders - {ROOT / "tests"}:
+                del sys.modules[name]
+        runpy.run_path(str(ROOT / path))
 
 
 @pytest.mark.parametrize("page", TEXT)

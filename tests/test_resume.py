@@ -46,6 +46,20 @@ def test_killed_at_random_moments_and_resumed_is_the_same_bit_for_bit(script, ki
     assert found == [] and kills == 2
 
 
+def test_differences_are_named():
+    """What is compared above: nested, with tensors, which have to be equal bit for bit."""
+    outcome = {"weights": {"a": b"12"}, "curves": {"score": [(0, 1.0), (1, 2.0)]}, "state": torch.tensor([1.0, 2.0])}
+    assert kill.differences(outcome, outcome | {"state": torch.tensor([1.0, 2.0])}) == []
+    for change, names in (
+        ({"state": torch.tensor([1.0, 2.0 + 2e-7])}, ["run/state"]), ({"state": [1.0, 2.0]}, ["run/state"]),
+        ({"state": None}, ["run/state"]), ({"weights": {}}, ["run/weights/a"]), ({"more": 1}, ["run/more"]),
+        ({"curves": {"score": [(0, 1.0)]}}, ["run/curves/score"]),
+        ({"curves": {"score": [(0, 1.5), (1, 2.5)]}}, ["run/curves/score/0/1", "run/curves/score/1/1"]),
+    ):
+        assert kill.differences(outcome, outcome | change) == names
+        assert kill.differences(outcome | change, outcome) == names
+
+
 SLOW = """
 import time
 from pathlib import Path

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
+import signal
 
 import matplotlib.image
 import pytest
 import torch
 from datasets import Dataset
-from helpers.tiny import CPU, make_tokenizer, save_policy, token_ids
+from helpers.tiny import CPU, make_tokenizer, save_policy, scalars, token_ids
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -32,7 +34,7 @@ def test_sft_loss_is_the_models_own_on_responses_with_eos(world):
     torch.testing.assert_close(ours, policy(ids, labels=labels).loss)
 
 
-def test_sft_learns_the_completions_and_to_end(world, tmp_path):
+def test_sft_learns_the_completions_and_to_end(world, tmp_path, capsys):
     args = sft.Args(
         model=world.policy,
         dataset=world.data,
@@ -50,6 +52,22 @@ def test_sft_learns_the_completions_and_to_end(world, tmp_path):
     ids = tokenizer("a b c", return_tensors="pt")["input_ids"]
     text = tokenizer.decode(policy.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 3:])
     assert text == "a b <eos>"
+    told = re.search(r"held-out perplexity ([\d.]+); policy and logs are in (.*)", capsys.readouterr().out)
+    (*_, (step, perplexity)) = scalars(tmp_path / "run")["eval/perplexity"]
+    assert step == 40 and told.groups() == (f"{perplexity:.3f}", str(tmp_path / "run"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # no longer to save a checkpoint
+
+
+def test_sft_reports_the_perplexity_of_held_out_completions(world, tmp_path):
+    """Of 5 rows, EOS included, after an update that changes nothing: against the loss that transformers computes."""
+    flags = dict(model=world.policy, dataset=world.data, eval_rows=5, num_updates=1, lr=1e-30, warmup_updates=0)
+    policy = sft.main(sft.Args(**flags, device="cpu", output=str(tmp_path / "run")))
+    total = 0.0
+    for row in list(Dataset.from_json(world.data, cache_dir=str(tmp_path / "cache")))[:5]:
+        ids = torch.tensor([load_tokenizer(world.policy)(row["prompt"] + " a b <eos>")["input_ids"]])
+        labels = torch.where(torch.arange(ids.shape[1]) < ids.shape[1] - 3, -100, ids)
+        total += 3 * policy(ids, labels=labels).loss.item()
+    assert scalars(tmp_path / "run")["eval/perplexity"] == [(1, pytest.approx(math.exp(total / 15), rel=1e-5))]
 
 
 def test_reward_loss_by_hand():
@@ -183,6 +201,22 @@ def test_summary_by_hand():
         "diversity_2": 1, "entropy": 2, "length": 4, "eos_rate": 0.5, "kl": 1})
 
 
+def test_each_policy_is_evaluated_by_its_own_numbers(world, tmp_path):
+    """One that knows nothing has entropy log V, and its perplexity is V."""
+    policy = load_model(world.policy, CPU)
+    torch.nn.init.zeros_(policy.lm_head.weight)
+    policy.save_pretrained(tmp_path / "uniform")
+    load_tokenizer(world.policy).save_pretrained(tmp_path / "uniform")
+    names, output = (str(tmp_path / "uniform"), world.policy), str(tmp_path / "new" / "a.json")
+    results = evaluate.main(evaluate.Args(
+        names, world.policy, (world.reward,), gold="none", judge="reward", dataset=world.data, eval_prompts=3, k=2,
+        max_new_tokens=5, device="cpu", output=output))
+    V = policy.config.vocab_size
+    assert results[names[0]]["entropy"] == pytest.approx(math.log(V), rel=1e-5) != results[names[1]]["entropy"]
+    assert results[names[0]]["perplexity"] == pytest.approx(V, rel=1e-4)
+    assert results[names[0]]["kl"] > 0.1 > abs(results[names[1]]["kl"])
+
+
 @pytest.mark.parametrize("max_tokens", [1, 10_000])
 def test_entropy_is_that_of_the_whole_vocabulary_at_each_token(world, max_tokens):
     policy, tokenizer = load_model(world.policy, CPU), load_tokenizer(world.policy)
@@ -239,11 +273,26 @@ def test_plot_groups_seeds_and_draws_every_axis(world, tmp_path, capsys):
     for k, seed in ((2, 1), (2, 2), (3, 1)):
         rloo.main(rloo.Args(**world.flags | {"k": k}, seed=seed, output=str(tmp_path / f"k{k}-{seed}")))
     runs = tuple(str(path) for path in sorted(tmp_path.iterdir()))
-    settings, scalars = plot.read_run(runs[0])
+    settings, curves = plot.read_run(runs[0])
     assert plot.label(settings, [settings, settings | {"k": 3}]) == "rloo --k 2"
-    points = plot.curve(scalars, "samples", "eval/score")
+    points = plot.curve(curves, "samples", "eval/score")
     assert [points[step][0] for step in (0, 2, 3)] == [0, 16, 24]
-    assert plot.curve(scalars, "updates", "eval/score")[3] == (3, scalars["eval/score"][3])
+    assert plot.curve(curves, "updates", "eval/score")[3] == (3, curves["eval/score"][3])
     plot.main(plot.Args(runs=runs, output=str(tmp_path / "curves.png")))
     image = matplotlib.image.imread(tmp_path / "curves.png")
     assert image.shape[0] > 200 and image.shape[1] > 800 and image.std() > 0.05
+
+
+def test_plot_says_what_it_cannot_draw(tmp_path, capsys):
+    run, empty, output = write_run(tmp_path / "run", {"k": 2}, eval_score={1: 1.0}), write_run(tmp_path / "empty", {}), str(tmp_path / "a.png")
+    for flags, message in [
+        ({"runs": ()}, "name at least one run folder"),
+        ({"runs": (str(tmp_path),)}, f"{tmp_path}: is not a run folder (it has no args.json)"),
+        ({"runs": (run, empty)}, f"{empty}: its TensorBoard log holds no scalars"),
+        ({"runs": (run,), "y": ("eval/gold", "eval/kl")}, "--y eval/gold eval/kl: no run has any of these metrics"),
+        ({"runs": (run,), "x": ("updates", "steps")}, "--x steps: unknown; choose from updates, samples, seconds, kl"),
+        ({"runs": (run,), "output": "a.pdf"}, "--output a.pdf: must be a .png file"),
+    ]:
+        with pytest.raises(SystemExit):
+            plot.main(plot.Args(**{"output": output} | flags))
+        assert capsys.readouterr().err == f"error: {message}\n"

@@ -1,6 +1,7 @@
 """lab/speed.py: its models end responses when they should, its counts are right, its clock runs through every phase."""
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -23,6 +24,22 @@ def small(tmp_path, monkeypatch):
     (tmp_path / "args.json").write_text(json.dumps(asdict(args)))
     speed.make(args, tmp_path)
     return args, tmp_path
+
+
+def test_models_and_workloads_are_those_of_the_page():
+    page = (speed.LAB.parent / "docs" / "speed.md").read_text()
+    rows = re.findall(r"^\| ([SM])\b.*?\| (\d+) to (\d+), (up to )?(\d+) \|", page, re.MULTILINE)
+    names = ("s-full", "s-ragged", "tldr-s", "tldr-m", "m-full")
+    assert [speed.WORKLOADS[name] for name in names] == [
+        {"size": size, "prompt_tokens": (int(low), int(high)), "ragged": bool(ragged), "new_tokens": int(new)}
+        for size, low, high, ragged, new in rows]
+    assert speed.WORKLOADS["m-ragged"] == speed.WORKLOADS["s-ragged"] | {"size": "M"}
+    assert vars(speed.Args()).items() >= speed.WORKLOADS["s-full"].items()
+    for size, parameters in (("S", 922_752), ("M", 33_694_208)):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**speed.SIZES[size], tie_word_embeddings=False))
+        assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+        assert f"{size} ({parameters / 1e6:.1f} million parameters)" in page
 
 
 def test_operations_are_those_counted_by_hand():
@@ -80,14 +97,36 @@ def test_every_character_is_one_token_also_where_texts_are_joined(small):
 def test_the_loop_runs_through_every_phase(small, dtype, monkeypatch):
     args, folder = small
     monkeypatch.setattr(speed, "matmul_speed", {dtype: 1e9}.get)
+    adam = Mock(side_effect=torch.optim.Adam)
+    monkeypatch.setattr(torch.optim, "Adam", adam)
     result = speed.measure_ours(speed.replace(args, dtype=dtype), folder)
-    assert result["limit"] == 1e9
+    assert result["limit"] == 1e9 and adam.call_args.kwargs == {"lr": 1e-6}
     assert len(result["updates"]) == 2
     for update in result["updates"]:
         assert list(update["seconds"]) == speed.PHASES
         assert min(update["seconds"].values()) > 0
         assert update["tokens"] == 3 * 2 * 5
         assert update["operations"]["backward"] == 2 * update["operations"]["forward"] > 0
+
+
+def test_no_prompt_is_too_long(small, monkeypatch):
+    monkeypatch.setattr(speed, "matmul_speed", lambda dtype: 1e9)
+    args = speed.Args(prompts=1, k=2, prompt_tokens=(600, 600), new_tokens=2, updates=1)
+    speed.make(args, small[1])
+    assert [update["tokens"] for update in speed.measure_ours(args, small[1])["updates"]] == [4]
+
+
+def test_each_process_measures_what_its_name_says(small, monkeypatch):
+    _, folder = small
+    for name in ("make", "measure_ours", "measure_trl", "measure_without"):
+        monkeypatch.setattr(speed, name, lambda _, where, *more, name=name, **mode: {"called": [name, *more, mode]})
+    expected = {"make": ["make", {}], "ours": ["measure_ours", {}], "trl default": ["measure_trl", 8, {}],
+                "trl tuned": ["measure_trl", 16, {"bf16": False, "gradient_checkpointing": False}]}
+    expected |= {f"without {name}": ["measure_without", name, {}] for name in speed.REMEDIES}
+    for what, called in expected.items():
+        speed.child(what, str(folder))
+        found = json.loads((folder / "result.json").read_text())
+        assert found["called"] == called and 10 < found["peak"] < 100_000  # MB
 
 
 def test_matmul_speed_is_positive():

@@ -1,13 +1,15 @@
 """tasks/mini_tldr.py: the gold reward by hand, determinism, splits, and the shipped weights."""
 
+import hashlib
+import json
+import math
 import random
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import CPU, token_ids
+from helpers.tiny import CPU, new_config, saved_config, token_ids
 
 from common import decode, encode, rollout
 from plumbing import load_model, load_tokenizer
@@ -103,10 +105,76 @@ def test_an_edit_changes_one_fact_word():
         assert (old in facts.values()) != (new in facts.values())
 
 
-@pytest.mark.slow
-def test_the_task_prints_posts_with_their_gold_reward():
-    done = subprocess.run([sys.executable, "tasks/mini_tldr.py"], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.count("post ") >= 3 and "gold 4.00 = covered 4 x +1" in done.stdout
+def test_posts_are_those_that_the_shipped_weights_have_seen():
+    posts = [mini_tldr.example(split, i) for split in ("train", "test") for i in range(1000)]
+    assert posts[1000]["reference"] == "my friend cracked my lamp . i am hurt ."
+    assert posts[1000]["demonstration"] == "my mother cracked my lamp at the church , should i ignore them ?"
+    digest = hashlib.sha256(json.dumps(posts).encode()).hexdigest()
+    assert digest == "8b60df1839e780a813c6a52c1d5ac74e821f27718b1c7b91603ee0ecbd060745"
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    """2000 preferences on 900 posts: (post, first summary, the other, which kind it is, whether the first is chosen).
+
+    The policy's two samples are fixed: the first has 3 facts, and the second is as good as none.
+    """
+    posts, calls = [mini_tldr.example("test", i % 900) for i in range(2000)], []
+    first = lambda post: "my {who} {did} my {thing} .".format(**post)
+
+    def rollout(policy, tokenizer, prompt_ids, *settings):
+        rows = slice(500 * len(calls), 500 * len(calls) + len(prompt_ids))
+        assert tokenizer.batch_decode(prompt_ids) == [post["prompt"] for post in posts[rows]]
+        calls.append((len(prompt_ids), *settings, torch.initial_seed()))
+        return rows
+
+    monkeypatch.setattr("common.rollout", rollout)
+    monkeypatch.setattr("common.decode", lambda _, rows: [text for post in posts[rows] for text in (first(post), ".")])
+    monkeypatch.setitem(mini_tldr.PAIRS, "test", 2000)
+    monkeypatch.setitem(mini_tldr.POSTS, "test", 900)
+    state = torch.get_rng_state()
+    rows = mini_tldr.preferences("test")
+    assert calls == [(500, 2, 1.0, 32, 0)] * 4 and torch.equal(torch.get_rng_state(), state)
+    assert rows.column_names == ["prompt", "chosen", "rejected", *mini_tldr.SLOTS]
+    found = []
+    for post, row in zip(posts, rows, strict=True):
+        assert all(row[name] == post[name] for name in ("prompt", *mini_tldr.SLOTS))
+        ours = row["chosen"] == first(post)
+        other = row["rejected" if ours else "chosen"]
+        assert ours or row["rejected"] == first(post)
+        kind = {".": "sample", post["reference"]: "reference"}.get(other, "edit")
+        found.append((post, first(post), other, kind, ours))
+    return found
+
+
+def within(count, probabilities):
+    """Whether a count is within three standard deviations of what these probabilities say."""
+    return abs(count - sum(probabilities)) < 3 * math.sqrt(sum(p * (1 - p) for p in probabilities))
+
+
+def test_preferences_are_a_noisy_annotators(pairs):
+    """Of a sample over another sample (3 in 8), the post's reference (1) or the sample with a changed word (4)."""
+    for kind, share in (("sample", 3 / 8), ("reference", 1 / 8), ("edit", 4 / 8)):
+        rows = [row for row in pairs if row[3] == kind]
+        assert within(len(rows), [share] * 2000)
+        chances = []
+        for post, *texts, _, _ in rows:
+            good, bad = mini_tldr.gold_reward(None, texts, **{slot: [post[slot]] * 2 for slot in mini_tldr.SLOTS})
+            chances.append(1 / (1 + math.exp(2 * (bad - good))))
+        assert within(sum(ours for *_, ours in rows), chances)
+    for _, ours, other, kind, _ in pairs:
+        assert kind != "edit" or sum(map(str.__ne__, ours.split(), other.split())) == 1
+
+
+def test_comparisons_are_the_first_preferences(monkeypatch):
+    monkeypatch.setattr(mini_tldr, "preferences", lambda *given: given)
+    assert [mini_tldr.comparisons(split) for split in ("train", "test")] == [("train", 8000), ("test", 1000)]
+
+
+def test_the_task_prints_posts_with_their_gold_reward(capsys):
+    runpy.run_path(str(ROOT / "tasks" / "mini_tldr.py"), run_name="__main__")
+    text = capsys.readouterr().out
+    assert text.count("post ") == 4 and "gold 4.00 = covered 4 x +1" in text
 
 
 @pytest.mark.slow
@@ -119,6 +187,7 @@ def test_shipped_policy_and_reward_model_are_what_the_readme_says():
     folder = str(ROOT / "tasks" / "mini_tldr-sft")
     policy, tokenizer = load_model(folder, CPU), load_tokenizer(folder)
     assert sum(parameter.numel() for parameter in policy.parameters()) == 223_104
+    assert new_config(mini_tldr) == saved_config(folder)
     reward = load_reward(str(ROOT / "tasks" / "mini_tldr-reward"), tokenizer, CPU, "float32", 16384)
     gold = load_reward("tasks/mini_tldr.py:gold_reward", tokenizer, CPU, "float32", 16384)
     posts = mini_tldr.prompts("test").select(range(500))

@@ -1,7 +1,7 @@
-"""Mutation testing: make plausible mistakes in the scripts, one at a time, and list those that no test catches.
+"""Mutation testing: make plausible mistakes in the code, one at a time, and list those that no test catches.
 
     python lab/mutate.py rloo.py common.py --most 40
-    python lab/mutate.py rloo.py --list
+    python lab/mutate.py lab/gradient.py tasks/rouge.py --list
 
 First, all tests run on the unchanged project. They must pass, and this records which lines each test runs and how long
 it takes (kept next to --output; measured again when sources or tests have changed). Then each edit is made in a copy of
@@ -10,15 +10,18 @@ forked from a process that has imported the heavy libraries but nothing from the
 where it stopped; survivors are tried again when the tests have changed.
 
 A survivor means one of three things: a test is missing; the edit has no visible effect (a clamp that never acts, a sum
-over one element); or the line is not needed. "0 of 0 tests" means that no test runs the line. If fewer tests ran than
-there are, a larger --seconds may find one that notices.
+over one element); or the line is not needed. If fewer tests ran than there are, a larger --seconds may find one that
+notices.
+
+Not edited: texts (f-strings too, with what is computed in them), the defaults of flags, progress bars, clocks, and how
+pictures look (sizes, colors, grids; but not what is drawn).
 """
 
 import ast
+import contextlib
 import gc
 import hashlib
 import importlib
-import inspect
 import itertools
 import json
 import math
@@ -26,6 +29,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -39,8 +43,8 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("rloo reinforce remax grpo reinforce_pp reinforce_pp_baseline vanilla_pg ppo raft dpo sft reward_model "
-         "common").split()
+FILES = tuple(sorted(str(path.relative_to(ROOT)) for folder in (".", "tasks", "lab", "exercises")
+                     for path in (ROOT / folder).glob("*.py") if path != Path(__file__).resolve()))
 LIBRARIES = """torch numpy pyarrow.json datasets.packaged_modules.json.json transformers hypothesis matplotlib.pyplot
     transformers.models.auto.modeling_auto transformers.models.gpt2.modeling_gpt2 transformers.generation.utils
     transformers.models.llama.modeling_llama transformers.tokenization_utils_tokenizers torch.utils.tensorboard
@@ -55,33 +59,45 @@ OPERATORS = table("""Add Sub, Sub Add, Mult Div, Div Mult, Pow Mult, FloorDiv Mu
     BitOr BitAnd, Lt LtE Gt, LtE Lt GtE, Gt GtE Lt, GtE Gt LtE, Eq NotEq, NotEq Eq, Is IsNot, IsNot Is, In NotIn,
     NotIn In, And Or, Or And""")
 METHODS = table("""min max, max min, mean sum, sum mean, argmax argmin, argmin argmax, amax amin, amin amax, any all,
-    all any, square abs, std var, zeros_like ones_like, ones_like zeros_like, zeros ones, ones zeros""")
+    all any, square abs, std var, zeros_like ones_like, ones_like zeros_like, zeros ones, ones zeros,
+    startswith endswith, endswith startswith, partition rpartition, rpartition partition""")
 REMOVED = """flip cumsum detach exp log clamp abs sqrt sigmoid logsigmoid sign masked_fill squeeze unsqueeze flatten
-    float sorted""".split()
+    float lower strip sorted reversed""".split()
 ROLES = [role.split() for role in (  # names that can be mistaken for each other within a function
     "logprobs old_logprobs ref_logprobs", "chosen_logprobs rejected_logprobs chosen_ref_logprobs rejected_ref_logprobs",
     "scores rewards advantages returns", "values old_values returns", "policy reference critic", "chosen rejected",
     "optimizer critic_optimizer", "scheduler critic_scheduler", "train test", "before after", "rows minibatch",
-    "loss value_loss policy_loss", "grad_norm critic_grad_norm", "prompts responses", "prompt_mask response_mask")]
+    "loss value_loss policy_loss", "grad_norm critic_grad_norm", "ours theirs", "found expected", "mean std",
+    "low high", "a b", "x y", "prompts responses", "prompt_mask response_mask")]
 COLUMNS = ROLES[-2:]  # also attributes of every Batch
+LOOKS = """alpha bbox_inches bbox_to_anchor c capsize color dpi facecolor figsize fontsize frameon ha indent
+    initial_indent layout linespacing linewidth loc marker markersize ncols s subsequent_indent va xytext
+    zorder""".split()  # keywords
 
 
 def skipped(node, parent):
     """True for nodes that no numbers depend on, or that tests on a CPU cannot see."""
     timing = isinstance(node, (ast.Assign, ast.AugAssign, ast.BinOp)) and node.lineno == node.end_lineno
-    return (isinstance(node, (ast.Import, ast.ImportFrom, ast.arg, ast.JoinedStr))
-            or isinstance(node, ast.Constant) and not isinstance(node.value, (bool, int, float))
-            or isinstance(node, ast.ClassDef) and node.name == "Args"  # the defaults of flags are choices
+    return (isinstance(node, (ast.Import, ast.ImportFrom, ast.arg)) or is_text(node)
+            or isinstance(node, ast.ClassDef) and node.name.endswith("Args")  # the defaults of flags are choices
             or isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
             or any(node is getattr(parent, name, None) for name in ("annotation", "returns"))
             or node in getattr(parent, "decorator_list", [])
-            or called(node) in ("print", "tqdm", "set_postfix", "write", "stop")
+            or called(node) == "print" and all(map(is_text, getattr(node, "value", node).args))
+            or called(node) in ("tqdm", "set_postfix", "grid", "margins", "tight_layout")
+            or isinstance(node, (ast.Expr, ast.Call)) and ast.unparse(node).startswith(("stop(", "tqdm.write("))
             or called(parent) == "require" and isinstance(parent, ast.Call) and node in parent.args[1:]  # its message
-            or isinstance(node, ast.keyword) and node.arg == "device"
+            or isinstance(node, ast.keyword) and node.arg in ("device", *LOOKS)
             or isinstance(parent, ast.keyword) and isinstance(getattr(node, "value", None), bool)  # dropping is enough
             or isinstance(parent, ast.Dict) and "seconds" in (
                 getattr(key, "value", None) for key, value in zip(parent.keys, parent.values) if value is node)
-            or timing and ("perf_counter" in ast.unparse(node) or "elapsed" in ast.unparse(node)))
+            or timing and any(word in ast.unparse(node) for word in (
+                "perf_counter", "process_time", "monotonic", "elapsed")))
+
+
+def is_text(node):
+    return isinstance(node, ast.JoinedStr) or (
+        isinstance(node, ast.Constant) and not isinstance(node.value, (bool, int, float)))
 
 
 def called(node):
@@ -91,10 +107,10 @@ def called(node):
 
 
 def visit(node, statement=None, function=None):
-    """Yield each node that may be edited, with its enclosing statement and function (or None)."""
+    """Yield each node that may be edited, with its enclosing statement (or lambda) and function (or None)."""
     for child in ast.iter_child_nodes(node):
         if not skipped(child, node):
-            inner = child if isinstance(child, ast.stmt) else statement
+            inner = child if isinstance(child, (ast.stmt, ast.Lambda)) else statement
             yield child, inner, function
             yield from visit(child, inner, child if isinstance(child, ast.FunctionDef) else function)
 
@@ -105,13 +121,14 @@ def changed(node, **fields):
 
 def mistakes(node, function):
     """Yield (node to replace, replacement node or text, description)."""
-    for i, operator in enumerate(getattr(node, "ops", [getattr(node, "op", None)])):
+    joins_text = isinstance(node, ast.BinOp) and any(map(is_text, (node.left, node.right)))  # or paths: it would crash
+    for i, operator in enumerate([] if joins_text else getattr(node, "ops", [getattr(node, "op", None)])):
         for other in OPERATORS.get(type(operator).__name__, []):
             new = getattr(ast, other)()
             new = {"ops": [*node.ops[:i], new, *node.ops[i + 1 :]]} if hasattr(node, "ops") else {"op": new}
             yield node, changed(node, **new), f"{type(operator).__name__} to {other}"
     for test in [node.test] if isinstance(node, (ast.If, ast.While, ast.IfExp)) else getattr(node, "ifs", []):
-        if not isinstance(test, ast.UnaryOp):
+        if not isinstance(test, (ast.UnaryOp, ast.Compare)):  # which are edited anyway
             yield test, ast.UnaryOp(ast.Not(), test), "condition negated"
     match node:
         case ast.UnaryOp():
@@ -132,11 +149,11 @@ def mistakes(node, function):
             if name in METHODS and (method or name in ("min", "max", "any", "all")):
                 (other,) = METHODS[name]
                 yield target, changed(target, attr=other) if method else ast.Name(other), f"{name} to {other}"
-            if name in REMOVED and (method or name == "sorted"):
+            if name in REMOVED and (method or name in ("sorted", "reversed")):
                 plain = not method or ast.unparse(target.value) in ("torch", "F", "math")  # f(x), not x.f()
                 yield node, node.args[0] if plain else target.value, f"{name} dropped"
             for keyword in node.keywords:
-                if keyword.arg not in (None, "device"):
+                if keyword.arg not in (None, "device", *LOOKS):
                     rest = [other for other in node.keywords if other is not keyword]
                     yield node, changed(node, keywords=rest), f"{keyword.arg} dropped"
             simple = [isinstance(argument, (ast.Name, ast.Attribute)) for argument in node.args[:2]]
@@ -173,8 +190,9 @@ def edits_of(name, source):
     starts = [0, *itertools.accumulate(map(len, data.splitlines(keepends=True)))]
     for node, statement, function in visit(ast.parse(source)):
         lines = set(range(statement.lineno, statement.end_lineno + 1))
-        if hasattr(statement, "body") and not isinstance(statement, ast.FunctionDef):  # only the head of an if or for
-            lines = set(range(statement.lineno, max(statement.lineno + 1, statement.body[0].lineno)))
+        body = getattr(statement, "body", None)
+        if isinstance(body, list) and not isinstance(statement, ast.FunctionDef):  # only the head of an if or for
+            lines = set(range(statement.lineno, max(statement.lineno + 1, body[0].lineno)))
         for old, new, description in mistakes(node, function):
             start, end = starts[old.lineno - 1] + old.col_offset, starts[old.end_lineno - 1] + old.end_col_offset
             text = new if isinstance(new, str) else ast.unparse(new)
@@ -202,18 +220,16 @@ class Watch:
     def __init__(self, paths):
         self.paths, self.tests, self.fixtures, self.failed = paths, {}, {}, []
         self.lines = self.imported = set()  # the second: outside tests, or while a module is imported
+        self.importing = 0  # how many modules at the moment
 
     def trace(self, frame, event, argument):
         name = self.paths.get(frame.f_code.co_filename)
         if name is None:
             return None
-        (self.lines if frame.f_code.co_flags & inspect.CO_OPTIMIZED else self.imported).add((name, frame.f_lineno))
+        if frame.f_code.co_name == "<module>":
+            self.importing += {"call": 1, "return": -1}.get(event, 0)
+        (self.imported if self.importing else self.lines).add((name, frame.f_lineno))
         return self.trace
-
-    def pytest_sessionstart(self):
-        if self.paths:
-            threading.settrace(self.trace)
-            sys.settrace(self.trace)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef):
@@ -268,6 +284,7 @@ def run_tests(folder, job):
     import datasets
     import hypothesis
 
+    os.setpgrp()  # of which the processes that tests start are part too
     tqdm._instances.clear()  # the parent's bar would change how bars print here
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
@@ -277,7 +294,11 @@ def run_tests(folder, job):
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     hypothesis.settings.register_profile("no shrinking", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
     hypothesis.settings.load_profile("no shrinking")
-    watch = Watch({} if "mutant" in job else {str(path): path.name for path in (folder / "project").glob("*.py")})
+    names = {str(path): str(path.relative_to(Path.cwd())) for path in Path.cwd().rglob("*.py")}
+    watch = Watch({path: name for path, name in names.items() if not name.startswith("tests/")})
+    if "mutant" not in job:
+        threading.settrace(watch.trace)
+        sys.settrace(watch.trace)
     flags = ["-q", "-p", "no:cacheprovider", "--assert=plain", "--basetemp", str(folder / "pytest")]
     code = int(pytest.main([*job["tests"], *job["flags"], *flags], plugins=[watch]))
     sys.settrace(None)
@@ -305,14 +326,21 @@ def in_children(jobs, original, workers):
             for child, (job, folder, end) in list(running.items()):
                 if not child.is_alive() or time.monotonic() > end:
                     del running[child]
-                    child.kill()
-                    child.join()
+                    end_group(child)
                     result = folder / "result.json"
                     yield job, json.loads(result.read_text()) if result.exists() else None
                     shutil.rmtree(folder, ignore_errors=True)
     finally:
         for child in running:
-            child.kill()
+            end_group(child)
+
+
+def end_group(child):
+    """Kill a child, and what its tests have started and left running."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.kill()
+    child.join()
 
 
 def write(path, contents):
@@ -326,8 +354,8 @@ def write(path, contents):
 
 @dataclass
 class Args:
-    files: tyro.conf.Positional[tuple[str, ...]] = tuple(f"{name}.py" for name in FILES)
-    """files to edit"""
+    files: tyro.conf.Positional[tuple[str, ...]] = FILES
+    """files to edit, by their paths in the project; default: all but tests and this one"""
     list: bool = False
     """print the edits without running anything"""
     most: int = 0
@@ -343,9 +371,8 @@ class Args:
     """an edit counts as caught if its tests take this many seconds more than twice the recorded time"""
     tests: tuple[str, ...] = ("tests/test_*.py",)
     """test files; patterns work"""
-    ignore: tuple[str, ...] = tuple(f"tests/test_{name}.py" for name in (
-        "processes", "resume", "readme", "models", "memory", "gsm8k"))
-    """test files to leave out: they start processes, which cannot be traced, or are slow"""
+    ignore: tuple[str, ...] = ("tests/test_processes.py",)
+    """test files to leave out: it starts processes, which cannot be traced"""
     deselect: tuple[str, ...] = ("test_scripts_share_their_skeleton_line_by_line",
                                  "test_every_flag_is_read_and_explained", "test_the_six_steps_stand_in_the_same_order")
     """tests to leave out: they compare the scripts' text, but a mistake should be caught by what it does"""
@@ -364,8 +391,8 @@ def record(args, original):
     path = Path(args.output).with_name(Path(args.output).stem + "-lines.json")
     known = json.loads(path.read_text()) if path.exists() else {}
     files = {str(file.relative_to(original)): file for pattern in args.tests for file in sorted(original.glob(pattern))}
-    sources = [file.read_text() for file in sorted(original.rglob("*.py")) if not file.name.startswith("test_")
-               and file.parent.name != "lab"]
+    sources = [file.read_text() for file in sorted(original.rglob("*.py"))
+               if not file.name.startswith("test_") and file.name != Path(__file__).name]
     keys = {name: digest(*sources, *args.deselect, file.read_text()) for name, file in files.items()
             if name not in args.ignore}
     flags = ["-k", f"not ({' or '.join(args.deselect)})"] if args.deselect else []
@@ -385,13 +412,16 @@ def record(args, original):
 
 
 def tests_for(edit, recorded, most_seconds):
-    """The fastest tests that run an edit's lines, how many there are in total, and how long the chosen ones take."""
-    name, seen = edit["file"], lambda lines: not edit["lines"].isdisjoint(lines)
-    every = [(values["seconds"], test, values["lines"].get(name, [])) for file in recorded.values()
-             for test, values in file["tests"].items()]
-    tests = sorted((seconds, test) for seconds, test, lines in every if seen(lines))
-    if not tests and any(seen(file["imported"].get(name, [])) for file in recorded.values()):
-        tests = sorted((seconds, test) for seconds, test, lines in every if lines)  # any test that uses the file
+    """The fastest tests that run an edit's lines, how many there are in total, and how long the chosen ones take.
+
+    If none is seen to run them (they run when the file is imported, in another process, or never): tests that use the
+    file, then others that stand beside its import.
+    """
+    every = [(values["seconds"], test, values["lines"].get(edit["file"], [])) for file in recorded.values()
+             if edit["file"] in file["imported"] for test, values in file["tests"].items()]
+    seen = [(False, seconds, test) for seconds, test, lines in every if not edit["lines"].isdisjoint(lines)]
+    tests = sorted(seen or [(not lines, seconds, test) for seconds, test, lines in every])
+    tests = [(seconds, test) for _, seconds, test in tests]
     totals = list(itertools.accumulate(seconds for seconds, _ in tests))
     count = max(min(1, len(tests)), sum(total <= most_seconds for total in totals))
     # Among tests of similar duration, keep those of one file together, so that their fixtures are made once.
@@ -407,7 +437,7 @@ def sweep(args, original):
         order = sorted(digest(str(args.seed), edit["key"]) for edit in found)  # barely depends on other edits
         drawn = [edit for edit in found if digest(str(args.seed), edit["key"]) in order[: args.most or None]]
         edits += drawn
-        print(f"{name:<18} {len(found):>4} edits" + f", {len(drawn)} of them drawn" * (len(drawn) < len(found)))
+        print(f"{name:<24} {len(found):>4} edits" + f", {len(drawn)} of them drawn" * (len(drawn) < len(found)))
     show = lambda edit, note: print(f"\n{edit['file']}:{edit['line']}  {edit['description']}{note}\n    {edit['new']}")
     if args.list:
         for edit in edits:
@@ -436,10 +466,10 @@ def sweep(args, original):
         write(output, list(results.values()))
 
     chosen = [results[edit["key"]] for edit in edits]
-    print(f"\n{'file':<18} edits caught  share")
-    for name in args.files:
-        caught = [result["verdict"] == "caught" for result in chosen if result["file"] == name]
-        print(f"{name:<18} {len(caught):>5} {sum(caught):>6} {sum(caught) / max(1, len(caught)):>6.0%}")
+    print(f"\n{'file':<24} edits caught  share")
+    for name in (*args.files, "all"):
+        caught = [result["verdict"] == "caught" for result in chosen if name in (result["file"], "all")]
+        print(f"{name:<24} {len(caught):>5} {sum(caught):>6} {sum(caught) / max(1, len(caught)):>6.0%}")
     for result in chosen:
         if result["verdict"] == "survived":
             show(result, f" ({result['ran']})")

@@ -13,6 +13,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -27,6 +28,7 @@ from plumbing import load_reward
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+UNSAVED = {"architectures", "dtype", "_name_or_path"}  # parts of a model's config that are set when it is saved
 
 
 def data_args(dataset, **more):
@@ -98,6 +100,17 @@ def save_policy(folder, tokenizer, **kwargs):
     make_policy(len(tokenizer), tokenizer.eos_token_id, **kwargs).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def new_config(task):
+    """The shape of a task's untrained model."""
+    config = task.new_model()[0].config.to_dict()
+    return {name: value for name, value in config.items() if name not in UNSAVED}
+
+
+def saved_config(folder):
+    config = AutoConfig.from_pretrained(folder).to_dict()
+    return {name: value for name, value in config.items() if name not in UNSAVED}
 
 
 def save_classifier(folder, policy_folder, tokenizer, labels=1):
