@@ -133,6 +133,24 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
         for update in range(-warmup, count):
             yield dataset[[i % len(dataset) for i in (rows(update) if rows else range(size))]]
 
+    with ExitStack() as stack:
+        replaced = {"Run": functools.partial(BlackBox, seen, warmup, stack),
+                    "rollout": chosen_rollout(command, given, seen, warmup),
+                    "token_logprobs": noted(getattr(module, "token_logprobs", None), seen),
+                    "evaluate": lambda *_: None, **(replace or {})}
+        for name in replaced.keys() & vars(module).keys():
+            stack.enter_context(patch.object(module, name, replaced[name]))
+        stack.enter_context(patch("plumbing.run.batches", batches))
+        stack.enter_context(patch("plumbing.run.catch_signals", lambda: []))
+        stack.enter_context(patch("plumbing.models.pick_threads", lambda _: None))
+        module.main(args)
+    require(len(seen) == warmup + count,
+            f"{command}: stops after {len(seen)} of --num-updates {warmup + count}")
+    return seen[warmup:]
+
+
+def chosen_rollout(command, given, seen, warmup):
+    """What `main` finds as `rollout`: it returns the given responses, and notes them."""
     def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None,
                 greedy=False):
         update, batch = seen[-1], given(len(seen) - 1 - warmup, prompt_ids, k, greedy)
@@ -144,8 +162,13 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
         columns = (getattr(batch, item.name) for item in fields(Batch))
         return Numbered(*columns, torch.arange(len(batch)))
 
-    def token_logprobs(model, batch, temperature):
-        logprobs, weights = module_token_logprobs(model, batch, temperature), seen[-1].weights
+    return rollout
+
+
+def noted(token_logprobs, seen):
+    """What `main` finds as `token_logprobs`: it notes what flows back through the log-probs."""
+    def run(model, batch, temperature):
+        logprobs, weights = token_logprobs(model, batch, temperature), seen[-1].weights
 
         def note(gradient):
             weights.index_add_(0, batch.numbers, -len(weights) * gradient)
@@ -154,16 +177,4 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
             logprobs.register_hook(note)
         return logprobs
 
-    module_token_logprobs = getattr(module, "token_logprobs", None)
-    with ExitStack() as stack:
-        replaced = {"Run": functools.partial(BlackBox, seen, warmup, stack), "rollout": rollout,
-                    "token_logprobs": token_logprobs, "evaluate": lambda *_: None} | (replace or {})
-        for name in replaced.keys() & vars(module).keys():
-            stack.enter_context(patch.object(module, name, replaced[name]))
-        stack.enter_context(patch("plumbing.run.batches", batches))
-        stack.enter_context(patch("plumbing.run.catch_signals", lambda: []))
-        stack.enter_context(patch("plumbing.models.pick_threads", lambda _: None))
-        module.main(args)
-    require(len(seen) == warmup + count,
-            f"{command}: stops after {len(seen)} of --num-updates {warmup + count}")
-    return seen[warmup:]
+    return run
