@@ -272,7 +272,7 @@ def show_script(command, module, update, names, rows, tokenizer):
                  if getattr(item, "__module__", None) == module.__name__]
     estimator = getattr(module, "compute_advantages", functions[0]).__doc__ or ""
     estimator = " ".join(estimator.split()).partition(" Args:")[0]
-    title = (module.__doc__ or "").partition("\n")[0].partition(" (")[0]
+    title = (module.__doc__ or "").partition("\n")[0].partition(" (")[0].rstrip(".")
     scale = update.weights[rows].abs().max().item()
     responses = "\n".join(show_response(row, update, names, tokenizer, scale or 1.0)
                           for row in rows)
