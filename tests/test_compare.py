@@ -12,7 +12,8 @@ SETTINGS = {"script": "rloo", "reward": ["tasks/mini_tldr-reward"]}
 
 
 def write_run(folder, settings=SETTINGS, after=None, tokens=()):
-    """A finished run's folder: evaluations at updates 0, 10 ... 60 with a gold reward of 0, 1, 4 ... 36."""
+    """A finished run's folder: evaluations at updates 0, 10 ... 60 with a gold reward of 0, 1, 4
+    ... 36."""
     with SummaryWriter(folder) as writer:
         for i in range(7):
             writer.add_scalar("eval/gold", i**2, 10 * i)
@@ -49,7 +50,8 @@ def test_models_are_policy_reference_rewards_and_critic(script, reward, number):
 
 
 def test_the_table_by_hand(tmp_path, capsys):
-    """Mean ± the standard deviation of 1 and 2, which is 0.5; no decimals from 100 on; a dash where nothing is known."""
+    """Mean ± the standard deviation of 1 and 2, which is 0.5; no decimals from 100 on; a dash where
+    nothing is known."""
     rows = {"rloo": [{"score": 1.0, "samples": 100, "gold": None}, {"score": 2.0, "samples": 100, "gold": None}],
             "dpo": [{"score": -150.0, "samples": 99.0, "gold": 3.0}, {"score": -150.0, "samples": 99.0, "gold": None}]}
     compare.table(tmp_path / "table.md", rows)
@@ -106,7 +108,8 @@ def test_every_algorithm_runs_with_every_seed_and_is_drawn(processes, tmp_path, 
     monkeypatch.setattr(compare, "measure", lambda folder, memory: {"seed": int(folder.name[-1]), "peak MB": memory})
     monkeypatch.setattr(compare.plot, "main", drawn.append)
     names = "reinforce, no baseline", "dpo"
-    compare.main(compare.Args(("mini_tldr", "mini_math"), names, seeds=2, output=str(tmp_path / "new" / "runs")))
+    compare.main(compare.Args(("mini_tldr", "mini_math"), names, seeds=2,
+                              output=str(tmp_path / "new" / "runs")))
     base = tmp_path / "new" / "runs"
     found = {command[-1]: command[:-4] for command in processes.commands}
     assert found == {

@@ -1,4 +1,5 @@
-"""lab/credit.py: the numbers on its page are those of the scripts' own functions, and the page is sound HTML."""
+"""lab/credit.py: the numbers on its page are those of the scripts' own functions, and the page is
+sound HTML."""
 
 import json
 import re
@@ -31,7 +32,8 @@ SCRIPTS = (*(f"{name}.py" for name in credit.SCRIPTS), "grpo.py --beta 0", "rein
 
 
 class Page(HTMLParser):
-    """The tokens on a page: sections[script] is a list of responses, each with its text, multipliers and numbers."""
+    """The tokens on a page: sections[script] is a list of responses, each with its text,
+    multipliers and numbers."""
 
     def __init__(self, text):
         super().__init__()
@@ -45,7 +47,8 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         if tag == "li":
-            self.responses.append(SimpleNamespace(words=[], multipliers=[], classes=[], sizes=[], numbers={}))
+            self.responses.append(SimpleNamespace(words=[], multipliers=[], classes=[], sizes=[],
+                                                  numbers={}))
         if tag == "data":
             attrs, last = dict(attrs), self.responses[-1]
             last.multipliers.append(float(attrs["value"]))
@@ -91,9 +94,11 @@ def shown(run, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(credit, "assign_credit", assign_credit)
-        credit.main(credit.Args(SCRIPTS, policy=str(run), k=K, prompts_per_step=PROMPTS, prompt=1, output=str(output)))
-    return SimpleNamespace(text=output.read_text(encoding="utf-8"), page=Page(output.read_text(encoding="utf-8")),
-                           scripts=seen, rows=range(K, 2 * K), run=run)
+        credit.main(credit.Args(SCRIPTS, policy=str(run), k=K, prompts_per_step=PROMPTS, prompt=1,
+                                output=str(output)))
+    return SimpleNamespace(text=output.read_text(encoding="utf-8"),
+                           page=Page(output.read_text(encoding="utf-8")), scripts=seen,
+                           rows=range(K, 2 * K), run=run)
 
 
 def rewards_of(script):
@@ -101,7 +106,8 @@ def rewards_of(script):
 
 
 def expected(name, script):
-    """(N,) or (N, T): what multiplies the gradients, from the functions of the script and of common.py."""
+    """(N,) or (N, T): what multiplies the gradients, from the functions of the script and of
+    common.py."""
     batch, beta = script.batch, script.args.beta
     mask = batch.response_mask
     if name == "rloo.py":
@@ -147,7 +153,8 @@ def test_what_a_reader_should_see(shown):
         assert all(row[own].amax() - row[own].amin() < 1e-6 for row, own in zip(weights[name], mask)), name
     for name in ("remax.py", "reinforce_pp.py", "vanilla_pg.py", "ppo.py", "grpo.py"):
         assert any(row[own].amax() - row[own].amin() > 1e-2 for row, own in zip(weights[name], mask)), name
-    torch.testing.assert_close(weights["rloo.py"][:, 0].view(-1, K).sum(1), torch.zeros(PROMPTS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights["rloo.py"][:, 0].view(-1, K).sum(1), torch.zeros(PROMPTS),
+                               atol=1e-5, rtol=0)
     assert ((weights["raft.py"][:, 0].view(-1, K) > 0).sum(1) == 1).all()
 
 
@@ -169,11 +176,14 @@ def test_the_page_shows_these_numbers(shown):
             own = script.batch.response_mask[row]
             ids = script.batch.responses[row][own]
             assert response.words == [script.tokenizer.decode([token]) for token in ids.tolist()]
-            assert response.multipliers == pytest.approx(script.weights[row][own].tolist(), abs=5.1e-4)
+            assert response.multipliers == pytest.approx(script.weights[row][own].tolist(),
+                                                         abs=5.1e-4)
             assert response.sizes == pytest.approx((script.weights[row][own].abs() / largest).tolist(), abs=5.1e-3)
             assert response.classes == ["up" if weight > 0 else "down" for weight in script.weights[row][own]]
-            assert float(response.numbers["score"]) == pytest.approx(script.scores[row].item(), abs=5.1e-4)
-            assert float(response.numbers["KL"]) == pytest.approx(script.kl[row].sum().item(), abs=5.1e-4)
+            assert float(response.numbers["score"]) == pytest.approx(script.scores[row].item(),
+                                                                     abs=5.1e-4)
+            assert float(response.numbers["KL"]) == pytest.approx(script.kl[row].sum().item(),
+                                                                  abs=5.1e-4)
         assert max(size for response in responses for size in response.sizes) == 1
 
 
@@ -187,17 +197,21 @@ def test_baselines_values_and_advantages(shown):
     for name in ("rloo.py", "reinforce.py"):
         for numbers in (response.numbers for response in shown.page.sections[name]):
             reward = float(numbers["score"]) - 0.05 * float(numbers["KL"])
-            assert float(numbers["advantage"]) == pytest.approx(reward - float(numbers["baseline"]), abs=2e-3)
+            assert float(numbers["advantage"]) == pytest.approx(reward - float(numbers["baseline"]),
+                                                                abs=2e-3)
     script = shown.scripts["lab/rloo_token.py"]
     mask = script.batch.response_mask
     returns = common.token_rewards(script.scores, script.kl, 0.05, mask).flip(1).cumsum(1).flip(1)
-    torch.testing.assert_close(script.baseline[mask], (returns - script.advantages)[mask], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(script.baseline[mask], (returns - script.advantages)[mask],
+                               atol=1e-5, rtol=1e-4)
     script = shown.scripts["reinforce.py"]
     assert (script.baseline == script.history[0]).all() and script.history[0] != rewards_of(script).mean().item()
     script = shown.scripts["vanilla_pg.py"]
-    critic = plumbing.load_classifier(str(shown.run / "checkpoints/000002/critic"), torch.device("cpu"))
+    critic = plumbing.load_classifier(str(shown.run / "checkpoints/000002/critic"),
+                                      torch.device("cpu"))
     with torch.no_grad():
-        torch.testing.assert_close(script.old_values, common.token_values(critic, script.batch), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(script.old_values, common.token_values(critic, script.batch),
+                                   atol=1e-5, rtol=1e-4)
 
 
 def test_a_runs_flags_are_for_its_own_script(shown):
@@ -233,12 +247,14 @@ def test_edited_copies(shown, tmp_path):
         assert edit[0] in source
         copies[name].write_text(source.replace(*edit))
     scripts = tuple(map(str, copies.values()))
-    credit.main(credit.Args(scripts, str(shown.run), k=K, prompts_per_step=PROMPTS, prompt=1, output=str(output)))
+    credit.main(credit.Args(scripts, str(shown.run), k=K, prompts_per_step=PROMPTS, prompt=1,
+                            output=str(output)))
     sign, mean = Page(output.read_text()).sections.values()
     for wrong, centered, right in zip(sign, mean, shown.page.sections["rloo.py"]):
         assert wrong.words == centered.words == right.words and any(right.multipliers)
         assert wrong.multipliers == [-multiplier for multiplier in right.multipliers]
-        assert centered.multipliers == pytest.approx([m * (K - 1) / K for m in right.multipliers], abs=1e-3)
+        assert centered.multipliers == pytest.approx([m * (K - 1) / K for m in right.multipliers],
+                                                     abs=1e-3)
         assert centered.numbers["baseline"] == mean[0].numbers["baseline"] != right.numbers["baseline"]
 
 
@@ -266,9 +282,11 @@ def test_bad_input_gets_one_line(run, tmp_path, capsys, flags, message):
 
 def test_a_script_without_its_variables_gets_one_line(run, tmp_path, capsys):
     text, path = (ROOT / "rloo.py").read_text(), tmp_path / "my.py"
-    path.write_text(text.replace("        run.checkpoint()", "        run.checkpoint()\n        del kl"))
+    path.write_text(text.replace("        run.checkpoint()",
+                                 "        run.checkpoint()\n        del kl"))
     with pytest.raises(SystemExit):
-        credit.main(credit.Args((str(path),), str(run), prompts_per_step=PROMPTS, output=str(tmp_path / "page.html")))
+        credit.main(credit.Args((str(path),), str(run), prompts_per_step=PROMPTS,
+                                output=str(tmp_path / "page.html")))
     assert f"{path}: its main has no variable kl, so it cannot be shown" in capsys.readouterr().err
 
 

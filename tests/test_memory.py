@@ -1,4 +1,5 @@
-"""What a run needs: lab/memory.py against what is really kept, frozen models, casts, micro-batches and threads."""
+"""What a run needs: lab/memory.py against what is really kept, frozen models, casts, micro-batches
+and threads."""
 
 import importlib
 from pathlib import Path
@@ -20,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 lab = load_module(str(ROOT / "lab" / "memory.py"))
 
 CPU = torch.device("cpu")
-SHAPE = dict(vocab_size=1000, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
+SHAPE = dict(vocab_size=1000, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+             intermediate_size=512)
 CONFIGS = {"llama": LlamaConfig(**SHAPE, num_key_value_heads=2), "neox": GPTNeoXConfig(**SHAPE)}
 
 
@@ -29,7 +31,8 @@ def batch(n, prompt_length, response_length):
     prompts = torch.randint(0, 1000, (n, prompt_length))
     responses = torch.randint(0, 1000, (n, response_length))
     mask = torch.ones_like(responses).bool()
-    return Batch(prompts, torch.ones_like(prompts).bool(), responses, mask, mask[:, 0], mask.float())
+    return Batch(prompts, torch.ones_like(prompts).bool(), responses, mask, mask[:, 0],
+                 mask.float())
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -41,7 +44,8 @@ def test_weights_gradients_and_adam_are_exact(family):
     tensors = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
     tensors += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     found = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    parts = lab.memory(CONFIGS[family], critics=1, frozen=1, samples=1, prompt_length=1, response_length=1)
+    parts = lab.memory(CONFIGS[family], critics=1, frozen=1, samples=1, prompt_length=1,
+                       response_length=1)
     assert parts["trained"] == 2 * found
     assert parts["frozen"] == found // 4
     assert lab.memory(CONFIGS[family], 1, 1, 1, 1, 1, processes=4)["trained"] == found // 2
@@ -54,7 +58,7 @@ def test_frozen_weights_in_bfloat16_are_exact_but_for_norms(family):
     estimate = lab.memory(CONFIGS[family], 1, 1, 1, 1, 1, bfloat16=True)["frozen"]
     assert estimate <= found < 1.005 * estimate
     assert lab.memory(CONFIGS[family], 1, 1, 1, 1, 1, bfloat16=True, processes=2)["frozen"] == 2 * sum(
-        parameter.numel() for parameter in model.parameters())  # fmt: skip
+        parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.slow
@@ -62,10 +66,12 @@ def test_frozen_weights_in_bfloat16_are_exact_but_for_norms(family):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_activations_are_estimated_within_a_quarter(family, checkpointing, dtype, tmp_path):
-    """Measured: the bytes of all tensors that autograd saves in one micro-batch, each storage once, without weights."""
+    """Measured: the bytes of all tensors that autograd saves in one micro-batch, each storage once,
+    without weights."""
     AutoModelForCausalLM.from_config(CONFIGS[family]).save_pretrained(tmp_path)
     neox()[0].save_pretrained(tmp_path)  # any tokenizer
-    model = load_model(str(tmp_path), torch.device("cpu"), dtype, gradient_checkpointing=checkpointing)
+    model = load_model(str(tmp_path), torch.device("cpu"), dtype,
+                       gradient_checkpointing=checkpointing)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 
@@ -98,7 +104,8 @@ def test_rollout_cache_is_what_the_model_makes():
 
 
 def test_estimates_by_hand():
-    """For 10 tokens, half of them of responses. The llama: 1,240,192 parameters, 128,000 of them in each embedding."""
+    """For 10 tokens, half of them of responses. The llama: 1,240,192 parameters, 128,000 of them in
+    each embedding."""
     def update(family, **more):
         return lab.memory(CONFIGS[family], 0, 0, 1, 1, 1, microbatch_tokens=10, **more)["update"]
 
@@ -113,7 +120,8 @@ def test_estimates_by_hand():
     assert update("llama", bfloat16=True) == 10 * (4 * layer + logits) + 2 * 1_240_192 == 2_878_064
     assert update("llama", bfloat16=True, gradient_checkpointing=True) == (
         10 * (4 * 4 * 128 + layer + logits) + 2 * (128_000 + 1_112_192 // 4)) == 984_496
-    assert update("neox", bfloat16=True, gradient_checkpointing=True) < update("neox", bfloat16=True)
+    assert update("neox", bfloat16=True, gradient_checkpointing=True) < update("neox",
+                                                                               bfloat16=True)
 
     tied = LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True)
     frozen = lambda config: lab.memory(config, 0, 3, 1, 1, 1, bfloat16=True)["frozen"]
@@ -132,8 +140,9 @@ def test_the_command_passes_its_flags_on_and_prints_the_peak(monkeypatch, capsys
     parts, calls = {"trained": 4e9, "frozen": 2e9, "update": 1e9, "rollout": 3e9}, []
     monkeypatch.setattr(lab, "memory", lambda config, *given: calls.append((config.hidden_size, *given)) or parts)
     lab.main(lab.Args())
-    lab.main(lab.Args(algorithm="ppo", reward_function=True, samples=1, prompt_length=2, response_length=3,
-                      microbatch_tokens=4, gradient_checkpointing=True, bfloat16=True, processes=5))
+    lab.main(lab.Args(algorithm="ppo", reward_function=True, samples=1, prompt_length=2,
+                      response_length=3, microbatch_tokens=4, gradient_checkpointing=True,
+                      bfloat16=True, processes=5))
     assert calls == [(64, 0, 2, 64, 512, 128, 8192, False, False, 1), (64, 1, 1, 1, 2, 3, 4, True, True, 5)]
     printed = capsys.readouterr().out.splitlines()
     assert [line.split() for line in printed[:5]] == [
@@ -200,7 +209,8 @@ def test_microbatches_fit_the_model_on_a_cpu(tmp_path):
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Pretends that there are 4 threads, and that a model's speed is that of a table: number of threads -> seconds."""
+    """Pretends that there are 4 threads, and that a model's speed is that of a table: number of
+    threads -> seconds."""
     state = {"now": 4, "speed": {}}
 
     class Timer:
@@ -222,7 +232,7 @@ def threads(monkeypatch):
     ({1: 0.8, 2: 0.9, 4: 1.0}, 4),  # not clearly faster
     ({1: 0.5, 2: 0.6, 4: 9.0}, 1),
     ({1: 1.0, 2: 0.5, 4: 9.0}, 2),
-])  # fmt: skip
+])
 def test_threads_are_fewer_where_the_model_is_clearly_faster_with_fewer(speed, expected, world, threads, capsys):
     threads["speed"] = speed
     model = load_model(world.policy, CPU)

@@ -1,4 +1,5 @@
-"""lab/papers.py: its statistics by hand, its sweep with fake runs, its commands, and its page against the numbers."""
+"""lab/papers.py: its statistics by hand, its sweep with fake runs, its commands, and its page
+against the numbers."""
 
 import importlib
 import json
@@ -22,29 +23,34 @@ RUN = {"updates": [0, 20, 40], "score": [0.0, 1.0, 3.0], "gold": [4.0, 6.0, 5.0]
 
 def arms(**values):
     """Arms whose runs have nothing but a "height": label -> list of one number per seed."""
-    return {label: {"runs": {str(seed): {"height": number} for seed, number in enumerate(numbers, 1)}}
+    return {label: {"runs": {str(seed): {"height": number} for seed, number in enumerate(numbers,
+                                                                                         1)}}
             for label, numbers in values.items()}
 
 
 def test_intervals_by_hand():
-    """1 ... 5: std sqrt(2.5), divided by sqrt(5) 0.70711, times 2.77645. 0 and 2: std sqrt(2), half-width 12.7062."""
+    """1 ... 5: std sqrt(2.5), divided by sqrt(5) 0.70711, times 2.77645. 0 and 2: std sqrt(2),
+    half-width 12.7062."""
     assert papers.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3, 3 - 1.96325, 3 + 1.96325), abs=1e-4)
     assert papers.interval([0.0, 2.0]) == pytest.approx((1, -11.7062, 13.7062))
 
 
 @pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 9, 10, 19, 30])
 def test_tails_are_what_the_density_leaves(df):
-    """The density of Student's t, integrated from 0; beyond the quantile there is a fortieth on each side."""
+    """The density of Student's t, integrated from 0; beyond the quantile there is a fortieth on
+    each side."""
     scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
     for t in (0.0, 0.3, 1.0, 4.0, papers.quantile(df)):
         x = torch.linspace(0, t, 20_001, dtype=torch.float64)
         inside = torch.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x).item()
-        assert papers.tails(t, df) == papers.tails(-t, df) == pytest.approx(1 - 2 * inside, abs=1e-7)
+        assert papers.tails(t, df) == papers.tails(-t, df) == pytest.approx(1 - 2 * inside,
+                                                                            abs=1e-7)
     assert papers.tails(papers.quantile(df), df) == pytest.approx(0.05, abs=1e-12)
 
 
 def test_p_values_by_hand():
-    """0 and 2: t is 1 with one degree of freedom, a half. Not a number, or no difference at all: nothing is decided."""
+    """0 and 2: t is 1 with one degree of freedom, a half. Not a number, or no difference at all:
+    nothing is decided."""
     assert papers.p_value([0.0, 2.0]) == pytest.approx(0.5)
     assert papers.p_value([1.0, math.nan]) == papers.p_value([0.0, 0.0]) == 1 and papers.p_value([2.0, 2.0]) == 0
     values = [0.1, 0.5, 0.2, 0.9]
@@ -54,7 +60,8 @@ def test_p_values_by_hand():
 
 
 def test_discoveries_by_hand():
-    """Of five at 5%: the third is below 3/5 of it, and takes the second with it, which is not below 2/5."""
+    """Of five at 5%: the third is below 3/5 of it, and takes the second with it, which is not below
+    2/5."""
     assert papers.discoveries([0.9, 0.029, 0.001, 0.025, 0.041]) == [False, True, True, True, False]
     assert papers.discoveries([0.06, 0.9]) == [False, False] and papers.discoveries([0.04]) == [True]
     assert papers.discoveries([0.02, 0.9]) == [True, False] and papers.discoveries([0.03, 0.9]) == [False, False]
@@ -69,9 +76,11 @@ def test_verdicts(low, high, said):
 
 def test_differences_are_taken_seed_by_seed():
     """The seeds differ by far more than the arms do, and yet the claim holds."""
-    found = papers.judge(Claim("", "height", ("a",), ("b",)), arms(a=[1.0, 11.0, 21.0], b=[0.5, 10.0, 20.5]))
+    found = papers.judge(Claim("", "height", ("a",), ("b",)), arms(a=[1.0, 11.0, 21.0],
+                                                                   b=[0.5, 10.0, 20.5]))
     assert found[0] == pytest.approx(2 / 3) and found[3] == "cannot tell"  # 0.5, 1, 0.5: half-width 0.717
-    found = papers.judge(Claim("", "height", ("a",), ("b",)), arms(a=[1.0, 11.0, 21.0], b=[0.5, 10.4, 20.5]))
+    found = papers.judge(Claim("", "height", ("a",), ("b",)), arms(a=[1.0, 11.0, 21.0],
+                                                                   b=[0.5, 10.4, 20.5]))
     assert found[:4] == (
         pytest.approx(1.6 / 3), pytest.approx(0.3899, abs=1e-4), pytest.approx(0.6768, abs=1e-4), "holds")
     assert found[4] == papers.p_value([0.5, 0.6, 0.5])
@@ -108,7 +117,7 @@ def test_the_rate_with_the_highest_score_is_chosen():
     assert papers.chosen_rates(runs) == {name: RATES[j % 3] for j, name in enumerate(TUNED)}
 
 
-# --------------------------------------------------------------------------------------------------------------- sweeps
+# ------------------------------------------------------------------------------------------- sweeps
 
 class FakeRuns:
     """Runs that only note their command, and fail after `most` of them."""
@@ -126,7 +135,8 @@ class FakeRuns:
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """Two experiments of two arms that share one, with fake runs."""
-    pair = lambda a, b: Experiment("", "", {a: f"rloo.py --k {a}", b: f"rloo.py --k {b}"}, [], [], seeds=2)
+    pair = lambda a, b: Experiment("", "", {a: f"rloo.py --k {a}", b: f"rloo.py --k {b}"}, [], [],
+                                   seeds=2)
     runs = FakeRuns()
     monkeypatch.setattr(papers, "EXPERIMENTS", {"first": pair("2", "3"), "second": pair("3", "4")})
     monkeypatch.setattr(papers, "RESULTS", tmp_path / "results")
@@ -137,7 +147,8 @@ def fake(tmp_path, monkeypatch):
 
 
 def test_runs_that_experiments_share_are_made_once(fake, tmp_path):
-    papers.sweep(["first", "second"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "runs")))
+    papers.sweep(["first", "second"], {"rloo.py": "0.1"},
+                 papers.Args(output=str(tmp_path / "runs")))
     assert len(fake.done) == len(set(fake.done)) == 6
     runs = papers.read("second")["3"]["runs"]
     assert runs["2"]["command"] == f"rloo.py --k 3 --lr 0.1 {papers.EVERY_RUN} --seed 2"
@@ -157,19 +168,22 @@ def test_an_interrupted_sweep_goes_on(fake, tmp_path):
 
 
 def test_saved_numbers_are_not_computed_again(fake, tmp_path):
-    """Without the runs' folders: a reader has only docs/results. With another learning rate, they do not count."""
+    """Without the runs' folders: a reader has only docs/results. With another learning rate, they
+    do not count."""
     papers.sweep(["first"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "runs")))
     before = papers.read("first")
     papers.sweep(["first"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "elsewhere")))
     assert len(fake.done) == 4 and papers.read("first") == before
     papers.sweep(["first"], {"rloo.py": "0.2"}, papers.Args(output=str(tmp_path / "elsewhere")))
     assert len(fake.done) == 8
-    papers.sweep(["first"], {"rloo.py": "0.2"}, papers.Args(output=str(tmp_path / "third"), again=True))
+    papers.sweep(["first"], {"rloo.py": "0.2"}, papers.Args(output=str(tmp_path / "third"),
+                                                            again=True))
     assert len(fake.done) == 12
 
 
 def test_the_length_of_wrong_answers_is_that_of_the_wrong_ones(tmp_path):
-    """A run of mini math with four answers: before training the wrong ones have 2 and 5 tokens, after it only one."""
+    """A run of mini math with four answers: before training the wrong ones have 2 and 5 tokens,
+    after it only one."""
     (tmp_path / "args.json").write_text(json.dumps({"dataset": "tasks/mini_math.py:prompts"}))
     (tmp_path / "cost.json").write_text(json.dumps({"cpu_seconds": 7.129, "peak_mb": 3.0}))
     with SummaryWriter(tmp_path) as writer:
@@ -180,7 +194,8 @@ def test_the_length_of_wrong_answers_is_that_of_the_wrong_ones(tmp_path):
             writer.add_scalar("time/seconds", 1.5 * samples, step)
             writer.add_scalar("policy/clipfrac", 0.125 * step, step)
     values = lambda scores, lengths: ({"score": torch.tensor(scores), "length": torch.tensor(lengths)}, [])
-    state = {"before": values([1.0, 0, 0, 1], [9.0, 2, 5, 9]), "after": values([1.0, 1, 0, 1], [1.0, 1, 4, 1])}
+    state = {"before": values([1.0, 0, 0, 1], [9.0, 2, 5, 9]), "after": values([1.0, 1, 0, 1],
+                                                                               [1.0, 1, 4, 1])}
     (tmp_path / "checkpoints" / "000002").mkdir(parents=True)
     torch.save({"state": state}, tmp_path / "checkpoints" / "000002" / "state.pt")
     assert papers.read_numbers(tmp_path) == {
@@ -191,11 +206,13 @@ def test_the_length_of_wrong_answers_is_that_of_the_wrong_ones(tmp_path):
 
 @pytest.mark.slow
 def test_a_real_run_with_its_evaluation(context, world, tmp_path, monkeypatch):
-    """On the tiny world: the numbers are those of the log, the cost is counted, and a second call runs nothing."""
+    """On the tiny world: the numbers are those of the log, the cost is counted, and a second call
+    runs nothing."""
     def call(context, function, log, *values):  # the evaluation, with the tiny world's models
         if function is papers.evaluate.main:
-            values = [replace(values[0], reference=world.policy, reward=(world.reward,), judge="reward", gold="none",
-                              dataset=world.data, eval_prompts=4, max_new_tokens=6)]
+            values = [replace(values[0], reference=world.policy, reward=(world.reward,),
+                              judge="reward", gold="none", dataset=world.data, eval_prompts=4,
+                              max_new_tokens=6)]
         isolated(context, function, log, *values)
 
     isolated = papers.call
@@ -229,11 +246,13 @@ def figures(monkeypatch):
 
 
 def test_a_picture_by_hand(fake, figures):
-    """Scores of 1 and 3: mean 2, half-width 12.7062. The second arm's are the same, so its interval has no width."""
+    """Scores of 1 and 3: mean 2, half-width 12.7062. The second arm's are the same, so its interval
+    has no width."""
     more = RUN | {"score": [0.0, 3.0, 5.0], "kl": [0.0, 6.0, 14.0], "gold": [4.0, 8.0, 5.0], "seconds": 3 * math.e}
     papers.EXPERIMENTS["first"].panels = [("updates", "score"), ("√kl", "gold"), ("", "seconds")]
     papers.RESULTS.mkdir()
-    papers.draw("first", {"2": {"runs": {"1": RUN, "2": more}}, "3": {"runs": {"1": RUN, "2": RUN}}})
+    papers.draw("first",
+                {"2": {"runs": {"1": RUN, "2": more}}, "3": {"runs": {"1": RUN, "2": RUN}}})
     height, width, _ = matplotlib.image.imread(papers.RESULTS / "first.png").shape
     assert width > 2 * height > 200
     (figure,) = figures
@@ -257,7 +276,8 @@ def test_a_picture_by_hand(fake, figures):
 
 
 def test_the_numbers_of_a_run(tmp_path):
-    """In the order of updates; seconds are per update, and the share of clipped tokens is a mean."""
+    """In the order of updates; seconds are per update, and the share of clipped tokens is a
+    mean."""
     with SummaryWriter(tmp_path) as writer:
         for step, score in ((0, 0.123456), (20, 2.0), (10, 1.0)):
             writer.add_scalar("eval/score", score, step)
@@ -291,7 +311,8 @@ def test_rows_of_the_tables_by_hand(fake, monkeypatch):
     assert papers.arm_rows("first", arms) == [
         ["", "score", "clipfrac", "variance"], ["2", "2.00 ± 0.00", "0.25 ± 0.00", "–"],
         ["3", "0.0000 ± 0.0000", "0.0010 ± 0.0000", "–"]]
-    first.claims = [Claim("grows", "growth of score", ("2",)), Claim("more", "clipfrac", ("2",), ("3",), 0.2),
+    first.claims = [Claim("grows", "growth of score", ("2",)), Claim("more", "clipfrac", ("2",),
+                                                                     ("3",), 0.2),
                     Claim("little", "clipfrac", (), ("3",), -0.05)]
     monkeypatch.setattr(papers, "saved", lambda: {"first": arms})
     told = [(said, cells[0], cells[2]) for said, cells in papers.claim_rows()]
@@ -308,8 +329,10 @@ def test_the_list_says_what_was_run(fake, tmp_path, monkeypatch, capsys):
     papers.print_list()
     assert capsys.readouterr().out.count("not run yet") == 2
     monkeypatch.setattr(papers, "read_numbers", lambda folder: RUN | {"cpu_seconds": 90.0})
-    papers.EXPERIMENTS["second"].claims = [Claim("a", "score", ("3",)), Claim("b", "score", ("3",), ("4",))]
-    papers.sweep(["first", "second"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "runs")))
+    papers.EXPERIMENTS["second"].claims = [Claim("a", "score", ("3",)), Claim("b", "score", ("3",),
+                                                                              ("4",))]
+    papers.sweep(["first", "second"], {"rloo.py": "0.1"},
+                 papers.Args(output=str(tmp_path / "runs")))
     papers.print_list()
     lines = capsys.readouterr().out.splitlines()
     assert [line.strip() for line in lines[1::2]] == [
@@ -349,14 +372,15 @@ def test_bad_flags_get_one_line(flags, message, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-# ----------------------------------------------------------------------------------------------- the real experiments
+# ----------------------------------------------------------------------------- the real experiments
 
 def test_every_command_parses():
     found = {command for experiment in EXPERIMENTS.values()
              for command in papers.commands(experiment, dict.fromkeys(TUNED, RATES[0])).values()}
     for command in found:
         script, *flags = shlex.split(command)
-        tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=[*flags, "--output", "x"])
+        tyro.cli(importlib.import_module(script.removesuffix(".py")).Args,
+                 args=[*flags, "--output", "x"])
     folders = {papers.folder_of(command, 1, "x").name for command in found}
     assert len(folders) == len(found) > 60 and max(map(len, folders)) < 230
 
@@ -379,17 +403,20 @@ def test_the_page_agrees_with_the_saved_numbers(tmp_path, monkeypatch):
 
 
 def sentences():
-    """The sentences under the page's headings that draw conclusions, and the table of what each rests on."""
+    """The sentences under the page's headings that draw conclusions, and the table of what each
+    rests on."""
     text = papers.PAGE.read_text().partition("## What to make of it")[2].partition(papers.MARKER)[0]
     text, _, table = text.partition("<!--")
     blocks = re.sub(r"^#.*$", "", text, flags=re.MULTILINE).replace("\n- ", "\n\n").split("\n\n")
-    found = [sentence for block in blocks for sentence in re.split(r"(?<=[.)]) (?=[A-Z`*])", " ".join(block.split()))
-             if sentence]  # fmt: skip
+    found = [sentence for block in blocks for sentence in re.split(r"(?<=[.)]) (?=[A-Z`*])",
+                                                                   " ".join(block.split()))
+             if sentence]
     return found, [line.split(" | ") for line in table.splitlines() if " | " in line]
 
 
 def test_conclusions_say_no_more_than_the_verdicts_after_correction():
-    """Every sentence rests on claims whose verdicts stand in the page's source, or says that it rests on none."""
+    """Every sentence rests on claims whose verdicts stand in the page's source, or says that it
+    rests on none."""
     judged, (found, table) = papers.judge_all(), sentences()
     assert len(found) > 30
     for words, experiment, claim, *verdict in table:
@@ -407,7 +434,7 @@ def test_conclusions_say_no_more_than_the_verdicts_after_correction():
     ("PPO and RAFT cannot be told\napart", "PPO and RAFT are\nthe same"),  # what is open, as if it were decided
     ("(gold) | cannot tell\nWhat was", "(gold) | holds\nWhat was"),  # another verdict than that of the numbers
     ("*DPO is behind*", "*DPO is ahead*"), ("not\n  longer.\n", "not\n  longer. GRPO is best.\n"),  # nothing to rest on
-])  # fmt: skip
+])
 def test_a_sentence_that_says_more_is_noticed(edit, tmp_path, monkeypatch):
     page = papers.PAGE.read_text()
     assert page.count(edit[0]) == 1
@@ -421,7 +448,8 @@ def test_a_sentence_that_says_more_is_noticed(edit, tmp_path, monkeypatch):
 def test_saved_numbers_are_of_todays_commands(name):
     experiment, saved = EXPERIMENTS[name], papers.read(name)
     rates = {} if name == "lr" else papers.chosen_rates(papers.read("lr"))
-    assert {label: arm["command"] for label, arm in saved.items()} == papers.commands(experiment, rates)
+    assert {label: arm["command"] for label, arm in saved.items()} == papers.commands(experiment,
+                                                                                      rates)
     for arm in saved.values():
         assert sorted(map(int, arm["runs"])) == list(papers.seeds_of(experiment))
         assert all(("tax" in run) == experiment.tax for run in arm["runs"].values())

@@ -1,4 +1,5 @@
-"""README.md, docs/ and exercises/ against the code: commands, flags, links, metric names, the diff and the tables."""
+"""README.md, docs/ and exercises/ against the code: commands, flags, links, metric names, the diff
+and the tables."""
 
 import contextlib
 import importlib
@@ -42,11 +43,12 @@ def without_code(text):
     return re.sub(r"^    +\S.*$", "", text, flags=re.MULTILINE)
 
 
-# ------------------------------------------------------------------------------------------------ commands and flags
+# ------------------------------------------------------------------------------- commands and flags
 
 
 def commands():
-    """Every `python x.py ...` and `torchrun ... x.py ...` of pages and docstrings, in code blocks and backticks."""
+    """Every `python x.py ...` and `torchrun ... x.py ...` of pages and docstrings, in code blocks
+    and backticks."""
     sources = [path for folder in (".", "tasks", "lab", "exercises") for path in (ROOT / folder).glob("*.py")]
     docstrings = [path.read_text().split('"""')[1].replace("\\\\", "\\") for path in sources]
     for text in (*TEXT.values(), *docstrings):
@@ -106,7 +108,7 @@ def test_versions_are_those_of_the_requirements():
     assert pins and set(pins) <= set(requirements)
 
 
-# ------------------------------------------------------------------------------------------------ links
+# -------------------------------------------------------------------------------------------- links
 
 
 def slug(heading):
@@ -151,7 +153,7 @@ def test_every_page_and_script_is_linked_from_the_readme():
     assert links >= TEXT.keys() - {"README.md"} and len(TEXT) >= 6
 
 
-# ------------------------------------------------------------------------------------------------ what the pages say
+# ------------------------------------------------------------------------------- what the pages say
 
 
 def test_the_readme_can_be_read_in_one_go():
@@ -164,7 +166,8 @@ def changes(old, new):
 
 
 def test_the_diff_is_in_the_diff():
-    """Every run of lines with - or + that the README shows stands in the real diff, in this order, without a gap."""
+    """Every run of lines with - or + that the README shows stands in the real diff, in this order,
+    without a gap."""
     (shown,) = re.findall(r"^```diff\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     real = "\n".join(["", *changes(ROOT / "rloo.py", ROOT / "remax.py"), ""])
     blocks = re.findall(r"^-.*\n(?:-.*\n)*|^\+.*\n(?:\+.*\n)*", shown, re.MULTILINE)

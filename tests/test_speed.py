@@ -1,4 +1,5 @@
-"""lab/speed.py: its models end responses when they should, its counts are right, its clock runs through every phase."""
+"""lab/speed.py: its models end responses when they should, its counts are right, its clock runs
+through every phase."""
 
 import json
 import re
@@ -13,7 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-TINY = dict(vocab_size=10, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+TINY = dict(vocab_size=10, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=16)
 
 
 @pytest.fixture
@@ -37,13 +39,15 @@ def test_models_and_workloads_are_those_of_the_page():
     assert vars(speed.Args()).items() >= speed.WORKLOADS["s-full"].items()
     for size, parameters in (("S", 922_752), ("M", 33_694_208)):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(LlamaConfig(**speed.SIZES[size], tie_word_embeddings=False))
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**speed.SIZES[size],
+                                                                 tie_word_embeddings=False))
         assert sum(parameter.numel() for parameter in model.parameters()) == parameters
         assert f"{size} ({parameters / 1e6:.1f} million parameters)" in page
 
 
 def test_operations_are_those_counted_by_hand():
-    """Weights of the layers: 2 x (4 x 8 x 8 + 3 x 8 x 16) = 1280. Width of all layers: 2 x 8 = 16."""
+    """Weights of the layers: 2 x (4 x 8 x 8 + 3 x 8 x 16) = 1280. Width of all layers: 2 x 8 =
+    16."""
     model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
     logprobs = 4 * 2 * 1280 + (1 + 2 + 3 + 4) * 4 * 16 + 2 * 2 * 8 * 10  # 3 + 2 tokens, the last one not run; 2 logits
     scores = 5 * 2 * 1280 + (1 + 2 + 3 + 4 + 5) * 4 * 16 + 2 * 8
@@ -197,7 +201,8 @@ def test_trl_makes_one_step_per_rollout_with_the_same_settings(small, monkeypatc
                 self._metrics["train"]["completions/mean_length"].append(length)
                 self.callbacks[0].on_step_end()
 
-    monkeypatch.setitem(sys.modules, "trl", SimpleNamespace(RLOOConfig=SimpleNamespace, RLOOTrainer=Trainer))
+    monkeypatch.setitem(sys.modules, "trl", SimpleNamespace(RLOOConfig=SimpleNamespace,
+                                                            RLOOTrainer=Trainer))
     updates = speed.measure_trl(args, folder, 16, bf16=False)["updates"]
     assert [update["tokens"] for update in updates] == [12, 18]  # the first two are left out
     assert all(update["seconds"]["update"] >= 0 for update in updates)
@@ -230,7 +235,8 @@ def test_main_prints_both_tables_and_keeps_the_numbers(small, monkeypatch, capsy
     found = {"make": {"updates": [], "parameters": 1e6}, "ours": {"limit": 1e9, "peak": 1.0, "updates": [
         {"seconds": dict.fromkeys(speed.PHASES, 1.0), "tokens": 6, "operations": dict.fromkeys(speed.PHASES, 5e8)}]}}
     monkeypatch.setattr(speed, "measure", lambda workload: json.loads(json.dumps(found)))
-    speed.main(speed.replace(args, workload=("s-full", "tldr-m"), json=str(folder / "numbers.json")))
+    speed.main(speed.replace(args, workload=("s-full", "tldr-m"),
+                             json=str(folder / "numbers.json")))
     printed = capsys.readouterr().out
     assert "tldr-m: 1.0 million parameters, float32; 3 prompts of 300 to 400 tokens, k 2, 53 new tokens; " in printed
     assert printed.count("| update | 6.000 | 100% | 1 | 50% |") == 2
