@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from plumbing import (call_function, eos_ids, equal_share, fast, gather, isolated_rng,
-                      my_parts, prompt_tokens, rank_generator, sum_over_ranks, try_out)
+from plumbing import (call_function, eos_ids, equal_share, everywhere, fast, gather, isolated_rng,
+                      my_parts, own_rng, prompt_tokens, shares_ids, sum_over_ranks, try_out)
 
 # -------------------------------------------------------------------------------------------- batch
 
@@ -138,9 +138,10 @@ def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_on
     """
     mine = equal_share(prompt_ids)
     size = max(1, (at_once or k * len(mine)) // k)  # prompts
-    parts = [sample(policy, tokenizer, mine[start : start + size], k, temperature, max_new_tokens,
-                    greedy) for start in range(0, len(mine), size)]
-    batch = concatenate(gather(concatenate(parts, tokenizer.pad_token_id)), tokenizer.pad_token_id)
+    with own_rng():
+        parts = [sample(policy, tokenizer, mine[start : start + size], k, temperature,
+                        max_new_tokens, greedy) for start in range(0, len(mine), size)]
+    batch = concatenate(sum(gather(parts), []), tokenizer.pad_token_id)
     return batch[: k * len(prompt_ids)]
 
 
@@ -153,17 +154,16 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
     """
     pad_id, ends = tokenizer.pad_token_id, eos_ids(policy, tokenizer)
     prompts, prompt_mask = pad(repeat(prompt_ids, k), pad_id, "left", policy.device)  # (N, P)
-    generator = rank_generator(policy.device)
 
     def choose(logits, rows):
         """From the logits (n, V) of some rows, their next tokens and log-probs, (n,) each."""
         logprobs = log_softmax(logits, temperature)  # (n, V)
         # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample from the
         # softmax. All N rows draw, so that a row's noise does not depend on which have finished.
-        noise = logprobs.new_zeros(len(prompts), logprobs.shape[1])  # (N, V)
+        noise = logprobs.new_ones(len(prompts), logprobs.shape[1])  # (N, V)
         if not greedy:
-            noise = -noise.exponential_(generator=generator).log()
-        tokens = (logprobs + noise[rows]).argmax(1)  # (n,)
+            noise.exponential_()
+        tokens = (logprobs - noise[rows].log()).argmax(1)  # (n,)
         return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
     if fast.samples(policy):
@@ -182,7 +182,7 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
         mask = torch.cat([mask, ~ended.unsqueeze(1)], 1)
         logprobs.append(chosen.masked_fill(ended, 0.0))
         ended = ended | torch.isin(tokens, ends)
-        if all(gather(ended.all().item())):
+        if everywhere(ended.all()):
             break
     P = prompts.shape[1]
     return Batch(prompts, prompt_mask, ids[:, P:], mask[:, P:], ended, torch.stack(logprobs, 1))
@@ -303,9 +303,7 @@ def reward_scores(reward, tokenizer, batch, examples):
     scores, texts = torch.zeros_like(batch.old_logprobs[:, 0]), decode(tokenizer, batch)  # (N,)
     if reward.function:
         return sum_over_ranks(call_function(reward, examples, texts).to(scores))
-    # A policy's vocabulary may be padded beyond the tokenizer's, and extra ids can be sampled.
-    unknown = batch.responses.max() >= reward.model.get_input_embeddings().num_embeddings
-    if unknown or reward.tokenizer.get_vocab() != tokenizer.get_vocab():
+    if not shares_ids(reward, tokenizer, batch.responses):
         ids = prompt_tokens(reward.tokenizer, examples["prompt"], f"reward {reward.name}")
         batch = encode(reward.tokenizer, repeat(ids, len(batch) // len(ids)), texts, scores.device,
                        batch.ended.tolist())
@@ -324,14 +322,14 @@ def score(rewards, tokenizer, batch, examples, noise=True):
     Args: rewards (see load_rewards); tokenizer (the policy's); batch; examples (dict of columns,
     lists of B values); noise (False: without).
     """
-    parts = {name: reward_scores(reward, tokenizer, batch, examples)
-             for name, (_, reward) in rewards.parts.items()}  # of (N,) each
-    total = sum(weight * parts[name] for name, (weight, _) in rewards.parts.items())  # (N,)
-    found = {f"reward/{name}": part for name, part in parts.items()} if len(parts) > 1 else {}
-    if not rewards.noise or not noise:
-        return {"score": total} | found
-    draws = torch.randn(len(total)).to(total)  # (N,), from the random state that checkpoints hold
-    return {"score": total + rewards.noise * draws, "true_score": total} | found
+    parts = {f"reward/{name}": reward_scores(reward, tokenizer, batch, examples)
+             for name, reward in rewards.parts.items()}  # of (N,) each
+    total = sum(weight * part for weight, part in zip(rewards.weights, parts.values()))  # (N,)
+    found = {"score": total} | (parts if len(parts) > 1 else {})
+    if rewards.noise and noise:
+        draws = torch.randn(len(total)).to(total)  # (N,), from the state that checkpoints hold
+        found |= {"score": total + rewards.noise * draws, "true_score": total}
+    return found
 
 
 # --------------------------------------------------------------------------- evaluation and metrics
@@ -342,8 +340,7 @@ def dry_run(policy, tokenizer, datasets, rewards, args):
 
     Args: policy; tokenizer; datasets (list of what load_rows returns); rewards; args.
     """
-    longest = max(max(dataset["num_tokens"][:]) for dataset in datasets)
-    try_out(policy, longest + args.max_new_tokens, getattr(args, "lr", 0))
+    try_out(policy, datasets, args)
     examples = datasets[0][:2]
     texts = examples.get("completion", ["text"] * len(examples["prompt"]))
     batch = encode(tokenizer, examples["prompt_ids"], texts, policy.device)
@@ -364,29 +361,27 @@ def evaluate(policy, reference, tokenizer, rewards, dataset, args, k=1, greedy=F
     Args: policy and reference (causal LMs); tokenizer; rewards; dataset (see load_rows; its
     completions, if any, are what the win rate compares with); args (temperature, max_new_tokens,
     microbatch_tokens, eval_batch_size, seed); k; greedy; more (function (batch) -> dict name ->
-    (n,): further values).
+    (N,): further values).
     Returns: (values, completions): dict name -> (N,) floats on the CPU, and the N responses as
     text, prompt-major.
     """
-    values, completions = {}, []
+    examples = dataset[:]
     with isolated_rng(args.seed):
-        for examples in dataset.iter(max(1, args.eval_batch_size // k)):
-            batch = rollout(policy, tokenizer, examples["prompt_ids"], k, args.temperature,
-                            args.max_new_tokens, greedy=greedy)
-            found = all_scores(rewards, tokenizer, batch, examples)  # name -> (n,)
-            if "completion" in examples:
-                texts = encode(tokenizer, examples["prompt_ids"], examples["completion"],
-                               policy.device)
-                theirs = all_scores(rewards, tokenizer, texts, examples)[rewards.judge]
-                found["win_rate"] = wins(found[rewards.judge], theirs.repeat_interleave(k))
-            ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
-                                            args.microbatch_tokens)  # (n, T)
-            found["kl"] = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask).sum(1)
-            found |= {"length": batch.response_mask.sum(1), "eos_rate": batch.ended}
-            for name, value in (found | (more(batch) if more else {})).items():
-                values.setdefault(name, []).append(value.float().cpu())
-            completions += decode(tokenizer, batch)
-    return {name: torch.cat(parts) for name, parts in values.items()}, completions
+        batch = rollout(policy, tokenizer, examples["prompt_ids"], k, args.temperature,
+                        args.max_new_tokens, args.eval_batch_size, greedy)
+        values = all_scores(rewards, tokenizer, batch, examples)  # name -> (N,)
+        if "completion" in examples:
+            texts = encode(tokenizer, examples["prompt_ids"], examples["completion"],
+                           policy.device)  # B rows
+            theirs = all_scores(rewards, tokenizer, texts, examples)[rewards.judge]  # (B,)
+            values["win_rate"] = wins(values[rewards.judge], theirs.repeat_interleave(k))
+        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
+                                        args.microbatch_tokens)  # (N, T)
+        values["kl"] = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask).sum(1)
+        values |= {"length": batch.response_mask.sum(1), "eos_rate": batch.ended}
+        values |= more(batch) if more else {}
+    values = {name: value.float().cpu() for name, value in values.items()}
+    return values, decode(tokenizer, batch)
 
 
 def wins(ours, theirs):
@@ -412,6 +407,6 @@ def rollout_metrics(batch, parts, scores, kl, rewards, k):
         "objective/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
         "objective/entropy": -batch.old_logprobs.sum(1).mean(),
         "rollout/distinct": len(distinct) / len(batch),
-        "rollout/length": batch.response_mask.sum(1).float().mean(),
+        "rollout/length": batch.response_mask.sum() / len(batch),
         "rollout/eos_rate": batch.ended.float().mean(),
     }

@@ -189,8 +189,8 @@ def main(args):
     check_ranges(args)
     device = pick_device(args)
     output = Path(args.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}.json")
-    require(not output.exists(), f"--output {output}: already exists; choose another name, or delete "
-            "that file")
+    require(not output.exists(),
+            f"--output {output}: already exists; choose another name, or delete that file")
     require(args.judge in ("gold", "reward") or ".py:" in args.judge,
             f"--judge {args.judge}: choose gold, reward, or path/to/file.py:function")
     require(args.judge != "gold" or find_gold(args.gold, args.dataset),

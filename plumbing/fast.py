@@ -236,7 +236,7 @@ def select_rows(cache, rows):
 
 @torch.no_grad()
 def works(model):
-    """Whether a model that continues from copied keys and values says what it says of the whole row.
+    """Whether continuing from copied keys and values gives what a pass over the whole row gives.
 
     Tried on one row. False for models that keep no keys and values.
     """

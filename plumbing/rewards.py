@@ -27,7 +27,8 @@ class Reward:
 class Rewards:
     """What a run maximizes, and what it only logs."""
 
-    parts: dict  # name -> (weight, Reward): the score is their weighted sum
+    parts: dict  # name -> Reward: the score is their weighted sum
+    weights: list  # as many
     held_out: dict  # name -> Reward: only logged
     judge: str  # what decides the win rate: "score", or the name of a held-out reward
     noise: float = 0.0  # standard deviation of the noise on each score in training
@@ -60,10 +61,10 @@ def load_rewards(args, device, noise=0.0):
     names = [Path(name).name.rpartition(":")[2] for name in args.reward]
     names = names if len(set(names)) == len(names) else args.reward
     loaded, gold = {}, find_gold(args.gold, args.dataset)
-    parts = {name: (weight, load_reward(full, args, device, loaded))
-             for name, weight, full in zip(names, weights, args.reward)}
+    parts = {name: load_reward(full, args, device, loaded)
+             for name, full in zip(names, args.reward)}
     held_out = {"gold": load_reward(gold, args, device, loaded)} if gold else {}
-    return Rewards(parts, held_out, "gold" if gold else "score", noise)
+    return Rewards(parts, weights, held_out, "gold" if gold else "score", noise)
 
 
 def find_gold(gold, dataset):
@@ -72,6 +73,13 @@ def find_gold(gold, dataset):
     if gold == "auto" and path.endswith(".py") and hasattr(load_module(path), "gold_reward"):
         return f"{path}:gold_reward"
     return None if gold in ("auto", "none") else gold
+
+
+def shares_ids(reward, tokenizer, responses):
+    """Whether a classifier can read the policy's token ids (N, T) as they are."""
+    # A policy's vocabulary may be padded beyond the tokenizer's, and extra ids can be sampled.
+    known = responses.max() < reward.model.get_input_embeddings().num_embeddings
+    return known and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
 def call_function(reward, examples, completions):

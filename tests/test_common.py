@@ -297,7 +297,7 @@ class EvaluateArgs:
 def rewards(score, judge="score", **held_out):
     """Rewards of functions (completions) -> numbers."""
     reward = lambda name, function: Reward(name, lambda completions, **_: function(completions))
-    return Rewards({"score": (1.0, reward("score", score))},
+    return Rewards({"score": reward("score", score)}, [1.0],
                    {name: reward(name, function) for name, function in held_out.items()}, judge)
 
 
