@@ -8,7 +8,6 @@ import torch
 import transformers
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer, GenerationConfig)
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from plumbing import fast
@@ -95,7 +94,8 @@ def recompute_layers(model):
 
     By hand, since transformers supports it only in train mode, in which dropout would be on.
     """
-    from torch.utils.checkpoint import checkpoint
+    from torch.utils.checkpoint import checkpoint  # here, since importing them takes 2 seconds
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -185,8 +185,14 @@ def fitting_tokens(name, device):
     return min(8192, 2**27 // numbers)
 
 
-def try_out(model, length, lr=0.0):
-    """Before training: see that rows of `length` tokens fit, and pick a number of threads."""
+def try_out(model, datasets, args):
+    """Before training: see that the longest rows fit, and pick a number of threads.
+
+    Args: model; datasets (what load_rows returns); args.
+    """
+    length = max(max(dataset["num_tokens"][:]) for dataset in datasets)
+    length += getattr(args, "max_new_tokens", 0)
+    lr = getattr(args, "lr", 0)
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > 20e6 and lr > 1e-4 and is_first():
         print(f"warning: --lr {lr} is for tiny models; with {size / 1e6:.0f} million parameters, "
