@@ -617,6 +617,16 @@ def test_the_page_has_todays_numbers():
 # ------------------------------------------------------------------------------------ rloo_token.py
 
 
+def test_rloo_token_is_a_copy_of_rloo_but_for_rewards_and_advantages():
+    """The same flags, and a loop in which three lines differ. The skeleton moves in both."""
+    ours, theirs = ((ROOT / name).read_text().split("@dataclass")[1].splitlines()
+                    for name in ("lab/rloo_token.py", "rloo.py"))
+    new = [ours for ours, theirs in zip(ours, theirs, strict=True) if ours != theirs]
+    assert [line.split("#")[0].strip() for line in new] == [
+        "rewards = token_rewards(scores, kl, args.beta, batch.response_mask)", "",
+        "advantages = compute_advantages(rewards, batch.response_mask, args.k)"]
+
+
 def test_rloo_token_by_hand():
     rloo_token = load_module(str(ROOT / "lab/rloo_token.py"))
     rewards = torch.tensor([[1.0, 2.0, 4.0], [8.0, 0.0, 0.0]])
