@@ -71,7 +71,8 @@ def test_commands_parse(command):
     else:
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         name, flags = words[script], words[script + 1 :]
-        assert name in SCRIPTS or (ROOT / name).parent == ROOT / "tasks", "run it with python -m"
+        assert (ROOT / name).is_file()
+        assert name in SCRIPTS or name.startswith("tasks/"), "run it with python -m"
     if name in (*SCRIPTS, *MODULES):
         with contextlib.redirect_stderr(None):
             tyro.cli(module(name).Args, args=flags)
