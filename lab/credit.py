@@ -139,10 +139,11 @@ def assign_credit(command, given, settings):
     size, names = args.prompts_per_step, {}
 
     def note(frame, event, _):
-        if event == "return" and frame.f_code.co_filename == module.__file__:
-            own, within = frame.f_locals, frame.f_code.co_name
-            names.update(own if within == "main" else
-                         {"baseline": own["baseline"]} if "baseline" in own else {})
+        """Keep main's variables when it returns, and those called baseline of its functions."""
+        code, found = frame.f_code, frame.f_locals
+        if event == "return" and code.co_filename == module.__file__:
+            names.update({name: value for name, value in found.items()
+                          if code.co_name == "main" or name == "baseline"})
 
     sys.setprofile(note)
     try:

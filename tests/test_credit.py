@@ -111,8 +111,7 @@ def rewards_of(script):
 
 
 def expected(name, script):
-    """(N,) or (N, T): what multiplies the gradients, from the functions of the script and of
-    common.py."""
+    """What multiplies the gradients, (N,) or (N, T), by functions of the script and common.py."""
     batch, beta = script.batch, script.args.beta
     mask = batch.response_mask
     if name == "rloo.py":
