@@ -42,7 +42,8 @@ def sentencepiece_like(adds_bos=True, **kwargs):
                                                  normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
                                            decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=380, special_tokens=special))
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=380,
+                                                              special_tokens=special))
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A",
                                                                  special_tokens=[("<s>", 1)])
