@@ -216,7 +216,7 @@ def test_mean_centring_scales_the_gradient(world, k):
 
 
 def rloo_loss_with_k3(world):
-    """RLOO with k3 = exp(-k1) - 1 + k1 in the reward: its value is unbiased, its gradient is not."""
+    """RLOO with k3 = exp(-k1) - 1 + k1 in the reward: an unbiased value with a biased gradient."""
     k3 = (-world.kl).exp() - 1 + world.kl  # (M, T), 0 where masked
     rewards = sequence_rewards(world.scores, k3, BETA)
     return lambda rows: rloo.compute_loss(world.logprobs[rows],
