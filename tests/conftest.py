@@ -9,8 +9,8 @@ from types import SimpleNamespace
 # wait for each other.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["HF_HUB_OFFLINE"] = "1"  # with a network or without, the tests see the same
-os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp()  # they write nothing into the
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # project, nor into the user's cache
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp()  # they leave the project alone,
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # and the user's cache
 
 import pytest
 import torch

@@ -329,8 +329,9 @@ OTHERS = [
 @pytest.mark.parametrize("script, flags, expected", OTHERS,
                          ids=lambda value: getattr(value, "__name__", str(value)[:50]))
 def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
-    flags = {name: tuple(part.format(bad=bad) for part in value) if isinstance(value, tuple)
-             else value for name, value in fill(flags, bad).items()}
+    flags = {name: (tuple(part.format(bad=bad) for part in value)
+                    if isinstance(value, tuple) else value)
+             for name, value in fill(flags, bad).items()}
     base = {
         sft: dict(model=world.policy, dataset=world.data, device="cpu",
                   output=str(tmp_path / "run")),

@@ -345,7 +345,7 @@ def test_reinforce_pp_normalises_over_the_tokens_of_the_whole_batch():
 
 @pytest.mark.parametrize("score", [0.1, 0.3, -7.7])
 def test_equal_scores_and_single_tokens_carry_no_signal(score):
-    """In float32 the mean of 64 times 0.1 is not 0.1: scaled up, the rest would be a signal."""
+    """In float32 the mean of 64 times 0.1 is not 0.1: scaled to std 1 it would be a signal."""
     assert reinforce_pp.normalize_scores(torch.full((64,), score), 10.0).tolist() == [0.0] * 64
     mask = torch.ones(64, 1).bool()
     assert ppo.whiten_advantages(torch.full((64, 1), score), mask).abs().max() == 0

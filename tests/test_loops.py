@@ -57,8 +57,8 @@ MORE = {  # of single scripts
 
 def cases(name):
     """The flags of a script's runs. The first: those of BASE alone, and three updates, not two."""
-    algorithm, flags = FAMILY[name], {field.name for field
-                                      in fields(importlib.import_module(name).Args)}
+    algorithm, flags = (FAMILY[name],
+                        {field.name for field in fields(importlib.import_module(name).Args)})
     if not algorithm.samples:
         return [PAIRS | flags for flags in [{}, *algorithm.variants, *MORE.get(name, [])]]
     found = [*EVERY_SCRIPT, *(STEPS if "minibatches" in flags else []),
@@ -95,7 +95,7 @@ def given_rollout(update, prompt_ids, args, greedy):
 
 
 def score(rows, examples, reward):
-    """Put what the reward functions say into the Rows; `examples` are the dataset's row of each."""
+    """Put the values of the reward functions into the Rows; `examples` are the dataset's rows."""
     tokenizer = small_world.tokenizer()
     for row, example in zip(rows, examples, strict=True):
         text = " ".join(tokenizer.convert_ids_to_tokens([i for i in row.response
@@ -235,7 +235,7 @@ def compare_saved(name, seen, folder):
 
 
 def compare_evaluations(name, seen):
-    """The held-out numbers: of what each evaluation of RL and DPO sampled; else computed anew."""
+    """The held-out numbers: for RL and DPO from each evaluation's samples, else computed anew."""
     args, policy = seen.args, small_world.policy()[0]
     every = args.eval_every or args.num_updates
     steps = sorted({0, args.num_updates, *range(every, args.num_updates, every)})
@@ -365,8 +365,8 @@ def test_numbers_that_are_not_finite_stop_every_script(name, what, rollout, flag
 @pytest.mark.parametrize("name, what", [*((name, "kl") for name in [*CASES, "dpo"]),
                                         ("sft", "perplexity"), ("reward_model", "mean")])
 def test_a_last_step_that_ruins_the_weights_is_not_saved(name, what, tmp_path, capsys):
-    more = {} if name in CASES else PAIRS | ({"model": f"{HERE}:critic"}
-                                             if name == "reward_model" else {})
+    more = ({} if name in CASES
+            else PAIRS | ({"model": f"{HERE}:critic"} if name == "reward_model" else {}))
     with pytest.raises(SystemExit):
         loop.record(name, tmp_path / "run", given_rollout,
                     **BASE | more | {"num_updates": 1, "lr": 1e300, "epochs": 1,

@@ -101,7 +101,7 @@ def test_no_token_is_unknown_and_texts_come_back_whole():
 
 
 def test_comparisons_by_hand(monkeypatch):
-    """The wrong answer forgets the carry, or has one too many: 12 + 34 would be 56."""
+    """The wrong answer forgets the carry, or has one where there is none: 12 + 34 would be 56."""
     monkeypatch.setattr(mini_math, "problems",
                         {"train": [(47, 38)], "test": [(12, 34), (96, 15)]}.get)
     assert mini_math.comparisons("train")[:] == {

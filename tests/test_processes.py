@@ -1,7 +1,6 @@
 """Several processes do what one does, sharded or not; if one fails under torchrun, the run ends.
 
-Only the last test starts torchrun itself. For the others, processes that have imported everything
-do as well.
+Only the last test starts torchrun. The others use processes that have imported everything.
 """
 
 import json
@@ -58,9 +57,9 @@ def test_the_first_process_saves_one_ordinary_folder(how, both):
     saved = AutoModelForCausalLM.from_pretrained(both / f"rloo{how}" / "model", dtype=torch.float64)
     assert all(torch.equal(a, b)
                for a, b in zip(saved.parameters(), seen["models"][0], strict=True))
-    assert sorted(path.name for path in (both / f"rloo{how}").iterdir()
-                  if "tfevents" not in path.name) == ["args.json", "checkpoints", "evaluation.json",
-                                                      "model"]
+    assert (sorted(path.name for path in (both / f"rloo{how}").iterdir()
+                   if "tfevents" not in path.name)
+            == ["args.json", "checkpoints", "evaluation.json", "model"])
 
 
 def test_ranks_that_finish_their_rollouts_at_different_times(context, world, tmp_path):
@@ -94,8 +93,8 @@ def test_the_other_scripts_shard_too(script, context, world, tmp_path):
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(weight.isfinite().all() for weight in saved.values())
     if script == "reward_model":  # its head has been divided by the rewards' std
-        assert json.loads((tmp_path / "run" / "evaluation.json").read_text())[
-            "std"] == pytest.approx(1, abs=1e-3)
+        assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["std"] == (
+            pytest.approx(1, abs=1e-3))
     if script == "dpo":
         flags = {"reference": world.policy, "reward": (world.reward,), "gold": "none",
                  "judge": "reward", "k": 2, "dataset": world.data, "device": "cpu", "shard": True,
@@ -149,7 +148,7 @@ def test_a_mistake_is_told_once(flags, context, tmp_path):
 
 
 def test_under_torchrun_a_process_that_fails_ends_the_run_with_its_error(flags, tmp_path):
-    """Its checkpoints stay. (In test_resume.py, a run that has lost a process goes on from its.)"""
+    """Its checkpoints stay. (test_resume.py goes on from those of a run that lost a process.)"""
     words = command_line(flags | {"num_updates": 8, "save_every": 1})
     done = subprocess.run([*TORCHRUN, "rloo.py", *words], cwd=ROOT,
                           env={**os.environ, "FAIL": "1"}, text=True, capture_output=True,

@@ -41,7 +41,7 @@ def killed(context, world, tmp_path_factory):
 
 @pytest.mark.parametrize("script", kill.SCRIPTS)
 def test_killed_at_random_moments_and_resumed_is_the_same_bit_for_bit(script, killed):
-    """By the seed both moments are before update 4 of 6, and one is after the first checkpoint."""
+    """The seed puts both moments before update 4 of 6, and one at least after a checkpoint."""
     found, kills = killed[script].result()
     assert found == [] and kills == 2
 
@@ -219,7 +219,7 @@ def test_what_cannot_go_on_is_refused(copy, world, capsys, tmp_path):
 
 
 def test_the_log_goes_on_as_if_the_run_had_never_stopped(world, tmp_path, monkeypatch):
-    """With a clock that ticks when it is read: twice an update. The last updates are made twice."""
+    """With a clock that ticks at each reading, twice an update. The last updates are made twice."""
     ticks = itertools.count()
     monkeypatch.setattr(run.time, "perf_counter", lambda: float(next(ticks)))
     folder = tmp_path / "run"

@@ -44,8 +44,8 @@ def test_advantages_against_the_equivalent_form(k):
     rewards = torch.randn(7 * k, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
     groups = rewards.view(7, k)
     advantages = rloo.compute_advantages(rewards, k)
-    torch.testing.assert_close(advantages, (k / (k - 1) * (groups - groups.mean(1, keepdim=True))
-                                            ).flatten())
+    torch.testing.assert_close(
+        advantages, (k / (k - 1) * (groups - groups.mean(1, keepdim=True))).flatten())
     torch.testing.assert_close(advantages.view(7, k).sum(1), torch.zeros(7, dtype=torch.float64))
 
 
@@ -83,8 +83,8 @@ def test_run_folder_holds_what_the_readme_says(world, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").eos_token == "<eos>"
     assert loaded.dtype == torch.float32
     assert json.loads((tmp_path / "run" / "args.json").read_text())["k"] == 3
-    assert set(json.loads((tmp_path / "run" / "evaluation.json").read_text())) == {"before",
-                                                                                   "after"}
+    assert (set(json.loads((tmp_path / "run" / "evaluation.json").read_text()))
+            == {"before", "after"})
     log = EventAccumulator(str(tmp_path / "run"), size_guidance={"tensors": 0}).Reload()
     assert {"hyperparameters/text_summary", "samples/text_summary"} <= set(log.Tags()["tensors"])
     assert [step for step, _ in scalars(tmp_path / "run")["eval/score"]] == [0, 2, 3]

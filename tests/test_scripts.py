@@ -54,7 +54,7 @@ def test_sft_learns_the_completions_and_to_end(world, tmp_path, capsys):
 
 
 def test_sft_reports_the_perplexity_of_held_out_completions(world, tmp_path):
-    """Of 5 rows, EOS included, as transformers computes the loss. The update changes nothing."""
+    """Of 5 rows, EOS included, against transformers' own loss. The update changes nothing."""
     flags = dict(model=world.policy, dataset=world.data, eval_rows=5, num_updates=1, lr=1e-30,
                  warmup_updates=0)
     policy = sft.main(sft.Args(**flags, device="cpu", output=str(tmp_path / "run")))

@@ -11,7 +11,10 @@ LAYER_NORM = ("gpt2", "neox", "opt")  # the others' RMSNorm computes in float32 
 
 
 def ragged_batch(vocabulary, ks, seed=0):
-    """Prompts of 3 to 13 tokens, prompt i with ks[i] responses of 1 to 10; some are equal."""
+    """Prompts of 3 to 13 tokens, prompt i with ks[i] responses of 1 to 10 tokens.
+
+    Some are equal up to padding.
+    """
     draw = torch.Generator().manual_seed(seed)
     number = lambda low, high: int(torch.randint(low, high + 1, (), generator=draw))
     N, P, T = sum(ks), 13, 10
@@ -119,8 +122,8 @@ def test_a_prompt_runs_once_and_without_siblings_nothing_changes():
 
 def test_siblings_stay_together():
     batch = ragged_batch(300, (4, 4, 4, 4))
-    numbers = batch.prompts.masked_fill(~batch.prompt_mask, -1).unique(dim=0,
-                                                                       return_inverse=True)[1]
+    numbers = batch.prompts.masked_fill(~batch.prompt_mask, -1).unique(
+        dim=0, return_inverse=True)[1]
     model = make("gpt2", torch.float64)
     model.is_fast = model.shares_prompts = True
     parts = list(microbatches(model, 4 * 13, batch))

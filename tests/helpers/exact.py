@@ -82,6 +82,6 @@ class Enumeration:
         return torch.cat([gradient.flatten() for gradient in gradients])
 
     def true_gradient(self, beta):
-        """Gradient of -(E[r] - beta KL(pi || pi_ref)), of the sum over all responses."""
+        """Gradient of -(E[r] - beta KL(pi || pi_ref)), from the sum over all responses."""
         log_ratio = self.logprobs.sum(1) - self.ref_logprobs.sum(1)  # (M,)
         return self.gradient(-(self.probs * (self.scores - beta * log_ratio)).sum())

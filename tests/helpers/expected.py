@@ -57,10 +57,7 @@ class World:
         return next(row for row in rows if row.response == response)
 
     def true_gradient(self):
-        """Gradient of -(E[r] - beta KL), averaged over the prompts, of the sum over all responses.
-
-        Returns: a vector.
-        """
+        """Gradient of -(E[r] - beta KL), a mean over the prompts, from the sum over all responses."""
         loss = 0.0
         for rows in self.groups.values():
             for row in rows:
@@ -73,7 +70,7 @@ class World:
                           for g in torch.autograd.grad(loss, list(self.policy.parameters()))])
 
     def draws(self, k):
-        """Every way to sample k responses for each prompt: dict of prompt -> Rows, probability."""
+        """Every way to sample k responses for each prompt (prompt -> Rows), and its probability."""
         single = [list(itertools.product(rows, repeat=k)) for rows in self.groups.values()]
         for draw in itertools.product(*single):
             logprob = sum(sum(row.old_logprobs) for rows in draw for row in rows)

@@ -35,7 +35,7 @@ def byte_level(special, **kwargs):
 
 
 def sentencepiece_like(adds_bos=True, **kwargs):
-    """Llama's kind: BPE over text, "▁" for spaces, byte fallback and a BOS."""
+    """Llama's kind: BPE over text with "▁" for spaces, byte fallback, and a BOS of its own."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),

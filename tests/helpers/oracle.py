@@ -175,7 +175,7 @@ def schedule(flags, u):
 
 
 def cut(order, pieces):
-    """Cut a permutation into consecutive parts; the first may be larger than the last by 1."""
+    """Cut a permutation into consecutive parts, equal up to one element, the larger ones first."""
     parts, start = [], 0
     for i in range(pieces):
         size = len(order) // pieces + (1 if i < len(order) % pieces else 0)
@@ -576,8 +576,8 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
             loss = 0.0
             for i in part:
                 values = token_values(critic, rows[i])
-                loss = loss + critic_row_loss(name, flags, values, old_values[i],
-                                              returns[i]) / len(part)
+                loss = (loss + critic_row_loss(name, flags, values, old_values[i], returns[i])
+                        / len(part))
             gradients, norm = critic_adam.step(loss, flags.critic_lr * factor, flags.max_grad_norm)
             numbers["value/loss"] = loss.item()
             step["critic"] = gradients

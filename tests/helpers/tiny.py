@@ -125,7 +125,7 @@ def wait_for(condition, process, seconds=120):
 
 
 class Child:
-    """A process of a multiprocessing context that runs function(*args), used like a subprocess.
+    """A process of a multiprocessing context that runs function(*args), used like a Popen.
 
     It writes its output to two files, since it shares those of its parent.
     """
