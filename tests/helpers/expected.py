@@ -57,7 +57,7 @@ class World:
         return next(row for row in rows if row.response == response)
 
     def true_gradient(self):
-        """Gradient of -(E[r] - beta KL), a mean over the prompts, from the sum over all responses."""
+        """Gradient of -(E[r] - beta KL), a mean over the prompts, by the sum over all responses."""
         loss = 0.0
         for rows in self.groups.values():
             for row in rows:
