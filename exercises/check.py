@@ -56,7 +56,7 @@ class Args:
     """time limit for each function"""
 
 
-# ------------------------------------------------------------------------------- calling functions
+# -------------------------------------------------------------------------------- calling functions
 
 
 class Student:
@@ -104,11 +104,11 @@ class Student:
         self.process.communicate()
 
 
-# ----------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------ judging
 
 
 def equal(a, b):
-    """Whether two outputs or gradients are the same: numbers to 1e-5, floats of any precision above half."""
+    """Whether two outputs or gradients are the same: numbers to 1e-5, in float32 or float64."""
     if not (torch.is_tensor(a) and torch.is_tensor(b)):
         return a is None and b is None
     alike = kind(a) == kind(b) or not a.ndim
@@ -124,7 +124,9 @@ def kind(tensor):
     """float, int, bool; float16 and bfloat16 are their own kinds: half the digits would be lost."""
     if tensor.dtype in (torch.float32, torch.float64):
         return "float"
-    return "int" if tensor.dtype in (torch.int32, torch.int64) else str(tensor.dtype).removeprefix("torch.")
+    if tensor.dtype in (torch.int32, torch.int64):
+        return "int"
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def parts(outcome):
@@ -219,7 +221,7 @@ def settings(name, given):
 
 
 def bias(name, arguments, outcome, seed):
-    """A line about the expected gradient of advantages for the questions' world, and the true one."""
+    """A line about the expected gradient that advantages give in the questions' world."""
     output = outcome["outputs"][0] if outcome["outputs"] else None
     if not torch.is_tensor(output) or output.shape != arguments[0].shape:
         return ""
@@ -253,12 +255,16 @@ def check_functions(path, names, seed, seconds):
         if student.error:
             yield name, False, ["not checked" if i else student.error]
         else:
-            yield name, *report(name, all_cases[name], student.call(name, all_cases[name]), path, seed)
+            outcomes = student.call(name, all_cases[name])
+            yield name, *report(name, all_cases[name], outcomes, path, seed)
     student.stop()
 
 
 def report(name, arguments, outcomes, path, seed):
-    """Whether a function is right, and lines of text about it. outcomes: of worker.call, or one line."""
+    """Whether a function is right, and lines of text about it.
+
+    Args: name; arguments (of its cases); outcomes (of worker.call, or one line); path; seed.
+    """
     if isinstance(outcomes, str):
         return False, [outcomes]
     found = judge(name, arguments, outcomes)

@@ -18,7 +18,7 @@ from exercises.questions import World
 INF = float("inf")
 
 
-# ------------------------------------------------------------------------------- the right functions
+# ------------------------------------------------------------------------------ the right functions
 
 
 def response_mask(responses, eos):

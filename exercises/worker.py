@@ -53,7 +53,8 @@ def copied(value):
 def plain(value):
     """What can be sent back: a tensor on the CPU, also for a number, or a few words."""
     if torch.is_tensor(value):
-        return value.detach() if value.device.type == "cpu" else f"a tensor on device {value.device}"
+        is_here = value.device.type == "cpu"
+        return value.detach() if is_here else f"a tensor on device {value.device}"
     if isinstance(value, (bool, int, float)):  # numpy's float64 is a float
         return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
     if value is None:
