@@ -1,9 +1,10 @@
-"""Compare every algorithm on an embedded task, with several seeds and the same number of generated samples.
+"""Compare every algorithm on an embedded task, with several seeds and equally many samples.
 
-    python lab/compare.py
+    python -m lab.compare
 
-Finished runs in --output are kept, so you can stop and restart it. It draws compare-<task>.png, and writes and prints
-compare-<task>.md: means over seeds with their standard deviations. Timings are meaningful only on an idle machine.
+Finished runs in --output are kept, so you can stop and restart it. It draws compare-<task>.png, and
+writes and prints compare-<task>.md: means over seeds with their standard deviations. Timings are
+meaningful only on an idle machine.
 """
 
 import json
@@ -20,31 +21,21 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+import plot
+from lab.family import FAMILY
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import plot  # noqa: E402
-
-ALGORITHMS = {  # name -> script, flags
+ALGORITHMS = {  # name in the table -> script, flags
     "reinforce, no baseline": ("reinforce", ["--baseline", "none"]),
-    "reinforce": ("reinforce", []),
-    "rloo": ("rloo", []),
-    "remax": ("remax", []),
-    "grpo": ("grpo", []),
-    "reinforce_pp": ("reinforce_pp", []),
-    "reinforce_pp_baseline": ("reinforce_pp_baseline", []),
-    "vanilla_pg": ("vanilla_pg", []),
-    "ppo": ("ppo", []),
-    "raft": ("raft", []),
-    "dpo": ("dpo", []),
+    **{name: (name, []) for name in FAMILY},
 }
-MATH = "--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy --temperature 1 --max-new-tokens 5 "
-TASKS = {  # flags for the scripts that sample, and for dpo.py; none: the defaults
+MATH = ("--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy --temperature 1 "
+        "--max-new-tokens 5")
+PROMPTS, PAIRS = "tasks/mini_math.py:prompts", "tasks/mini_math.py:comparisons"
+TASKS = {  # flags for the scripts that sample, and for those that learn from pairs
     "mini_tldr": ([], []),
-    "mini_math": (
-        f"{MATH} --beta 0.001 --dataset tasks/mini_math.py:prompts".split(),
-        f"{MATH} --beta 2 --dataset tasks/mini_math.py:comparisons --eval-dataset tasks/mini_math.py:prompts".split(),
-    ),
+    "mini_math": (f"{MATH} --beta 0.001 --dataset {PROMPTS}".split(),
+                  f"{MATH} --beta 2 --dataset {PAIRS} --eval-dataset {PROMPTS}".split()),
 }
 
 
@@ -63,11 +54,15 @@ class Args:
 
 
 def run(script, flags, folder):
-    """Run one script unless it has already finished. Returns: peak resident memory in MB (None if unknown)."""
+    """Run one script unless it has already finished.
+
+    Returns: peak resident memory in MB (None if unknown).
+    """
     memory = folder / "peak_memory.json"
     if not (folder / "evaluation.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted comparison
-        command = [sys.executable, f"{script}.py", *flags, "--eval-every", "10", "--output", str(folder)]
+        command = [sys.executable, f"{script}.py", *flags, "--eval-every", "10", "--output",
+                   str(folder)]
         with open(f"{folder}.log", "w") as log:
             one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=one_core)
@@ -81,7 +76,7 @@ def run(script, flags, folder):
 def models(settings):
     """Number of models a run holds: policy, reference, reward models, critic."""
     rewards = sum(".py:" not in name for name in settings["reward"])
-    return 2 + rewards + (settings["script"] in ("ppo", "vanilla_pg"))
+    return 2 + rewards + FAMILY[settings["script"]].critic
 
 
 def measure(folder, memory):
@@ -89,6 +84,7 @@ def measure(folder, memory):
     settings, scalars = plot.read_run(folder)
     values = {name: list(points.values()) for name, points in scalars.items()}
     after = json.loads((folder / "evaluation.json").read_text())["after"]
+    speeds = values.get("time/tokens_per_second")
     return {
         "score": after["score"],
         "gold": after.get("gold"),
@@ -97,40 +93,41 @@ def measure(folder, memory):
         "KL": after["kl"],
         "length": after["length"],
         "s / update": values["time/seconds"][-1] / len(values["policy/loss"]),
-        "tokens / s": np.median(values["time/tokens_per_second"]) if "time/tokens_per_second" in values else None,
+        "tokens / s": np.median(speeds) if speeds else None,
         "samples": values["time/samples"][-1],
         "peak MB": memory,
         "models": models(settings),
     }
 
 
-def main(args):
-    for task in args.tasks:
-        rows, folders = defaultdict(list), []
-        base = Path(args.output).resolve() / task
-        base.mkdir(parents=True, exist_ok=True)
+def compare(task, args):
+    """Run every algorithm with every seed on one task; write its table and its picture."""
+    rows, folders = defaultdict(list), []
+    base = Path(args.output).resolve() / task
+    base.mkdir(parents=True, exist_ok=True)
 
-        def job(name, seed):
-            script, flags = ALGORITHMS[name]
-            folder = base / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            memory = run(script, [*flags, *TASKS[task][script == "dpo"], "--seed", str(seed)], folder)
-            return name, folder, measure(folder, memory)
+    def job(name, seed):
+        script, flags = ALGORITHMS[name]
+        folder = base / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+        flags = [*flags, *TASKS[task][not FAMILY[script].samples], "--seed", str(seed)]
+        return name, folder, measure(folder, run(script, flags, folder))
 
-        jobs = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.algorithms]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            done = pool.map(job, *zip(*jobs))
-            for name, folder, numbers in tqdm(done, total=len(jobs), desc=task, unit="run"):
-                rows[name].append(numbers)
-                folders.append(str(folder))
-        table(base.parent / f"compare-{task}.md", rows)
-        picture = str(base.parent / f"compare-{task}.png")
-        reward = ("eval/score", "eval/gold") if task == "mini_tldr" else ("eval/score",)  # where they differ
-        axes = ("updates", "samples", "seconds")
-        plot.main(plot.Args(runs=tuple(folders), y=(*reward, "eval/kl"), x=axes, output=picture))
+    jobs = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.algorithms]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = pool.map(job, *zip(*jobs))
+        for name, folder, numbers in tqdm(done, total=len(jobs), desc=task, unit="run"):
+            rows[name].append(numbers)
+            folders.append(str(folder))
+    table(base.parent / f"compare-{task}.md", rows)
+    # Where a task has a gold reward of its own.
+    reward = ("eval/score", "eval/gold") if task == "mini_tldr" else ("eval/score",)
+    plot.main(plot.Args(runs=tuple(folders), y=(*reward, "eval/kl"),
+                        x=("updates", "samples", "seconds"),
+                        output=str(base.parent / f"compare-{task}.png")))
 
 
 def table(path, rows):
-    """Write and print a Markdown table: mean +- standard deviation over the runs of each algorithm."""
+    """Write and print a Markdown table: mean +- standard deviation over each algorithm's runs."""
     columns = list(next(iter(rows.values()))[0])
     lines = [["algorithm", *columns], ["---"] * (len(columns) + 1)]
     for name, runs in rows.items():
@@ -138,11 +135,17 @@ def table(path, rows):
         for column in columns:
             values = [run[column] for run in runs if run[column] is not None]
             digits = 0 if not values or abs(np.mean(values)) >= 100 else 2
-            cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}" if values else "–")
+            cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}" if values
+                         else "–")
         lines.append([name, *cells])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     path.write_text(text + "\n")
     print(text)
+
+
+def main(args):
+    for task in args.tasks:
+        compare(task, args)
 
 
 if __name__ == "__main__":

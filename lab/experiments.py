@@ -1,13 +1,16 @@
-"""The papers' experiments, as data for lab/papers.py: what is claimed, the commands, what is drawn."""
+"""The papers' experiments, as data for lab/papers.py: claims, commands, and what is drawn."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
+COLUMNS = ("score", "final score", "final gold", "final kl", "final length")
+
 
 class Claim(NamedTuple):
-    """`metric` (see papers.measure) of the arms in `more`, less that of those in `less`, is above `least`."""
+    """A number is above `least`: the metric of some arms, less that of others."""
+
     text: str  # what the paper says
-    metric: str
+    metric: str  # see papers.measure
     more: tuple[str, ...]
     less: tuple[str, ...] = ()
     least: float = 0.0
@@ -20,7 +23,7 @@ class Experiment:
     arms: dict[str, str]  # label -> command; the learning rate is filled in unless it is given
     claims: list[Claim]
     panels: list[tuple[str, str]]  # x and y of each part of the picture; x "" for one point per arm
-    columns: tuple[str, ...] = ("score", "final score", "final gold", "final kl", "final length")  # of the table
+    columns: tuple[str, ...] = COLUMNS  # of the table
     seeds: int = 5
     tax: bool = False  # whether evaluate.py measures the trained policies
 
@@ -29,7 +32,8 @@ RATES = ("2.5e-5", "5e-5", "1e-4")
 RUN = "--num-updates 60 --eval-every 20"
 K4, K1 = f"--prompts-per-step 4 {RUN}", f"--prompts-per-step 16 {RUN}"  # 16 responses per update
 PPO = "ppo.py --value-clip inf --minibatches 2"
-TUNED = {  # a command, and what it takes to generate 16 responses per update; longer commands have the same rate
+# A command, and what it takes to generate 16 responses per update. Longer commands have its rate.
+TUNED = {
     "rloo.py": K4,
     "raft.py": K4,
     "grpo.py": K4,
@@ -45,13 +49,15 @@ TUNED = {  # a command, and what it takes to generate 16 responses per update; l
 BASE = {name: f"{name} {size}" for name, size in TUNED.items()}
 
 RLOO4, RAFT4 = {"RLOO, k 4": BASE["rloo.py"]}, {"RAFT, k 4": BASE["raft.py"]}
-K2 = "--k 2 --prompts-per-step 4 --num-updates 120 --eval-every 20"  # as many prompts per step, half the responses
+# As many prompts per step, half the responses.
+K2 = "--k 2 --prompts-per-step 4 --num-updates 120 --eval-every 20"
 RLOO2, RAFT2 = {"RLOO, k 2": f"rloo.py {K2}"}, {"RAFT, k 2": f"raft.py {K2}"}
 REINFORCE = {"REINFORCE, baseline": BASE["reinforce.py"]}
 NONE = {"REINFORCE, no baseline": BASE["reinforce.py --baseline none"]}
 VANILLA = {"vanilla PG": BASE["vanilla_pg.py"]}
 PPO95 = {"PPO, λ 0.95": f"{BASE[PPO]} --lam 0.95"}
-PPO_ONE = {"PPO, λ 0.95, one step": f"ppo.py --value-clip inf --minibatches 1 {K1} --lam 0.95 --lr 1e-4"}
+ONE_STEP = "ppo.py --value-clip inf --minibatches 1"
+PPO_ONE = {"PPO, λ 0.95, one step": f"{ONE_STEP} {K1} --lam 0.95 --lr 1e-4"}
 REMAX = {"ReMax": BASE["remax.py"]}
 PLUS = {"REINFORCE++": BASE["reinforce_pp.py"]}
 PLUS_BASELINE = {"REINFORCE++-baseline": BASE["reinforce_pp_baseline.py"]}
@@ -66,8 +72,9 @@ SIGMAS = (0, 1, 3, 5)
 
 FREE = "--beta 0 --lr 4e-4 --num-updates 100 --eval-every 10"  # no KL penalty, and larger steps
 SMALL = "--lr 1e-3 --num-updates 80 --eval-every 20"  # 8 responses per update, and large steps
-MATH = ("--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy --dataset tasks/mini_math.py:prompts "
-        "--temperature 1 --max-new-tokens 12 --beta 0 --lr 1e-4 --num-updates 60 --eval-every 20 --eval-prompts 512")
+MATH = ("--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy "
+        "--dataset tasks/mini_math.py:prompts --temperature 1 --max-new-tokens 12 --beta 0 "
+        "--lr 1e-4 --num-updates 60 --eval-every 20 --eval-prompts 512")
 
 
 def pairs(metric, labels, text):
@@ -78,7 +85,8 @@ def pairs(metric, labels, text):
 EXPERIMENTS = {
     "lr": Experiment(
         "The learning rate of each algorithm", "our choice, on seed 100",
-        {f"{name} --lr {rate}": f"{BASE[name]} --num-updates 40 --lr {rate}" for name in TUNED for rate in RATES},
+        {f"{name} --lr {rate}": f"{BASE[name]} --num-updates 40 --lr {rate}"
+         for name in TUNED for rate in RATES},
         [], [], ("score",), seeds=0,
     ),
     "fig2": Experiment(
@@ -86,17 +94,22 @@ EXPERIMENTS = {
         RLOO4 | REINFORCE | VANILLA | PPO95 | PPO_ONE,
         [
             Claim("RLOO above PPO", "score", tuple(RLOO4), tuple(PPO95)),
-            Claim("RLOO above PPO with one step per rollout, as RLOO has", "score", tuple(RLOO4), tuple(PPO_ONE)),
+            Claim("RLOO above PPO with one step per rollout, as RLOO has", "score", tuple(RLOO4),
+                  tuple(PPO_ONE)),
             Claim("RLOO above vanilla PG", "score", tuple(RLOO4), tuple(VANILLA)),
             Claim("REINFORCE with a baseline above PPO", "score", tuple(REINFORCE), tuple(PPO95)),
-            Claim("REINFORCE with a baseline above PPO with one step per rollout", "score", tuple(REINFORCE),
-                  tuple(PPO_ONE)),
-            Claim("REINFORCE with a baseline above vanilla PG", "score", tuple(REINFORCE), tuple(VANILLA)),
+            Claim("REINFORCE with a baseline above PPO with one step per rollout", "score",
+                  tuple(REINFORCE), tuple(PPO_ONE)),
+            Claim("REINFORCE with a baseline above vanilla PG", "score", tuple(REINFORCE),
+                  tuple(VANILLA)),
             Claim("vanilla PG above PPO", "score", tuple(VANILLA), tuple(PPO95)),
-            Claim("vanilla PG above PPO with one step per rollout", "score", tuple(VANILLA), tuple(PPO_ONE)),
+            Claim("vanilla PG above PPO with one step per rollout", "score", tuple(VANILLA),
+                  tuple(PPO_ONE)),
             Claim("RLOO above REINFORCE with a baseline", "score", tuple(RLOO4), tuple(REINFORCE)),
-            Claim("at the same KL (1), RLOO above PPO", "score at KL 1", tuple(RLOO4), tuple(PPO95)),
-            Claim("at the same KL (1), RLOO above REINFORCE", "score at KL 1", tuple(RLOO4), tuple(REINFORCE)),
+            Claim("at the same KL (1), RLOO above PPO", "score at KL 1", tuple(RLOO4),
+                  tuple(PPO95)),
+            Claim("at the same KL (1), RLOO above REINFORCE", "score at KL 1", tuple(RLOO4),
+                  tuple(REINFORCE)),
         ],
         [("updates", "score"), ("updates", "gold"), ("kl", "score")],
     ),
@@ -108,16 +121,17 @@ EXPERIMENTS = {
             "ReMax": f"remax.py --prompts-per-step 4 {SMALL}",
             "REINFORCE, baseline": f"reinforce.py --prompts-per-step 8 {SMALL}",
             "vanilla PG": f"vanilla_pg.py --prompts-per-step 8 {SMALL}",
-            "PPO, λ 0.95": f"ppo.py --value-clip inf --minibatches 1 --prompts-per-step 8 {SMALL}",
+            "PPO, λ 0.95": f"{ONE_STEP} --prompts-per-step 8 {SMALL}",
         },
         [
-            Claim("RLOO above REINFORCE with a baseline (gold)", "gold", ("RLOO, k 4",), ("REINFORCE, baseline",)),
+            Claim("RLOO above REINFORCE with a baseline (gold)", "gold", ("RLOO, k 4",),
+                  ("REINFORCE, baseline",)),
             Claim("RLOO above RAFT (gold)", "gold", ("RLOO, k 4",), ("RAFT, k 4",)),
             Claim("RLOO above ReMax (gold)", "gold", ("RLOO, k 4",), ("ReMax",)),
             Claim("RLOO above vanilla PG (gold)", "gold", ("RLOO, k 4",), ("vanilla PG",)),
             Claim("RLOO above PPO (gold)", "gold", ("RLOO, k 4",), ("PPO, λ 0.95",)),
-            Claim("REINFORCE with a baseline strays further than RLOO (KL)", "kl", ("REINFORCE, baseline",),
-                  ("RLOO, k 4",)),
+            Claim("REINFORCE with a baseline strays further than RLOO (KL)", "kl",
+                  ("REINFORCE, baseline",), ("RLOO, k 4",)),
         ],
         [("updates", "score"), ("updates", "gold"), ("updates", "kl")],
         ("score", "gold", "final score", "final gold", "final kl", "final length"),
@@ -128,9 +142,12 @@ EXPERIMENTS = {
         [
             Claim("RLOO above RAFT at k 4", "score", ("RLOO, k 4",), ("RAFT, k 4",)),
             Claim("RLOO above RAFT at k 2", "score", ("RLOO, k 2",), ("RAFT, k 2",)),
-            Claim("RLOO k 2 above RAFT k 4 at equal responses", "score each 320", ("RLOO, k 2",), ("RAFT, k 4",)),
-            Claim("RLOO k 2 above RAFT k 4 at equal steps", "score at update 60", ("RLOO, k 2",), ("RAFT, k 4",)),
-            Claim("at the same KL (1), RLOO above RAFT at k 4", "score at KL 1", ("RLOO, k 4",), ("RAFT, k 4",)),
+            Claim("RLOO k 2 above RAFT k 4 at equal responses", "score each 320", ("RLOO, k 2",),
+                  ("RAFT, k 4",)),
+            Claim("RLOO k 2 above RAFT k 4 at equal steps", "score at update 60", ("RLOO, k 2",),
+                  ("RAFT, k 4",)),
+            Claim("at the same KL (1), RLOO above RAFT at k 4", "score at KL 1", ("RLOO, k 4",),
+                  ("RAFT, k 4",)),
         ],
         [("updates", "score"), ("samples", "score"), ("samples", "gold")],
         ("score", "score each 320", "final score", "final gold", "final kl", "final length"),
@@ -143,18 +160,20 @@ EXPERIMENTS = {
     ),
     "clip": Experiment(
         "Clipping off, and the ratio off", "Back to Basics, figure 1 and section 3.2",
-        {"PPO, λ 1": LAMBDAS["PPO, λ 1"], "without clipping": f"{LAMBDAS['PPO, λ 1']} --clip inf",
+        {"PPO, λ 1": LAMBDAS["PPO, λ 1"],
+         "without clipping": f"{LAMBDAS['PPO, λ 1']} --clip inf",
          "without ratio (vanilla PG)": VANILLA["vanilla PG"],
          "PPO, λ 1, lr 1e-3": f"{LAMBDAS['PPO, λ 1']} --lr 1e-3",
          "without clipping, lr 1e-3": f"{LAMBDAS['PPO, λ 1']} --lr 1e-3 --clip inf"},
         [
             Claim("less than 5% of the tokens are clipped", "clipfrac", (), ("PPO, λ 1",), -0.05),
             Claim("without clipping above PPO", "score", ("without clipping",), ("PPO, λ 1",)),
-            Claim("without the ratio above PPO", "score", ("without ratio (vanilla PG)",), ("PPO, λ 1",)),
-            Claim("less than 5% of the tokens are clipped at 10 times the learning rate", "clipfrac", (),
-                  ("PPO, λ 1, lr 1e-3",), -0.05),
-            Claim("without clipping above PPO at 10 times the learning rate", "score", ("without clipping, lr 1e-3",),
-                  ("PPO, λ 1, lr 1e-3",)),
+            Claim("without the ratio above PPO", "score", ("without ratio (vanilla PG)",),
+                  ("PPO, λ 1",)),
+            Claim("less than 5% of the tokens are clipped at 10 times the learning rate",
+                  "clipfrac", (), ("PPO, λ 1, lr 1e-3",), -0.05),
+            Claim("without clipping above PPO at 10 times the learning rate", "score",
+                  ("without clipping, lr 1e-3",), ("PPO, λ 1, lr 1e-3",)),
             Claim("without clipping above PPO at 10 times the learning rate (gold)", "gold",
                   ("without clipping, lr 1e-3",), ("PPO, λ 1, lr 1e-3",)),
         ],
@@ -163,14 +182,17 @@ EXPERIMENTS = {
     ),
     "remax": Experiment(
         "ReMax: the greedy baseline, and what it saves", "ReMax, sections 4 and 5",
-        REMAX | {"ReMax, twice the budget": f"remax.py --prompts-per-step 16 {RUN} --lr 1e-4"} | NONE | PPO95,
+        REMAX | {"ReMax, twice the budget": f"remax.py --prompts-per-step 16 {RUN} --lr 1e-4"}
+        | NONE | PPO95,
         [
-            Claim("ReMax above REINFORCE without a baseline", "score", ("ReMax",), ("REINFORCE, no baseline",)),
-            Claim("ReMax above REINFORCE without a baseline (gold)", "gold", ("ReMax",), ("REINFORCE, no baseline",)),
+            Claim("ReMax above REINFORCE without a baseline", "score", ("ReMax",),
+                  ("REINFORCE, no baseline",)),
+            Claim("ReMax above REINFORCE without a baseline (gold)", "gold", ("ReMax",),
+                  ("REINFORCE, no baseline",)),
             Claim("ReMax above REINFORCE without a baseline, greedy responses not counted", "score",
                   ("ReMax, twice the budget",), ("REINFORCE, no baseline",)),
-            Claim("ReMax at least 1.6 times as fast as PPO (log of CPU s per update)", "log seconds", tuple(PPO95),
-                  ("ReMax",), 0.47),
+            Claim("ReMax at least 1.6 times as fast as PPO (log of CPU s per update)",
+                  "log seconds", tuple(PPO95), ("ReMax",), 0.47),
             Claim("ReMax takes less memory than PPO (MB)", "peak_mb", tuple(PPO95), ("ReMax",)),
         ],
         [("samples", "score"), ("samples", "gold"), ("", "seconds")],
@@ -179,7 +201,8 @@ EXPERIMENTS = {
     "table1": Experiment(
         "Win rates", "Back to Basics, table 1",
         RLOO4 | RLOO2 | RAFT4 | RAFT2 | REINFORCE | VANILLA | PPO95 | DPO,
-        pairs("win_rate", [*RLOO4, *RAFT4, *REINFORCE, *VANILLA, *PPO95, *DPO], "win rate: {} above {}")
+        pairs("win_rate", [*RLOO4, *RAFT4, *REINFORCE, *VANILLA, *PPO95, *DPO],
+              "win rate: {} above {}")
         + [Claim("win rate: RLOO, k 4 above PPO, λ 0.95", "win_rate", tuple(RLOO4), tuple(PPO95)),
            Claim("win rate: RLOO, k 4 above DPO", "win_rate", tuple(RLOO4), tuple(DPO)),
            Claim("win rate: RLOO, k 2 above RAFT, k 2", "win_rate", tuple(RLOO2), tuple(RAFT2))],
@@ -196,10 +219,14 @@ EXPERIMENTS = {
             Claim("perplexity: PPO above REINFORCE", "perplexity", tuple(PPO95), tuple(REINFORCE)),
             Claim("perplexity: PPO above RAFT", "perplexity", tuple(PPO95), tuple(RAFT4)),
             Claim("length: DPO's responses longer than RLOO's", "length", tuple(DPO), tuple(RLOO4)),
-            Claim("length: PPO's responses shorter than RLOO's", "length", tuple(RLOO4), tuple(PPO95)),
-            Claim("variance of the reward: RAFT above RLOO at k 4", "variance", tuple(RAFT4), tuple(RLOO4)),
-            Claim("variance of the reward: RAFT above RLOO at k 2", "variance", tuple(RAFT2), tuple(RLOO2)),
-            Claim("variance of the reward: vanilla PG above REINFORCE", "variance", tuple(VANILLA), tuple(REINFORCE)),
+            Claim("length: PPO's responses shorter than RLOO's", "length", tuple(RLOO4),
+                  tuple(PPO95)),
+            Claim("variance of the reward: RAFT above RLOO at k 4", "variance", tuple(RAFT4),
+                  tuple(RLOO4)),
+            Claim("variance of the reward: RAFT above RLOO at k 2", "variance", tuple(RAFT2),
+                  tuple(RLOO2)),
+            Claim("variance of the reward: vanilla PG above REINFORCE", "variance", tuple(VANILLA),
+                  tuple(REINFORCE)),
         ],
         [("", "length"), ("", "perplexity"), ("", "variance")],
         ("length", "perplexity", "diversity_1", "diversity_2", "variance"),
@@ -216,12 +243,12 @@ EXPERIMENTS = {
         },
         [Claim(f"{name}: the gold reward ends below where it began", "growth of gold", (), (name,))
          for name in ("RLOO, k 4", "RAFT, k 4", "REINFORCE++", "PPO, λ 0.95")]
-        + [Claim("at the same KL (8), RAFT's gold reward is above RLOO's", "gold at KL 8", ("RAFT, k 4",),
-                 ("RLOO, k 4",)),
-           Claim("at the same KL (8), RLOO's gold reward is above REINFORCE++'s", "gold at KL 8", ("RLOO, k 4",),
-                 ("REINFORCE++",)),
-           Claim("at the same KL (8), RLOO's gold reward is above PPO's", "gold at KL 8", ("RLOO, k 4",),
-                 ("PPO, λ 0.95",))],
+        + [Claim("at the same KL (8), RAFT's gold reward is above RLOO's", "gold at KL 8",
+                 ("RAFT, k 4",), ("RLOO, k 4",)),
+           Claim("at the same KL (8), RLOO's gold reward is above REINFORCE++'s", "gold at KL 8",
+                 ("RLOO, k 4",), ("REINFORCE++",)),
+           Claim("at the same KL (8), RLOO's gold reward is above PPO's", "gold at KL 8",
+                 ("RLOO, k 4",), ("PPO, λ 0.95",))],
         [("√kl", "score"), ("√kl", "gold"), ("updates", "kl")],
         ("final score", "final gold", "fall of gold", "final kl", "final length"),
     ),
@@ -230,13 +257,16 @@ EXPERIMENTS = {
         {name: f"{command} --beta 0" for name, command in (PLUS | PLUS_BASELINE | GRPO).items()}
         | {"REINFORCE++, one step": f"{BASE['reinforce_pp.py']} --beta 0 --minibatches 1"},
         [
-            Claim("REINFORCE++ above GRPO at the same KL (1.5)", "score at KL 1.5", ("REINFORCE++",), ("GRPO",)),
-            Claim("REINFORCE++-baseline above GRPO at the same KL (1.5)", "score at KL 1.5", ("REINFORCE++-baseline",),
+            Claim("REINFORCE++ above GRPO at the same KL (1.5)", "score at KL 1.5",
+                  ("REINFORCE++",), ("GRPO",)),
+            Claim("REINFORCE++-baseline above GRPO at the same KL (1.5)", "score at KL 1.5",
+                  ("REINFORCE++-baseline",), ("GRPO",)),
+            Claim("REINFORCE++ above GRPO at the same responses", "score", ("REINFORCE++",),
                   ("GRPO",)),
-            Claim("REINFORCE++ above GRPO at the same responses", "score", ("REINFORCE++",), ("GRPO",)),
-            Claim("REINFORCE++ with one step per rollout, as GRPO has, above GRPO", "score", ("REINFORCE++, one step",),
-                  ("GRPO",)),
-            Claim("GRPO's responses grow more than REINFORCE++'s", "growth of length", ("GRPO",), ("REINFORCE++",)),
+            Claim("REINFORCE++ with one step per rollout, as GRPO has, above GRPO", "score",
+                  ("REINFORCE++, one step",), ("GRPO",)),
+            Claim("GRPO's responses grow more than REINFORCE++'s", "growth of length", ("GRPO",),
+                  ("REINFORCE++",)),
         ],
         [("kl", "score"), ("updates", "score"), ("updates", "length")],
     ),
@@ -244,10 +274,12 @@ EXPERIMENTS = {
         "Noise on the reward", "Back to Basics, figure 6 and section 5.2.2",
         {f"{name}, σ {sigma}": f"{script} {SHORT} --reward-noise {sigma * STD}"
          for name, script in (("RLOO", "rloo.py"), ("RAFT", "raft.py")) for sigma in SIGMAS},
-        [Claim(f"σ {sigma}: noise costs RAFT more than RLOO{when}", metric, ("RAFT, σ 0", f"RLOO, σ {sigma}"),
-               (f"RAFT, σ {sigma}", "RLOO, σ 0"))
-         for metric, when in (("score", ""), ("final score", ", last evaluation")) for sigma in SIGMAS[1:]]
-        + [Claim(f"σ {sigma}: RLOO above RAFT", "score", (f"RLOO, σ {sigma}",), (f"RAFT, σ {sigma}",))
+        [Claim(f"σ {sigma}: noise costs RAFT more than RLOO{when}", metric,
+               ("RAFT, σ 0", f"RLOO, σ {sigma}"), (f"RAFT, σ {sigma}", "RLOO, σ 0"))
+         for metric, when in (("score", ""), ("final score", ", last evaluation"))
+         for sigma in SIGMAS[1:]]
+        + [Claim(f"σ {sigma}: RLOO above RAFT", "score", (f"RLOO, σ {sigma}",),
+                 (f"RAFT, σ {sigma}",))
            for sigma in SIGMAS],
         [("updates", "score"), ("updates", "gold")],
     ),
@@ -255,35 +287,40 @@ EXPERIMENTS = {
         "The weight of the KL penalty", "Back to Basics, figure 5 and section 5.2.2",
         {f"{name}, β {beta}": f"{script} {SHORT} --beta {beta}"
          for name, script in (("RLOO", "rloo.py"), ("RAFT", "raft.py")) for beta in BETAS},
-        [Claim(f"RLOO's reward above RAFT's at β {beta}", "score", (f"RLOO, β {beta}",), (f"RAFT, β {beta}",))
+        [Claim(f"RLOO's reward above RAFT's at β {beta}", "score", (f"RLOO, β {beta}",),
+               (f"RAFT, β {beta}",))
          for beta in BETAS]
-        + [Claim(f"RAFT's KL above RLOO's at β {beta}", "kl", (f"RAFT, β {beta}",), (f"RLOO, β {beta}",))
+        + [Claim(f"RAFT's KL above RLOO's at β {beta}", "kl", (f"RAFT, β {beta}",),
+                 (f"RLOO, β {beta}",))
            for beta in BETAS[1:]],
         [("updates", "score"), ("updates", "kl")],
     ),
     "rouge": Experiment(
         "ROUGE-L as the reward", "left open in Back to Basics, section 7",
-        {"reward model": BASE["rloo.py"], "ROUGE-L": f"{BASE['rloo.py']} --reward tasks/rouge.py:rouge_l --beta 0.01"},
+        {"reward model": BASE["rloo.py"],
+         "ROUGE-L": f"{BASE['rloo.py']} --reward tasks/rouge.py:rouge_l --beta 0.01"},
         [
             Claim("optimizing ROUGE-L raises it", "growth of score", ("ROUGE-L",)),
             Claim("optimizing ROUGE-L raises the gold reward", "growth of gold", ("ROUGE-L",)),
-            Claim("the reward model raises the gold reward more", "growth of gold", ("reward model",), ("ROUGE-L",)),
+            Claim("the reward model raises the gold reward more", "growth of gold",
+                  ("reward model",), ("ROUGE-L",)),
         ],
         [("updates", "gold"), ("kl", "gold"), ("updates", "length")],
     ),
     "length": Experiment(
         "GRPO's 1/length, on summaries", "Dr. GRPO, figure 5",
-        {"GRPO": f"{BASE['grpo.py']} --beta 0", "GRPO, no 1/length": f"{BASE['grpo.py']} --beta 0 --no-length-mean"},
-        [Claim("GRPO: responses grow more with 1/length than without", "growth of length", ("GRPO",),
-               ("GRPO, no 1/length",))],
+        {"GRPO": f"{BASE['grpo.py']} --beta 0",
+         "GRPO, no 1/length": f"{BASE['grpo.py']} --beta 0 --no-length-mean"},
+        [Claim("GRPO: responses grow more with 1/length than without", "growth of length",
+               ("GRPO",), ("GRPO, no 1/length",))],
         [("updates", "length"), ("updates", "score")],
     ),
     "wrong": Experiment(
         "GRPO's 1/length, on wrong answers (mini math)", "Dr. GRPO, figure 5",
         {"GRPO": f"grpo.py {MATH}", "GRPO, no 1/length": f"grpo.py {MATH} --no-length-mean"},
         [
-            Claim("GRPO: wrong answers end longer with 1/length than without", "wrong_length_after", ("GRPO",),
-                  ("GRPO, no 1/length",)),
+            Claim("GRPO: wrong answers end longer with 1/length than without", "wrong_length_after",
+                  ("GRPO",), ("GRPO, no 1/length",)),
             Claim("GRPO: wrong answers grow with 1/length", "growth_of_wrong", ("GRPO",)),
         ],
         [("updates", "length"), ("updates", "score"), ("", "wrong_length_after")],

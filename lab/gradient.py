@@ -1,23 +1,25 @@
 """Bias and variance of the gradient that whole scripts compute, ours or your own, in seconds.
 
-    python lab/gradient.py                                             # every algorithm of this project
-    python lab/gradient.py rloo.py my_rloo.py "ppo.py --lam 0.9"       # any scripts, with flags
-    python lab/gradient.py rloo.py "reinforce.py --baseline none" --constant 3
-    python lab/gradient.py --toys 11                                   # ranges over eleven worlds
+    python -m lab.gradient                                        # every algorithm of this project
+    python -m lab.gradient rloo.py my_rloo.py "ppo.py --lam 0.9"  # any scripts, with flags
+    python -m lab.gradient rloo.py "reinforce.py --baseline none" --constant 3
+    python -m lab.gradient --toys 11                              # ranges over eleven worlds
 
-In a world so small that every response can be written down, a script's own `main` makes an update for every rollout
-that could be sampled, and the gradient is read where the policy's optimizer would step. Weighted by the rollouts'
-probabilities, these gradients give the estimator's mean and variance exactly. The true gradient is that of E[r] - beta
-KL(pi || pi_ref).
+In a world so small that every response can be written down, a script's own `main` makes an update
+for every rollout that could be sampled, and the gradient is read where the policy's optimizer would
+step. Weighted by the rollouts' probabilities, these gradients give the estimator's mean and
+variance exactly. The true gradient is that of E[r] - beta KL(pi || pi_ref).
 
-The table: the cosine of the mean gradient to the true one; the length of its projection on it; the bias, the norm of
-their difference; the variance, the trace of the covariance times the responses that an update generates (divide it by
-yours); that variance once the step is rescaled to length 1. All but the cosine are shares of the true gradient's norm,
-or of its square. With --toys, each number is the median (smallest to largest) over worlds with other weights and
-scores, and the variances are multiples of the first script's in the same world.
+The table: the cosine of the mean gradient to the true one; the length of its projection on it; the
+bias, the norm of their difference; the variance, the trace of the covariance times the responses
+that an update generates (divide it by yours); that variance once the step is rescaled to length 1.
+All but the cosine are shares of the true gradient's norm, or of its square. With --toys, each
+number is the median (smallest to largest) over worlds with other weights and scores, and the
+variances are multiples of the first script's in the same world.
 
-A script fits if it has the form of rloo.py: Args, a `main` that calls `rollout` once per update, and a Run that holds
-the policy. Its flags --beta, --temperature and --missing-eos-penalty also define the gradient that it is compared with.
+A script fits if it has the form of rloo.py: Args, a `main` that calls `rollout` once per update,
+and a Run that holds the policy. Its flags --beta, --temperature and --missing-eos-penalty also
+define the gradient that it is compared with.
 """
 
 import contextlib
@@ -27,34 +29,26 @@ import math
 import random
 import shlex
 import statistics
-import sys
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 import tyro
 from tqdm import tqdm
 
-LAB = Path(__file__).resolve().parent
-sys.path[:0] = [str(LAB.parent), str(LAB)]
+from lab import blackbox
+from lab.family import FAMILY
+from plumbing import (Between, NotNegative, Positive, check_ranges, load_module, one_line,
+                      require)
 
-import blackbox  # noqa: E402
-from plumbing import load_module, one_line, require  # noqa: E402
+plt.switch_backend("agg")  # draws without a screen
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-WORLD = str(LAB / "tiny_world.py")
-SCRIPTS = (
-    "rloo.py", "lab/rloo_token.py", "reinforce.py --baseline none", "reinforce.py", "remax.py --k 1", "remax.py",
-    "vanilla_pg.py", "ppo.py --lam 1 --no-whiten", "ppo.py --lam 0.95 --no-whiten", "ppo.py --lam 0 --no-whiten",
-    "ppo.py", "reinforce_pp.py --no-normalize-scores --no-whiten", "reinforce_pp.py",
-    "reinforce_pp_baseline.py --no-whiten", "reinforce_pp_baseline.py", "grpo.py --no-scale-std --no-length-mean",
-    "grpo.py", "raft.py", "dpo.py",
-)  # fmt: skip
+WORLD = str(Path(__file__).resolve().parent / "tiny_world.py")
+ROWS = [f"{name}.py {flags}".strip() for name in FAMILY for flags in FAMILY[name].lab]
+SCRIPTS = (ROWS[0], "lab/rloo_token.py", *ROWS[1:])
 WARMUP = 4  # updates before those that count, so that an average over past ones holds something
 
 
@@ -62,34 +56,39 @@ WARMUP = 4  # updates before those that count, so that an average over past ones
 class Args:
     scripts: Annotated[tuple[str, ...], tyro.conf.Positional] = SCRIPTS
     """scripts, each with flags if you put both in quotes; default: all of this project"""
-    k: int = 2
+    k: Annotated[int, Between(1, 8)] = 2
     """responses per prompt, where the script's own flags do not say"""
-    prompts: int = 2
-    """prompts per update, 1 to 4, all different"""
-    words: int = 1
-    """words besides EOS, 1 to 6"""
-    length: int = 3
+    prompts: Annotated[int, Between(1, 4)] = 2
+    """prompts per update, all different"""
+    words: Annotated[int, Between(1, 6)] = 1
+    """words besides EOS"""
+    length: Annotated[int, Between(1, 6)] = 3
     """most tokens of a response, EOS included"""
-    beta: float = 0.3
+    beta: NotNegative = 0.3
     """weight of the KL, where the script's own flags do not say"""
-    temperature: float = 0.8
+    temperature: Positive = 0.8
     """sampling temperature, where the script's own flags do not say"""
     missing_eos_penalty: float = 0.5
-    """subtracted from the score of a response without EOS, where the script's own flags do not say"""
+    """subtracted from the score of a response without EOS, where the script's own flags do not
+    say"""
     constant: float = 0.0
     """mean score of the responses, less the penalty"""
     spread: float = 2.0
-    """how far the mean scores of the prompts lie from that, the first above it, the second below, and so on"""
-    peaked: float = 1.0
-    """factor on the logits of policy and reference: above 1, fewer responses have most of the probability"""
-    critic_error: float = 1.0
-    """standard deviation of the critic's error, one for each state; 0 is a critic that knows the true values"""
+    """how far the mean scores of the prompts lie from that, the first above it, the second below,
+    and so on"""
+    peaked: Positive = 1.0
+    """factor on the logits of policy and reference: above 1, fewer responses have most of the
+    probability"""
+    critic_error: NotNegative = 1.0
+    """standard deviation of the critic's error, one for each state; 0 is a critic that knows the
+    true values"""
     at_optimum: bool = False
-    """scores that make the policy the optimum of E[r] - beta KL, where the true gradient is 0; shares are of the
-    gradient of E[r]"""
-    toys: int = 1
-    """worlds with other weights and scores, over which to give ranges; the first is that of a single one"""
-    draws: int = 1500
+    """scores that make the policy the optimum of E[r] - beta KL, where the true gradient is 0;
+    shares are of the gradient of E[r]"""
+    toys: Annotated[int, Between(1, 1000)] = 1
+    """worlds with other weights and scores, over which to give ranges; the first is that of a
+    single one"""
+    draws: Annotated[int, Between(1, 10**6)] = 1500
     """rollouts per script; if more than this many are possible, this many are sampled"""
     seed: int = 1
     """random seed of the draws"""
@@ -99,17 +98,18 @@ class Args:
 
 @dataclass
 class Result:
-    """What an estimator's gradient is, over all draws. Shares are of the true gradient's norm, or its square.
+    """What an estimator's gradient is, over all draws.
 
-    At the optimum, where the true gradient is 0, the gradient of E[r] takes its place; only the bias, which is the
-    length of the mean gradient there, is still measured from 0.
+    Shares are of the true gradient's norm, or its square. At the optimum, where the true gradient
+    is 0, the gradient of E[r] takes its place; only the bias, which is the length of the mean
+    gradient there, is still measured from 0.
     """
 
     cosine: float  # of the mean gradient to the true one
     length: float  # of the mean gradient's projection on the true one, as a share
     bias: float  # norm of the mean gradient less the true one, as a share
     error: float  # standard error of the bias; 0 if every draw was enumerated
-    variance: float  # trace of the covariance times the generated responses of an update, as a share
+    variance: float  # trace of the covariance times an update's generated responses, as a share
     draws: int
     at_optimum: bool = False
 
@@ -119,7 +119,7 @@ class Result:
 
     @property
     def noise(self):
-        """The variance of an estimator that is rescaled to length 1; infinite if it points away from the true one."""
+        """The variance once rescaled to length 1; infinite if it points away from the true one."""
         return self.variance / self.length**2 if self.length > 0 else math.inf
 
     def verdict(self):
@@ -131,120 +131,138 @@ class Result:
             return f"the right direction, {self.length:.2f} of the length"
         away = "away from it, " if self.cosine < 0 else ""
         digits = 0 if self.angle > 9.5 else 1
-        return f"biased: points {self.angle:.{digits}f}° off, {away}{self.length:.2f} of the length"
+        angle = f"{self.angle:.{digits}f}°"
+        return f"biased: points {angle} off, {away}{self.length:.2f} of the length"
 
 
 def check_args(args):
     """Exit with a one-line error if a flag has an invalid value."""
-    for name, least, most in (("k", 1, 8), ("prompts", 1, 4), ("words", 1, 6), ("length", 1, 6), ("draws", 1, 10**6),
-                              ("toys", 1, 1000)):
-        value = getattr(args, name)
-        require(least <= value <= most, f"--{name} {value}: must be between {least} and {most}")
+    check_ranges(args)
     count = sum(args.words**n for n in range(args.length + 1))
-    require(count <= 200, f"--words {args.words} --length {args.length}: {count} responses to a prompt are too many; "
-                          "200 are possible")
-    require(args.beta > 0 or not args.at_optimum, f"--at-optimum --beta {args.beta}: without a KL there is no optimum "
-            "inside; give a positive --beta")
-    for name, ok in (("temperature", args.temperature > 0), ("peaked", args.peaked > 0), ("beta", args.beta >= 0)):
-        require(ok, f"--{name} {getattr(args, name)}: must be {'0 or more' if name == 'beta' else 'positive'}")
-    require(args.critic_error >= 0, f"--critic-error {args.critic_error}: must be 0 or more")
-    require(str(args.output).endswith(".png"), f"--output {args.output}: must be the name of a PNG file")
+    require(count <= 200, f"--words {args.words} --length {args.length}: {count} responses to a "
+                          "prompt are too many; 200 are possible")
+    require(args.beta > 0 or not args.at_optimum,
+            f"--at-optimum --beta {args.beta}: without a KL there is no optimum inside; give a "
+            "positive --beta")
+    require(str(args.output).endswith(".png"),
+            f"--output {args.output}: must be the name of a PNG file")
 
 
 def settings(args):
     """What a script's flags are by default: this world's."""
     return dict(
-        model=f"{WORLD}:policy", reference=f"{WORLD}:reference", critic=f"{WORLD}:critic", reward=(f"{WORLD}:reward",),
-        gold="none", dataset=f"{WORLD}:prompts", eval_dataset=f"{WORLD}:prompts", device="cpu", k=args.k,
-        prompts_per_step=args.prompts, batch_size=1, epochs=1, minibatches=1, beta=args.beta,
-        temperature=args.temperature, missing_eos_penalty=args.missing_eos_penalty, max_new_tokens=args.length,
-    )  # fmt: skip
+        model=f"{WORLD}:policy", reference=f"{WORLD}:reference", critic=f"{WORLD}:critic",
+        reward=(f"{WORLD}:reward",), gold="none", dataset=f"{WORLD}:prompts",
+        eval_dataset=f"{WORLD}:prompts", device="cpu", k=args.k, prompts_per_step=args.prompts,
+        batch_size=1, epochs=1, minibatches=1, beta=args.beta, temperature=args.temperature,
+        missing_eos_penalty=args.missing_eos_penalty, max_new_tokens=args.length)
 
 
 def all_draws(probabilities, prompts, k, in_every_order=False):
-    """Every way to sample k responses to each prompt: tuples of rows, prompt-major, and the probability of each.
+    """Every way to sample k responses to each prompt: tuples of rows, prompt-major.
 
-    Args: probabilities (B, M); prompts (numbers, one for each group of k); k; in_every_order (False: one order of the k
-    responses to a prompt stands for all).
+    Args: probabilities (B, M); prompts (numbers, one for each group of k); k; in_every_order
+    (False: one order of the k responses to a prompt stands for all).
+    Returns: list of D tuples, and the probability of each, (D,).
     """
-    M = probabilities.shape[1]
+    M, factorial = probabilities.shape[1], math.factorial
     choose = itertools.combinations_with_replacement
     single = list(itertools.product(range(M), repeat=k) if in_every_order else choose(range(M), k))
-    orders = [1 if in_every_order else math.factorial(k) // math.prod(map(math.factorial, map(draw.count, set(draw))))
-              for draw in single]
-    weights = [[n * probabilities[prompt][list(draw)].prod().item() for n, draw in zip(orders, single)]
-               for prompt in prompts]  # of each prompt's draws
-    rows = [[tuple(prompt * M + response for response in draw) for draw in single] for prompt in prompts]
-    return ([sum(draw, ()) for draw in itertools.product(*rows)],
-            torch.tensor([math.prod(parts) for parts in itertools.product(*weights)]))
+
+    def orders(draw):
+        """In how many orders the same responses can come."""
+        times = map(draw.count, set(draw))
+        return 1 if in_every_order else factorial(k) // math.prod(map(factorial, times))
+
+    def both(prompt):
+        """Each draw for one prompt: its rows, and its probability."""
+        return [(tuple(prompt * M + response for response in draw),
+                 orders(draw) * probabilities[prompt][list(draw)].prod().item()) for draw in single]
+
+    draws = list(itertools.product(*map(both, prompts)))
+    return ([sum((rows for rows, _ in draw), ()) for draw in draws],
+            torch.tensor([math.prod(weight for _, weight in draw) for draw in draws]))
 
 
 def sampled_draws(probabilities, prompts, k, count):
-    """`count` rollouts as they would be sampled: lists of rows, prompt-major, and the weight of each."""
+    """`count` rollouts as they would be sampled: tuples of rows, and the weight of each."""
     M = probabilities.shape[1]
-    columns = [prompt * M + torch.multinomial(probabilities[prompt], count * k, replacement=True).view(count, k)
-               for prompt in prompts]
-    return list(map(tuple, torch.cat(columns, 1).tolist())), torch.full((count,), 1 / count)
+    columns = [prompt * M + torch.multinomial(probabilities[prompt], count * k, replacement=True)
+               for prompt in prompts]  # of (count * k,)
+    rows = torch.cat([column.view(count, k) for column in columns], 1)  # (count, B * k)
+    return list(map(tuple, rows.tolist())), torch.full((count,), 1 / count)
 
 
 def shuffled(draw, k):
     """The same k responses to each prompt in another order."""
     generator = random.Random(1)
-    return tuple(row for i in range(0, len(draw), k) for row in generator.sample(draw[i : i + k], k))
+    groups = [generator.sample(draw[i : i + k], k) for i in range(0, len(draw), k)]
+    return sum(map(tuple, groups), ())
 
 
 def run_draws(command, batch, draws, k, greedy, warmup, flags):
     """The gradient of a script's `main` for each of the rollouts.
 
-    Args: command; batch (all responses); draws (tuples of its rows, one for each rollout); k; greedy (rows of the
-    greedy responses); warmup (WARMUP tuples of rows); flags (see settings).
-    Returns: (D, P), the number of responses that an update generates, and whether their order makes no difference.
+    Args: command; batch (all responses); draws (tuples of its rows, one for each rollout); k;
+    greedy (rows of the greedy responses); warmup (WARMUP tuples of rows); flags (see settings).
+    Returns: (D, P), the number of responses that an update generates, and whether their order makes
+    no difference.
     """
     def run(draws):
         def given(update, prompt_ids, wanted, is_greedy):
-            require(wanted == (1 if is_greedy else k), f"{command}: samples {wanted} responses per prompt, not --k {k}")
-            return batch[list(greedy if is_greedy else [*draws, *warmup][update])]  # update -1: the last of the warm-up
+            require(wanted == (1 if is_greedy else k),
+                    f"{command}: samples {wanted} responses per prompt, not --k {k}")
+            # Update -1 is the last of the warm-up.
+            return batch[list(greedy if is_greedy else [*draws, *warmup][update])]
 
         return blackbox.run(command, given, len(draws), WARMUP, **flags)
 
-    others = [shuffled(draw, k) for draw in draws[:: len(draws) // 5 + 1] if k > 1]
+    some = slice(None, None, len(draws) // 5 + 1)
+    others = [shuffled(draw, k) for draw in draws[some] if k > 1]
     updates = run([*draws, *others, draws[0]])
     require(updates[0].batch is not None, f"{command}: its main does not call `rollout`")
     found = torch.stack([update.gradient for update in updates])  # (D + ..., P)
     close = lambda a, b: (a - b).norm() <= 1e-9 * found.norm(dim=1).amax()
-    if not close(found[0], found[-1]):  # main remembers something outside of run.state: start it anew for each rollout
+    if not close(found[0], found[-1]):
+        # main remembers something outside of run.state: start it anew for each rollout
         found = torch.stack([run([draw])[0].gradient for draw in (*draws, *others)])
-    same = all(map(close, found[: len(draws) : len(draws) // 5 + 1], found[len(draws) :])) if others else True
+    same = all(map(close, found[: len(draws)][some], found[len(draws) :])) if others else True
     return found[: len(draws)], updates[0].generated, same
 
 
 def all_rollouts(command, world, args, flags, batch, prompts):
     """The gradients of every rollout, or of a sample of them, in the world.
 
-    Returns: gradients (D, P), their weights (D,), the responses that each needs, and whether these are all rollouts.
+    Returns: gradients (D, P), their weights (D,), the responses that each needs, and whether these
+    are all rollouts.
     """
     probabilities = batch.old_logprobs.sum(1).exp().view(-1, world.M)  # (B, M)
     torch.manual_seed(args.seed)
     warmup, _ = sampled_draws(probabilities, prompts, flags.k, WARMUP)
-    greedy = [world.greedy(prompt) for prompt in prompts]
+    greedy, M, k = [world.greedy(prompt) for prompt in prompts], world.M, flags.k
     for in_every_order in (False, True):
-        possible = world.M**flags.k if in_every_order else math.comb(world.M + flags.k - 1, flags.k)
+        possible = M**k if in_every_order else math.comb(M + k - 1, k)
         exact = possible ** len(prompts) <= args.draws
-        draws, weights = (all_draws(probabilities, prompts, flags.k, in_every_order) if exact
-                          else sampled_draws(probabilities, prompts, flags.k, args.draws))
-        found, generated, same = run_draws(command, batch, draws, flags.k, greedy, warmup, settings(args))
+        draws, weights = (all_draws(probabilities, prompts, k, in_every_order) if exact
+                          else sampled_draws(probabilities, prompts, k, args.draws))
+        found, generated, same = run_draws(command, batch, draws, k, greedy, warmup, settings(args))
         if same or not exact:
             return found, weights, generated, exact
     return found, weights, generated, exact
 
 
 def all_pairs(command, world, args, batch, scores):
-    """The same for a script that learns from pairs: two samples, of which the better one is likely the chosen one."""
+    """The same for a script that learns from pairs.
+
+    A pair is two samples, of which the better one is likely the chosen one.
+    """
     probabilities = batch.old_logprobs.sum(1).exp().view(-1, world.M)  # (B, M)
     scores = scores.view(-1, world.M)  # (B, M)
-    wins = torch.sigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))  # (B, M, M), Bradley and Terry's
-    weights = 2 * wins * probabilities.unsqueeze(2) * probabilities.unsqueeze(1) / args.prompts  # (B, M, M)
-    require(weights.numel() <= args.draws, f"{command}: there are {weights.numel()} pairs, more than --draws")
+    wins = torch.sigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))  # (B, M, M), Bradley, Terry
+    both = probabilities.unsqueeze(2) * probabilities.unsqueeze(1)  # (B, M, M)
+    weights = 2 * wins * both / args.prompts  # (B, M, M)
+    require(weights.numel() <= args.draws,
+            f"{command}: there are {weights.numel()} pairs, more than --draws")
     flags = settings(args) | {"dataset": f"{WORLD}:pairs"}
     updates = blackbox.run(command, None, weights.numel(), rows=lambda update: [update],
                            replace={"encode": load_module(WORLD).encode}, **flags)
@@ -255,7 +273,7 @@ def measure(command, world, args):
     """The Result of a command such as "ppo.py --lam 0"."""
     _, flags = blackbox.parse(command, **settings(args))
     pairs = hasattr(flags, "rejected_column")
-    for name in ("beta", "temperature") if pairs else ("beta", "temperature", "k", "prompts_per_step"):
+    for name in ("beta", "temperature", *(() if pairs else ("k", "prompts_per_step"))):
         require(hasattr(flags, name), f"{command}: has no flag --{name.replace('_', '-')}")
     penalty = getattr(flags, "missing_eos_penalty", args.missing_eos_penalty)
     prompts = [i % args.prompts for i in range(args.prompts if pairs else flags.prompts_per_step)]
@@ -263,8 +281,9 @@ def measure(command, world, args):
     found, weights, generated, exact = (
         all_pairs(command, world, args, batch, world.scores - penalty * ~batch.ended) if pairs
         else all_rollouts(command, world, args, flags, batch, prompts))  # (D, P), (D,)
-    true = world.true_gradient(prompts, flags.temperature, flags.beta, penalty)  # (P,)
-    unit = world.true_gradient(prompts, flags.temperature, 0.0, penalty) if args.at_optimum else true  # (P,)
+    gradient = lambda beta: world.true_gradient(prompts, flags.temperature, beta, penalty)
+    true = gradient(flags.beta)  # (P,)
+    unit = gradient(0.0) if args.at_optimum else true  # (P,)
     mean = weights @ found  # (P,)
     variance = (weights @ (found - mean).square().sum(1) / unit.norm() ** 2).item()
     return Result(
@@ -272,10 +291,7 @@ def measure(command, world, args):
         length=(mean @ unit / unit.norm() ** 2).item(),
         bias=((mean - true).norm() / unit.norm()).item(),
         error=0.0 if exact else math.sqrt(variance / len(found)),
-        variance=variance * generated,
-        draws=len(found),
-        at_optimum=args.at_optimum,
-    )
+        variance=variance * generated, draws=len(found), at_optimum=args.at_optimum)
 
 
 def attempt(command, world, args):
@@ -294,34 +310,49 @@ def attempt(command, world, args):
         return f"{type(error).__name__}: {one_line(error)} ({name}{''.join(lines[-1:])})"
 
 
+# ---------------------------------------------------------------------------------------- the table
+
+
 def cells(result):
     """The numbers of one world as text."""
-    return [f"{result.cosine:.3f}", f"{result.length:.3f}",
-            f"{result.bias:.3f}" + f" ± {result.error:.3f}" * (result.error > 0), f"{result.variance:.3g}",
-            f"{result.noise:.3g}" if result.length > 0 else "–", result.verdict()]
+    error = f" ± {result.error:.3f}" if result.error > 0 else ""
+    noise = f"{result.noise:.3g}" if result.length > 0 else "–"
+    return [f"{result.cosine:.3f}", f"{result.length:.3f}", f"{result.bias:.3f}{error}",
+            f"{result.variance:.3g}", noise, result.verdict()]
 
 
 def middle_and_range(values):
     """The median (smallest to largest) as text; one number where they do not differ."""
-    middle, low, high = (f"{value:z.2f}" for value in (statistics.median(values), min(values), max(values)))
+    found = statistics.median(values), min(values), max(values)
+    middle, low, high = (f"{value:z.2f}" for value in found)
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def cells_of_toys(found, first):
-    """The numbers of several worlds as text; variances as multiples of the first script's in the same world."""
+    """The numbers of several worlds as text.
+
+    Variances are multiples of the first script's in the same world.
+    """
     numbers = [[result.cosine for result in found], [result.length for result in found],
                [result.bias for result in found],
                [result.variance / other.variance for result, other in zip(found, first)],
                [result.noise / other.noise for result, other in zip(found, first)]]
-    angles, verdicts = [result.angle for result in found], {result.verdict().partition(":")[0] for result in found}
-    said = f"points {min(angles):.0f}° to {max(angles):.0f}° off" if "biased" in verdicts else " or ".join(verdicts)
+    angles = [result.angle for result in found]
+    verdicts = {result.verdict().partition(":")[0] for result in found}
+    said = " or ".join(verdicts)
+    if "biased" in verdicts:
+        said = f"points {min(angles):.0f}° to {max(angles):.0f}° off"
     return [*map(middle_and_range, numbers), said]
 
 
 def table(results):
-    """The results as a Markdown table. Args: results (dict command -> list of one Result per world, or one line)."""
+    """The results as a Markdown table.
+
+    Args: results (dict command -> list of one Result per world, or one line).
+    """
     worked = [found for found in results.values() if not isinstance(found, str)] or [[]]
-    if any(result.at_optimum for result in worked[0]):  # equal rewards have no variance, and a step of 0 no direction
+    if any(result.at_optimum for result in worked[0]):
+        # Equal rewards have no variance, and a step of 0 no direction.
         header = ["", "mean step / gradient of E[r]"]
         row = lambda found: [middle_and_range([result.bias for result in found])]
     elif len(worked[0]) > 1:
@@ -333,38 +364,53 @@ def table(results):
         row = lambda found: cells(found[0])
     lines = [header, ["---"] * len(header)]
     for command, found in results.items():
-        failed = isinstance(found, str)
-        lines.append([f"`{command}`", *(["–"] * (len(header) - 2) + [found] if failed else row(found))])
+        failed = ["–"] * (len(header) - 2) + [found]
+        lines.append([f"`{command}`", *(failed if isinstance(found, str) else row(found))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def draw(results, path):
-    """A picture of all results: how far off the mean gradient points, and the variance of a step of length 1.
+# -------------------------------------------------------------------------------------- the picture
 
-    Of several worlds the median, with lines from the smallest to the largest, and the variance as in the table.
+
+def points(results):
+    """Angles and variances of each command: dict command -> two tuples.
+
+    Of the worlds in which a step has a right length. If there are several, the variances are
+    multiples of the first command's.
     """
     found, worked = {}, [worlds for worlds in results.values() if not isinstance(worlds, str)]
-    several = bool(worked) and len(worked[0]) > 1
-    for command, worlds in results.items():  # angles and variances, of the worlds in which a step has a right length
+    for command, worlds in results.items():
         pairs = [] if isinstance(worlds, str) else [
-            (result.angle, result.noise / (first.noise if several else 1.0))
+            (result.angle, result.noise / (first.noise if len(worlds) > 1 else 1.0))
             for result, first in zip(worlds, worked[0]) if result.length > 0 and first.length > 0]
         if pairs:
             found[command] = tuple(zip(*pairs))
-    share = f"as a multiple of that of {next(iter(results))}" if several else "share of the true gradient's squared norm"
+    return found
+
+
+def draw(results, path):
+    """A picture of all results: how far off the mean gradient points, and the variance.
+
+    The variance is that of a step of length 1. Of several worlds the median, with lines from the
+    smallest to the largest, and the variance as in the table.
+    """
+    several = any(len(worlds) > 1 for worlds in results.values() if not isinstance(worlds, str))
+    share = "share of the true gradient's squared norm"
+    share = f"as a multiple of that of {next(iter(results))}" if several else share
     figure, axes = plt.subplots(figsize=(10, 5), dpi=120, facecolor="white", layout="constrained")
     axes.set(yscale="log", xlabel="bias: angle between mean and true gradient (degrees)",
              ylabel=f"variance × responses, at length 1\n({share})")
     places = {False: {}, True: {}}  # whether it is biased -> place -> numbers in the key
-    colors = {False: "#0072b2", True: "#d55e00"}
+    colors, found = {False: "#0072b2", True: "#d55e00"}, points(results)
     for number, (angles, noises) in enumerate(found.values(), 1):
-        angle, noise, biased = statistics.median(angles), statistics.median(noises), max(angles) > 1e-3
+        angle, noise = statistics.median(angles), statistics.median(noises)
+        biased = max(angles) > 1e-3
         places[biased].setdefault((angle, noise), []).append(str(number))
         axes.hlines(noise, min(angles), max(angles), colors[biased], alpha=0.3)
         axes.vlines(angle, min(noises), max(noises), colors[biased], alpha=0.3)
     for biased, marker, name in ((False, "o", "no bias"), (True, "^", "biased")):
-        points = zip(*places[biased] or [(math.nan, 1.0)])
-        axes.scatter(*points, c=colors[biased], marker=marker, s=45, label=name, zorder=2)
+        columns = zip(*places[biased] or [(math.nan, 1.0)])
+        axes.scatter(*columns, c=colors[biased], marker=marker, s=45, label=name, zorder=2)
     axes.margins(0.35 if several else 0.15, 0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, ncols=2)
@@ -372,32 +418,55 @@ def draw(results, path):
     axes.text(1.02, 0.9, key, transform=axes.transAxes, va="top", fontsize=9, linespacing=1.5)
     figure.draw_without_rendering()  # now pixels are known
     for biased, side, align in ((False, -1, "right"), (True, 1, "left")):
-        labels = []  # pixel, place and numbers of each: points that would hide each other share one
-        for place, numbers in places[biased].items():
-            pixel = axes.transData.transform(place)
-            near = [label for label in labels if abs(label[0] - pixel).max() < 14]
-            near[0][2].extend(numbers) if near else labels.append((pixel, place, numbers))
-        for _, place, numbers in labels:
-            axes.annotate(", ".join(numbers), place, xytext=(7 * side, 0), textcoords="offset points", ha=align,
-                          va="center", fontsize=9)
+        for place, numbers in labels(axes, places[biased]):
+            axes.annotate(", ".join(numbers), place, xytext=(7 * side, 0), ha=align, va="center",
+                          textcoords="offset points", fontsize=9)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
 
 
+def labels(axes, places):
+    """Place and numbers of each label: points that would hide each other share one."""
+    found = []  # pixel, place and numbers
+    for place, numbers in places.items():
+        pixel = axes.transData.transform(place)
+        near = [label for label in found if abs(label[0] - pixel).max() < 14]
+        near[0][2].extend(numbers) if near else found.append((pixel, place, numbers))
+    return [(place, numbers) for _, place, numbers in found]
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
 def make_world(args, toy=0):
-    """The World of these flags, which the scripts' own flags name. Another `toy` has other weights and scores."""
+    """The World of these flags, which the scripts' own flags name.
+
+    Another `toy` has other weights and scores.
+    """
     tiny_world = load_module(WORLD)
     tiny_world.world = tiny_world.World(
-        args.words, args.length, args.prompts, args.temperature, args.beta, args.missing_eos_penalty, args.constant,
-        args.spread, args.peaked, args.critic_error, args.at_optimum, toy)
+        args.words, args.length, args.prompts, args.temperature, args.beta,
+        args.missing_eos_penalty, args.constant, args.spread, args.peaked, args.critic_error,
+        args.at_optimum, toy)
     return tiny_world.world
+
+
+def describe(world, args):
+    """Print how large the world is, and how far from uniform."""
+    likely = world.batch.old_logprobs.sum(1).exp().view(args.prompts, -1).amax(1)  # (B,)
+    true = world.true_gradient(range(args.prompts), args.temperature, args.beta,
+                               args.missing_eos_penalty).norm()
+    tqdm.write(f"{world.M} responses to each prompt, the most probable with probability "
+               f"{', '.join(f'{p:.2f}' for p in likely)}; the true gradient's squared norm is "
+               f"{true**2:.3g}{' (in the first world)' * (args.toys > 1)}\n")
 
 
 def main(args):
     check_args(args)
     results = {}  # command -> list of Results, or one line
-    for toy, command in tqdm([*itertools.product(range(args.toys), args.scripts)], unit="script", leave=False):
+    jobs = [*itertools.product(range(args.toys), args.scripts)]
+    for toy, command in tqdm(jobs, unit="script", leave=False):
         if command == args.scripts[0]:
             world = make_world(args, toy)
             if toy == 0:
@@ -409,15 +478,6 @@ def main(args):
     if not args.at_optimum:
         draw(results, args.output)
         print(f"\npicture: {args.output}")
-
-
-def describe(world, args):
-    """Print how large the world is, and how far from uniform."""
-    likely = world.batch.old_logprobs.sum(1).exp().view(args.prompts, -1).amax(1)  # (B,)
-    true = world.true_gradient(range(args.prompts), args.temperature, args.beta, args.missing_eos_penalty).norm()
-    tqdm.write(f"{world.M} responses to each prompt, the most probable with probability "
-               f"{', '.join(f'{p:.2f}' for p in likely)}; the true gradient's squared norm is {true**2:.3g}"
-               f"{' (in the first world)' * (args.toys > 1)}\n")
 
 
 if __name__ == "__main__":

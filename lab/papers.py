@@ -1,20 +1,21 @@
 """Run the papers' experiments again at toy scale: a picture, a table and a verdict for each.
 
-    python lab/papers.py                    # the list: what each shows, what it costs, and its last result
-    python lab/papers.py fig1 fig3 table1   # runs what is missing, then draws; "all" for all of them
-    python lab/papers.py fig1 --redraw      # only draws, from the numbers in docs/results
-    python lab/papers.py fig1 --again       # makes the runs again, although docs/results has their numbers
+    python -m lab.papers                    # the list: what each shows, costs, and its last result
+    python -m lab.papers fig1 fig3 table1   # runs what is missing, then draws; "all" for all
+    python -m lab.papers fig1 --redraw      # only draws, from the numbers in docs/results
+    python -m lab.papers fig1 --again       # makes the runs again, although docs/results has them
 
-Finished runs are kept, so you can stop a sweep and start it again. Each experiment leaves its numbers and its picture
-in docs/results, and docs/results.md is brought up to date.
+Finished runs are kept, so you can stop a sweep and start it again. Each experiment leaves its
+numbers and its picture in docs/results, and docs/results.md is brought up to date.
 
-Unless an experiment's commands say otherwise, runs start from the SFT policy of mini TL;DR and generate 960 responses,
-16 per update, at a constant learning rate. The rate of each algorithm is the one of RATES with the highest mean score
-over 40 updates from seed 100, which is not used again. An interval is Student's, at 95%, over seeds; differences are
-taken seed by seed, since runs of one seed see the same prompts. A claim holds if its interval lies above 0, does not
-hold if it lies below (or is exactly 0), and otherwise these runs cannot tell. Of many claims some are decided by chance:
-"after correction" are those that are still decided if at most 5% of the page's decisions may be wrong (Benjamini and
-Hochberg 1995).
+Unless an experiment's commands say otherwise, runs start from the SFT policy of mini TL;DR and
+generate 960 responses, 16 per update, at a constant learning rate. The rate of each algorithm is
+the one of RATES with the highest mean score over 40 updates from seed 100, which is not used again.
+An interval is Student's, at 95%, over seeds; differences are taken seed by seed, since runs of one
+seed see the same prompts. A claim holds if its interval lies above 0, does not hold if it lies
+below (or is exactly 0), and otherwise these runs cannot tell. Of many claims some are decided by
+chance: "after correction" are those that are still decided if at most 5% of the page's decisions
+may be wrong (Benjamini and Hochberg 1995).
 """
 
 import functools
@@ -27,7 +28,6 @@ import resource
 import shlex
 import shutil
 import statistics
-import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -39,22 +39,20 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import evaluate
+import plot
+from lab.experiments import EXPERIMENTS, RATES, TUNED
+from plumbing import require
+from tools import kill
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
-
-import evaluate  # noqa: E402
-import kill  # noqa: E402
-import plot  # noqa: E402
-from experiments import EXPERIMENTS, RATES, TUNED  # noqa: E402
-from plumbing import require  # noqa: E402
-
 RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 MARKER = "<!-- everything below is written by lab/papers.py -->"
-VERDICTS = {"does not hold": "What does not hold here", "cannot tell": "What these runs cannot tell",
-            "holds": "What holds here"}
+VERDICTS = {"does not hold": "What does not hold here",
+            "cannot tell": "What these runs cannot tell", "holds": "What holds here"}
 EVERY_RUN = "--lr-schedule constant --save-every 0"  # a checkpoint only at the end
-FALSE_DISCOVERIES = 0.05  # the share of wrong decisions among the page's decisions that the correction allows
+FALSE_DISCOVERIES = 0.05  # the share of the page's decisions that may be wrong
 
 
 @dataclass
@@ -66,15 +64,20 @@ class Args:
     redraw: bool = False
     """run nothing: draw pictures and tables from the numbers in docs/results"""
     again: bool = False
-    """make the runs again, even if docs/results has their numbers; finished ones in --output are kept"""
+    """make the runs again, even if docs/results has their numbers; finished ones in --output are
+    kept"""
     output: str = "runs/papers"
     """folder for the runs"""
 
 
-# ----------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
+
 
 def commands(experiment, rates):
-    """The full command of each arm: dict label -> command, without the seed. Args: rates (see `chosen_rates`)."""
+    """The full command of each arm, without the seed: dict label -> command.
+
+    Args: experiment; rates (see `chosen_rates`).
+    """
     full = {}
     for label, command in experiment.arms.items():
         if "--lr " not in command:
@@ -92,18 +95,19 @@ def folder_of(command, seed, output):
 
 def train(command, folder):
     """Run one script into a folder, and write what it cost to cost.json."""
-    time.perf_counter = time.process_time  # time/seconds then counts CPU time, which a busy machine does not change
+    time.perf_counter = time.process_time  # so time/seconds is CPU time, whoever else is busy
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     script, *flags = shlex.split(command)
     module = importlib.import_module(script.removesuffix(".py"))
     module.main(tyro.cli(module.Args, args=[*flags, "--output", str(folder)]))
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    cost = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mb": (usage.ru_maxrss - before) / 1024}
+    cost = {"cpu_seconds": usage.ru_utime + usage.ru_stime,
+            "peak_mb": (usage.ru_maxrss - before) / 1024}
     (folder / "cost.json").write_text(json.dumps(cost))
 
 
 def alone(function, log, *values):
-    """Call function(*values) on one thread, with its output in the file `log`. For a process of its own."""
+    """Call function(*values) on one thread, with its output in a file. For its own process."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -121,7 +125,7 @@ def call(context, function, log, *values):
 
 
 def finish(context, command, seed, tax, output):
-    """Run one command with one seed, and evaluate.py on its policy if `tax`, unless that has been done already.
+    """Run one command with one seed, and evaluate.py on its policy if `tax`, unless that is done.
 
     Returns: its numbers (see `read_numbers`), with those of evaluate.py as "tax".
     """
@@ -136,8 +140,8 @@ def finish(context, command, seed, tax, output):
     found = json.loads(numbers.read_text())
     if tax:
         if not taxed.exists():
-            policy = (str(folder / "model"),)
-            call(context, evaluate.main, log, evaluate.Args(policies=policy, eval_prompts=250, output=str(taxed)))
+            call(context, evaluate.main, log, evaluate.Args(
+                policies=(str(folder / "model"),), eval_prompts=250, output=str(taxed)))
         (policy,) = json.loads(taxed.read_text())["policies"].values()
         found["tax"] = {name: round(value, 4) for name, value in policy.items()}
     return found
@@ -156,21 +160,31 @@ def read_numbers(folder):
         numbers["clipfrac"] = round(statistics.mean(scalars["policy/clipfrac"].values()), 5)
     seconds = scalars["time/seconds"]
     numbers["seconds"] = round(max(seconds.values()) / max(seconds), 4)  # per update
-    if "mini_math" in settings["dataset"]:  # of the wrong answers, before and after training
-        state = torch.load(next((folder / "checkpoints").glob("*/state.pt")), weights_only=True)["state"]
-        for when in ("before", "after"):
-            values, _ = state[when]
-            numbers[f"wrong_length_{when}"] = round(values["length"][values["score"] == 0].mean().item(), 4)
-        numbers["growth_of_wrong"] = round(numbers["wrong_length_after"] - numbers["wrong_length_before"], 4)
-    return numbers | {name: round(value, 2) for name, value in json.loads((folder / "cost.json").read_text()).items()}
+    if "mini_math" in settings["dataset"]:
+        numbers |= wrong_lengths(folder)
+    cost = json.loads((folder / "cost.json").read_text())
+    return numbers | {name: round(value, 2) for name, value in cost.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------- statistics
+def wrong_lengths(folder):
+    """Lengths of the wrong answers, before and after training, from a run's checkpoint."""
+    path = next((folder / "checkpoints").glob("*/state.pt"))
+    state, numbers = torch.load(path, weights_only=True)["state"], {}
+    for when in ("before", "after"):
+        values, _ = state[when]
+        wrong = values["length"][values["score"] == 0]
+        numbers[f"wrong_length_{when}"] = round(wrong.mean().item(), 4)
+    growth = numbers["wrong_length_after"] - numbers["wrong_length_before"]
+    return numbers | {"growth_of_wrong": round(growth, 4)}
+
+
+# --------------------------------------------------------------------------------------- statistics
+
 
 def tails(t, df):
-    """Probability that Student's t with `df` degrees of freedom is further from 0 than t, on either side.
+    """Probability that Student's t is further from 0 than t, on either side.
 
-    (Abramowitz and Stegun 1964, equations 26.7.3 and 26.7.4)
+    Args: t; df (degrees of freedom). (Abramowitz and Stegun 1964, equations 26.7.3 and 26.7.4)
     """
     angle, odd = math.atan2(abs(t), math.sqrt(df)), df % 2
     term = math.cos(angle) if odd else 1.0
@@ -178,29 +192,34 @@ def tails(t, df):
     for n in range(2 + odd, df - 1, 2):
         term *= math.cos(angle) ** 2 * (n - 1) / n
         total += term
-    return 1 - (2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total)
+    inside = math.sin(angle) * total
+    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
 @functools.cache
 def quantile(df):
-    """The t beyond which Student's t lies in 5% of all cases, on both sides together: by bisection."""
+    """The t beyond which Student's t lies in 5% of all cases, on both sides together."""
     low, high = 0.0, 20.0
-    for _ in range(60):
+    for _ in range(60):  # bisection
         middle = (low + high) / 2
         low, high = (middle, high) if tails(middle, df) > 0.05 else (low, middle)
     return high
 
 
 def interval(values):
-    """Mean, and Student's 95% interval for it: (mean, low, high); nan if a value is. Args: values (2 floats or more)."""
+    """Mean, and Student's 95% interval for it: (mean, low, high); nan if a value is.
+
+    Args: values (2 floats or more).
+    """
     if any(map(math.isnan, values)):
         return math.nan, math.nan, math.nan
-    mean, half = statistics.mean(values), quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    mean, half = statistics.mean(values), quantile(len(values) - 1) * error
     return mean, mean - half, mean + half
 
 
 def p_value(values):
-    """Of Student's test, on both sides, that the mean is 0; 1 if a value is nan, or if all are 0."""
+    """Of Student's two-sided test that the mean is 0; 1 if a value is nan, or if all are 0."""
     if any(map(math.isnan, values)) or not any(values):
         return 1.0
     error = statistics.stdev(values) / math.sqrt(len(values))
@@ -208,12 +227,13 @@ def p_value(values):
 
 
 def discoveries(p_values, share=FALSE_DISCOVERIES):
-    """Which differences from 0 are still decided if at most this share of the decisions may be wrong: list of bool.
+    """Which differences from 0 are decided if at most this share of decisions may be wrong.
 
-    (Benjamini and Hochberg 1995, procedure (1).)
+    Returns: list of bool. (Benjamini and Hochberg 1995, procedure (1).)
     """
     ranked = sorted(p_values)
-    limit = max((p for i, p in enumerate(ranked, 1) if p <= share * i / len(ranked)), default=-1.0)
+    limit = max((p for i, p in enumerate(ranked, 1) if p <= share * i / len(ranked)),
+                default=-1.0)
     return [p <= limit for p in p_values]
 
 
@@ -225,7 +245,8 @@ def verdict(low, high):
 def at_kl(run, name, kl):
     """A run's curve `name` where its KL first reaches `kl`; nan if it does not.
 
-    Between two evaluations it is taken as linear in √KL, as rewards are near the start (Gao et al. 2023).
+    Between two evaluations it is taken as linear in √KL, as rewards are near the start (Gao et al.
+    2023).
     """
     roots, root = [math.sqrt(max(0.0, value)) for value in run["kl"]], math.sqrt(kl)
     for i in range(1, len(roots)):
@@ -238,10 +259,11 @@ def at_kl(run, name, kl):
 def measure(run, metric):
     """One number of one run.
 
-    "score", "gold": mean over the evaluations after the start, that is, the height of the curve. "final score": of the
-    last one. "score each 320": mean over the evaluations after 320, 640 ... responses. "score at update 60"; "gold at
-    KL 3" (interpolated). "growth of length": last less first. "fall of gold": highest less last. "log seconds". Others
-    are numbers of the run. What evaluate.py says (`tax`) comes first. nan if it has no such number.
+    "score", "gold": mean over the evaluations after the start, that is, the height of the curve.
+    "final score": of the last one. "score each 320": mean over the evaluations after 320, 640 ...
+    responses. "score at update 60"; "gold at KL 3" (interpolated). "growth of length": last less
+    first. "fall of gold": highest less last. "log seconds". Others are numbers of the run. What
+    evaluate.py says (`tax`) comes first. nan if it has no such number.
     """
     if metric in run.get("tax", {}):
         return run["tax"][metric]
@@ -258,8 +280,9 @@ def measure(run, metric):
     if kind == "log":
         return math.log(curve)
     if " each " in metric:
-        points = zip(run[kind], run["samples"])
-        return statistics.mean(value for value, samples in points if samples and samples % int(name) == 0)
+        points = [value for value, samples in zip(run[kind], run["samples"])
+                  if samples and samples % int(name) == 0]
+        return statistics.mean(points)
     if " at KL " in metric:
         return at_kl(run, kind, float(name))
     return run[kind][run["updates"].index(int(name))]  # at update
@@ -270,48 +293,53 @@ def judge(claim, arms):
 
     Args: claim (see lab/experiments.py); arms (label -> {"runs": {seed: numbers}}).
     """
-    total = lambda labels, seed: sum(measure(arms[label]["runs"][seed], claim.metric) for label in labels)
-    seeds = sorted(set.intersection(*(set(arms[label]["runs"]) for label in (*claim.more, *claim.less))))
-    values = [total(claim.more, seed) - total(claim.less, seed) - claim.least for seed in seeds]
+    def total(labels, seed):
+        return sum(measure(arms[label]["runs"][seed], claim.metric) for label in labels)
+
+    seeds = [set(arms[label]["runs"]) for label in (*claim.more, *claim.less)]
+    values = [total(claim.more, seed) - total(claim.less, seed) - claim.least
+              for seed in sorted(set.intersection(*seeds))]
     mean, low, high = interval(values)
     return mean, low, high, verdict(low, high), p_value(values)
 
 
 def chosen_rates(arms):
-    """The learning rate of each tuned command: dict command -> rate. Args: arms of the experiment "lr"."""
-    scores = lambda name: {rate: measure(arms[f"{name} --lr {rate}"]["runs"]["100"], "score") for rate in RATES}
-    return {name: max(RATES, key=scores(name).get) for name in TUNED}
+    """The learning rate of each tuned command: dict command -> rate.
+
+    Args: arms (of the experiment "lr").
+    """
+    def score(name, rate):
+        return measure(arms[f"{name} --lr {rate}"]["runs"]["100"], "score")
+
+    return {name: max(RATES, key=functools.partial(score, name)) for name in TUNED}
 
 
-# -------------------------------------------------------------------------------------------------- pictures and tables
+# ------------------------------------------------------------------------------ pictures and tables
 
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito
+
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+          "#999999"]  # Okabe and Ito
 MARKERS = "osD^vP*X"
-AXES = {"updates": "steps (rollouts)", "samples": "responses", "score": "reward", "gold": "gold reward",
-        "win_rate": "win rate",
-        "kl": "KL to the reference", "√kl": "√KL", "length": "response length (tokens)",
-        "seconds": "CPU seconds per update", "wrong_length_after": "length of wrong answers",
-        "variance": "variance of the reward"}
+AXES = {"updates": "steps (rollouts)", "samples": "responses", "score": "reward",
+        "gold": "gold reward", "win_rate": "win rate", "kl": "KL to the reference", "√kl": "√KL",
+        "length": "response length (tokens)", "seconds": "CPU seconds per update",
+        "wrong_length_after": "length of wrong answers", "variance": "variance of the reward"}
 
 
 def draw(name, arms):
-    """Write an experiment's picture: curves with the 95% band over seeds, or one point with its interval per arm."""
+    """Write an experiment's picture: a panel with curves, or with one point per arm, for each."""
     panels = EXPERIMENTS[name].panels
-    figure, axes = plot.plt.subplots(1, len(panels), squeeze=False, figsize=(4.2 * len(panels), 3.4))
+    figure, axes = plot.plt.subplots(1, len(panels), squeeze=False,
+                                     figsize=(4.2 * len(panels), 3.4))
     for axis, (x, y) in zip(axes[0], panels):
         for i, (label, arm) in enumerate(arms.items()):
-            runs, style = list(arm["runs"].values()), {"color": COLORS[i], "marker": MARKERS[i], "markersize": 5}
-            if not x:
+            runs = list(arm["runs"].values())
+            style = {"color": COLORS[i], "marker": MARKERS[i], "markersize": 5}
+            if x:
+                draw_curve(axis, runs, x, y, label, style)
+            else:
                 mean, low, high = interval([measure(run, y) for run in runs])
                 axis.errorbar(mean, -i, xerr=[[mean - low], [high - mean]], capsize=3, **style)
-                continue
-            points = [interval(list(values)) for values in zip(*(run[y] for run in runs))]
-            mean, low, high = zip(*points)
-            xs = [statistics.mean(values) for values in zip(*(run[x.removeprefix("√")] for run in runs))]
-            xs = [math.sqrt(max(0.0, value)) for value in xs] if x == "√kl" else xs
-            axis.plot(xs, mean, label=label, **style)
-            if "kl" not in x:  # the KL differs between seeds, and can fall
-                axis.fill_between(xs, low, high, color=COLORS[i], alpha=0.15, linewidth=0)
         axis.set_xlabel(AXES.get(x or y, x or y))
         if x:
             axis.set_ylabel(AXES.get(y, y))
@@ -320,10 +348,23 @@ def draw(name, arms):
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="lower center", ncols=4, bbox_to_anchor=(0.5, 1.0), fontsize=9)
+        figure.legend(handles, labels, loc="lower center", ncols=4, bbox_to_anchor=(0.5, 1.0),
+                      fontsize=9)
     figure.tight_layout()
     figure.savefig(RESULTS / f"{name}.png", dpi=100, bbox_inches="tight")
     plot.plt.close(figure)
+
+
+def draw_curve(axis, runs, x, y, label, style):
+    """The mean of y against the mean of x over runs, with its 95% band."""
+    points = [interval(list(values)) for values in zip(*(run[y] for run in runs))]
+    mean, low, high = zip(*points)
+    columns = zip(*(run[x.removeprefix("√")] for run in runs))
+    xs = [statistics.mean(values) for values in columns]
+    xs = [math.sqrt(max(0.0, value)) for value in xs] if x == "√kl" else xs
+    axis.plot(xs, mean, label=label, **style)
+    if "kl" not in x:  # the KL differs between seeds, and can fall
+        axis.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def markdown(rows):
@@ -345,26 +386,31 @@ def arm_rows(name, arms):
         for column in EXPERIMENTS[name].columns:
             mean, low, _ = interval([measure(run, column) for run in arm["runs"].values()])
             digits = 4 if abs(mean) < 0.01 else 2
-            cells.append("–" if math.isnan(mean) else f"{number(mean, digits)} ± {number(mean - low, digits)}")
+            cells.append("–" if math.isnan(mean) else
+                         f"{number(mean, digits)} ± {number(mean - low, digits)}")
         rows.append([label, *cells])
     return rows
 
 
 def saved():
     """The saved numbers of every experiment that makes claims: dict name -> arms."""
-    return {name: arms for name in EXPERIMENTS if EXPERIMENTS[name].claims and (arms := read(name))}
+    return {name: arms for name in EXPERIMENTS
+            if EXPERIMENTS[name].claims and (arms := read(name))}
 
 
 def judge_all():
-    """Every claim of the page: dict (experiment, claim's text) -> (claim, mean, low, high, verdict, corrected verdict).
+    """Every claim of the page: dict (experiment, claim's text) -> what is to be said of it.
 
-    The corrected verdict is the plain one, or "cannot tell" where that may well be chance (see `discoveries`).
+    That is (claim, mean, low, high, verdict, corrected verdict). The last is the plain verdict, or
+    "cannot tell" where that may well be chance (see `discoveries`).
     """
     found = {(name, claim.text): (claim, *judge(claim, arms)) for name, arms in saved().items()
              for claim in EXPERIMENTS[name].claims}
-    decided = discoveries([p for *_, p in found.values()])
-    return {key: (claim, mean, low, high, said, said if sure or low == high else "cannot tell")  # low == high: all are 0
-            for (key, (claim, mean, low, high, said, _)), sure in zip(found.items(), decided)}
+    decided, judged = discoveries([p for *_, p in found.values()]), {}
+    for (key, (claim, mean, low, high, said, _)), sure in zip(found.items(), decided):
+        corrected = said if sure or low == high else "cannot tell"  # low == high: all are 0
+        judged[key] = claim, mean, low, high, said, corrected
+    return judged
 
 
 def claim_rows():
@@ -377,37 +423,43 @@ def claim_rows():
             mean, low, high, bound = -mean, -high, -low, f" (below {0 - claim.least:g}?)"
         digits = 3 if max(abs(low), abs(high)) < 0.1 else 2
         here = "{} [{}, {}]".format(*(number(value, digits) for value in (mean, low, high)))
-        rows.append((said, [claim.text, EXPERIMENTS[name].source, f"{claim.metric}: {here}{bound}",
-                            str(EXPERIMENTS[name].seeds), f"**{said}**", corrected,
-                            f"`python lab/papers.py {name} --again`", f"[{name}](results/{name}.png)"]))
+        rows.append((said, [
+            claim.text, EXPERIMENTS[name].source, f"{claim.metric}: {here}{bound}",
+            str(EXPERIMENTS[name].seeds), f"**{said}**", corrected,
+            f"`python -m lab.papers {name} --again`", f"[{name}](results/{name}.png)"]))
     return rows
 
 
 def write_page():
-    """Bring docs/results.md up to date, from the marker on: all claims, then a picture and a table per experiment."""
+    """Bring docs/results.md up to date from the marker on: claims, then pictures and tables."""
     claims = claim_rows()
     runs, minutes = cost(EXPERIMENTS)
     count = lambda verdicts: [verdicts.count(said) for said in VERDICTS]
     not_so, open_, so = count([said for said, _ in claims])
     less, more_open, fewer = count([cells[5] for _, cells in claims])
-    parts = [MARKER, f"{len(claims)} claims: {so} hold, {not_so} do not, and for {open_} these runs cannot tell. After "
-                     f"correction for their number: {fewer}, {less} and {more_open}. {runs} runs, {minutes:.0f} CPU "
-                     "minutes."]
-    header = ["claim", "source", "result: mean [95% interval]", "seeds", "verdict", "after correction", "command",
-              "picture"]
+    parts = [MARKER, f"{len(claims)} claims: {so} hold, {not_so} do not, and for {open_} these "
+                     f"runs cannot tell. After correction for their number: {fewer}, {less} and "
+                     f"{more_open}. {runs} runs, {minutes:.0f} CPU minutes."]
+    header = ["claim", "source", "result: mean [95% interval]", "seeds", "verdict",
+              "after correction", "command", "picture"]
     for said, heading in VERDICTS.items():
-        parts += [f"## {heading}", markdown([header, *(cells for verdict, cells in claims if verdict == said)])]
+        rows = [cells for verdict, cells in claims if verdict == said]
+        parts += [f"## {heading}", markdown([header, *rows])]
     parts.append("## Numbers and pictures\n\nMeans ± half of the 95% interval.")
     for name, arms in saved().items():
-        experiment = EXPERIMENTS[name]
-        parts += [f"### {name}: {experiment.title}", f"![{experiment.title}](results/{name}.png)",
-                  markdown(arm_rows(name, arms)), "\n".join(f"    python {arm['command']}" for arm in arms.values())]
+        title = EXPERIMENTS[name].title
+        parts += [f"### {name}: {title}", f"![{title}](results/{name}.png)",
+                  markdown(arm_rows(name, arms)),
+                  "\n".join(f"    python {arm['command']}" for arm in arms.values())]
     before = PAGE.read_text().partition(MARKER)[0]
     PAGE.write_text(before + "\n\n".join(parts) + "\n")
 
 
 def cost(names):
-    """Number of the saved runs of some experiments, and their CPU minutes; a run that several share counts once."""
+    """Number of the saved runs of some experiments, and their CPU minutes.
+
+    A run that several share counts once.
+    """
     runs = {(arm["command"], seed): numbers["cpu_seconds"] for name in names if read(name)
             for arm in read(name).values() for seed, numbers in arm["runs"].items()}
     return len(runs), sum(runs.values()) / 60
@@ -417,13 +469,17 @@ def print_list():
     """What each experiment shows, what it cost, and its last result."""
     judged = judge_all()
     for name, experiment in EXPERIMENTS.items():
-        arms, found = read(name), [said for (other, _), (*_, said, _) in judged.items() if other == name]
-        result = ", ".join(f"{said}: {found.count(said)}" for said in VERDICTS if said in found) or "no claims"
-        done = "{} runs, {:.0f} CPU minutes; ".format(*cost([name])) + result if arms else "not run yet"
+        found = [said for (other, _), (*_, said, _) in judged.items() if other == name]
+        counts = [f"{said}: {found.count(said)}" for said in VERDICTS if said in found]
+        done = "not run yet"
+        if read(name):
+            done = "{} runs, {:.0f} CPU minutes; ".format(*cost([name]))
+            done += ", ".join(counts) or "no claims"
         print(f"{name:<8} {experiment.title} ({experiment.source})\n{'':<8} {done}")
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
+
 
 def seeds_of(experiment):
     """Its seeds; those of the learning rates are not reported elsewhere."""
@@ -441,7 +497,10 @@ def stored():
 
 
 def sweep(names, rates, args):
-    """Run what is missing of the named experiments, and save the numbers of each as soon as it is complete."""
+    """Run what is missing of some experiments; save the numbers of each as soon as it is complete.
+
+    Args: names (of experiments); rates (see `chosen_rates`); args.
+    """
     known, waiting = {} if args.again and names != ["lr"] else stored(), defaultdict(list)
     plans = {name: commands(EXPERIMENTS[name], rates) for name in names}
     for name in names:
@@ -458,7 +517,8 @@ def sweep(names, rates, args):
     Path(args.output).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         results = pool.map(lambda job: finish(context, *job, args.output), waiting)
-        for (job, users), numbers in zip(waiting.items(), tqdm(results, total=len(waiting), unit="run")):
+        results = tqdm(results, total=len(waiting), unit="run")
+        for (job, users), numbers in zip(waiting.items(), results):
             known[job] = numbers
             for name in users:
                 missing[name] -= 1
@@ -473,12 +533,16 @@ def save(name, plan, known):
         runs = {str(seed): known[command, seed, experiment.tax] for seed in seeds_of(experiment)}
         arms[label] = {"command": command, "runs": runs}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    lines = [f"{json.dumps(label, ensure_ascii=False)}: {json.dumps(arm)}" for label, arm in arms.items()]
+    lines = [f"{json.dumps(label, ensure_ascii=False)}: {json.dumps(arm)}"
+             for label, arm in arms.items()]
     (RESULTS / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read(name):
-    """An experiment's saved numbers: dict label -> {"command", "runs": {seed: numbers}}; None if an arm is missing."""
+    """An experiment's saved numbers; None if an arm is missing.
+
+    Returns: dict label -> {"command", "runs": {seed: numbers}}.
+    """
     path = RESULTS / f"{name}.json"
     arms = json.loads(path.read_text()) if path.exists() else {}
     return arms if EXPERIMENTS[name].arms.keys() <= arms.keys() else None
@@ -487,13 +551,15 @@ def read(name):
 def main(args):
     names = list(EXPERIMENTS) if args.experiments == ("all",) else list(args.experiments)
     for name in names:
-        require(name in EXPERIMENTS, f"{name}: unknown experiment; choose from {', '.join(EXPERIMENTS)}, or all")
+        require(name in EXPERIMENTS, f"{name}: unknown experiment; choose from "
+                                     f"{', '.join(EXPERIMENTS)}, or all")
     require(args.jobs >= 1, f"--jobs {args.jobs}: must be 1 or more")
     if names and not args.redraw:
         sweep(["lr"], {}, args)
         sweep(names, chosen_rates(read("lr")), args)
     for name in names:
-        require(read(name), f"{name}: docs/results has no numbers of it yet; run it without --redraw")
+        require(read(name),
+                f"{name}: docs/results has no numbers of it yet; run it without --redraw")
         if EXPERIMENTS[name].panels:
             draw(name, read(name))
     if names:
