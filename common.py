@@ -9,15 +9,13 @@ Names and shapes are the same everywhere:
     P prompt tokens (padded on the left), T response tokens (padded on the right), V words
 """
 
-import functools
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from plumbing import (as_text, call_function, eos_ids, equal_share, fast, gather, isolated_rng,
-                      my_parts, prompt_tokens, rank_generator, sum_over_ranks, try_out)
+from plumbing import (call_function, eos_ids, equal_share, everywhere, fast, gather, isolated_rng,
+                      my_parts, own_rng, prompt_tokens, shares_ids, sum_over_ranks, try_out)
 
 # -------------------------------------------------------------------------------------------- batch
 
@@ -43,18 +41,18 @@ class Batch:
 def pad(rows, pad_id, side, device):
     """N lists of ids -> ids (N, L) and bool mask (N, L), padded on the "left" or "right"."""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    ids = pad_sequence(rows, True, pad_id, side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
     return ids.to(device), mask.bool().to(device)
 
 
-def encode(tokenizer, prompt_ids, completions, device, ended=True):
+def encode(tokenizer, prompt_ids, completions, device, ended=None):
     """A Batch of given texts, as if they had been sampled.
 
-    Args: tokenizer; prompt_ids (N lists of token ids); completions (N str); device; ended (bool,
-    or N bools: whether a completion gets an EOS).
+    Args: tokenizer; prompt_ids (N lists of token ids); completions (N str); device; ended (N bools:
+    which completions get an EOS; default: all).
     """
-    ended = [ended] * len(prompt_ids) if isinstance(ended, bool) else list(ended)
+    ended = ended or [True] * len(completions)
     responses = tokenizer(completions, add_special_tokens=False)["input_ids"]
     responses = [ids + [tokenizer.eos_token_id] * end for ids, end in zip(responses, ended)]
     responses, response_mask = pad(responses, tokenizer.pad_token_id, "right", device)
@@ -65,7 +63,7 @@ def encode(tokenizer, prompt_ids, completions, device, ended=True):
 
 def decode(tokenizer, batch):
     """The N responses as text, without special tokens."""
-    rows = [ids[mask].tolist() for ids, mask in zip(batch.responses, batch.response_mask)]
+    rows = [ids[mask] for ids, mask in zip(batch.responses, batch.response_mask)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
@@ -76,7 +74,7 @@ def concatenate(batches, pad_id):
     device = batches[0].responses.device
     prompts = pad(rows("prompts", "prompt_mask"), pad_id, "left", device)
     responses = pad(rows("responses", "response_mask"), pad_id, "right", device)
-    logprobs = pad_sequence(rows("old_logprobs", "response_mask"), batch_first=True)
+    logprobs = pad_sequence(rows("old_logprobs", "response_mask"), True)
     return Batch(*prompts, *responses, torch.cat([batch.ended for batch in batches]), logprobs)
 
 
@@ -129,7 +127,7 @@ def microbatches(model, max_tokens, *groups, rows=None):
 def log_softmax(logits, temperature):
     """Log-probs under softmax(logits / temperature), in at least float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.log_softmax(logits / temperature, dim=-1)
+    return (logits / temperature).log_softmax(-1)
 
 
 def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None,
@@ -140,9 +138,10 @@ def rollout(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_on
     """
     mine = equal_share(prompt_ids)
     size = max(1, (at_once or k * len(mine)) // k)  # prompts
-    parts = [sample(policy, tokenizer, mine[start : start + size], k, temperature, max_new_tokens,
-                    greedy) for start in range(0, len(mine), size)]
-    batch = concatenate(gather(concatenate(parts, tokenizer.pad_token_id)), tokenizer.pad_token_id)
+    with own_rng():
+        parts = [sample(policy, tokenizer, mine[start : start + size], k, temperature,
+                        max_new_tokens, greedy) for start in range(0, len(mine), size)]
+    batch = concatenate(sum(gather(parts), []), tokenizer.pad_token_id)
     return batch[: k * len(prompt_ids)]
 
 
@@ -155,17 +154,16 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
     """
     pad_id, ends = tokenizer.pad_token_id, eos_ids(policy, tokenizer)
     prompts, prompt_mask = pad(repeat(prompt_ids, k), pad_id, "left", policy.device)  # (N, P)
-    generator = rank_generator(policy.device)
 
     def choose(logits, rows):
         """From the logits (n, V) of some rows, their next tokens and log-probs, (n,) each."""
         logprobs = log_softmax(logits, temperature)  # (n, V)
         # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample from the
-        # softmax. Finished rows draw too, so that a row's noise does not depend on the others.
-        noise = torch.zeros(len(prompts), logits.shape[1], dtype=logprobs.dtype,
-                            device=logits.device)
-        noise = noise if greedy else -noise.exponential_(generator=generator).log()
-        tokens = (logprobs + noise[rows]).argmax(1)  # (n,)
+        # softmax. All N rows draw, so that a row's noise does not depend on which have finished.
+        noise = logprobs.new_ones(len(prompts), logprobs.shape[1])  # (N, V)
+        if not greedy:
+            noise.exponential_()
+        tokens = (logprobs - noise[rows].log()).argmax(1)  # (n,)
         return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
     if fast.samples(policy):
@@ -184,7 +182,7 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
         mask = torch.cat([mask, ~ended.unsqueeze(1)], 1)
         logprobs.append(chosen.masked_fill(ended, 0.0))
         ended = ended | torch.isin(tokens, ends)
-        if all(gather(ended.all().item())):
+        if everywhere(ended.all()):
             break
     P = prompts.shape[1]
     return Batch(prompts, prompt_mask, ids[:, P:], mask[:, P:], ended, torch.stack(logprobs, 1))
@@ -302,19 +300,15 @@ def reward_scores(reward, tokenizer, batch, examples):
     text is tokenized again (messages by its own chat template), with an EOS if the response has
     one. `examples` holds the dataset's B rows of the N = B * k rows of `batch`, as columns.
     """
-    device = batch.responses.device
+    scores, texts = torch.zeros_like(batch.old_logprobs[:, 0]), decode(tokenizer, batch)  # (N,)
     if reward.function:
-        return sum_over_ranks(call_function(reward, examples, decode(tokenizer, batch)).to(device))
-    # A policy's vocabulary may be padded beyond the tokenizer's, and extra ids can be sampled.
-    unknown = batch.responses.max() >= reward.model.get_input_embeddings().num_embeddings
-    if unknown or reward.tokenizer.get_vocab() != tokenizer.get_vocab():
-        k = len(batch) // len(examples["prompt"])
+        return sum_over_ranks(call_function(reward, examples, texts).to(scores))
+    if not shares_ids(reward, tokenizer, batch.responses):
         ids = prompt_tokens(reward.tokenizer, examples["prompt"], f"reward {reward.name}")
-        batch = encode(reward.tokenizer, repeat(ids, k), decode(tokenizer, batch), device,
+        batch = encode(reward.tokenizer, repeat(ids, len(batch) // len(ids)), texts, scores.device,
                        batch.ended.tolist())
-    scores = torch.zeros(len(batch), device=device)  # (N,)
     for rows in microbatches(reward.model, reward.max_tokens, batch):
-        scores[rows] = classifier_scores(reward.model, batch[rows])
+        scores[rows] = classifier_scores(reward.model, batch[rows]).to(scores)
     return sum_over_ranks(scores)
 
 
@@ -328,14 +322,14 @@ def score(rewards, tokenizer, batch, examples, noise=True):
     Args: rewards (see load_rewards); tokenizer (the policy's); batch; examples (dict of columns,
     lists of B values); noise (False: without).
     """
-    parts = {name: reward_scores(reward, tokenizer, batch, examples)
-             for name, (_, reward) in rewards.parts.items()}  # of (N,) each
-    total = sum(weight * parts[name] for name, (weight, _) in rewards.parts.items())  # (N,)
-    found = {f"reward/{name}": part for name, part in parts.items()} if len(parts) > 1 else {}
-    if not rewards.noise or not noise:
-        return {"score": total} | found
-    draws = torch.randn(len(total)).to(total)  # (N,), from the random state that checkpoints hold
-    return {"score": total + rewards.noise * draws, "true_score": total} | found
+    parts = {f"reward/{name}": reward_scores(reward, tokenizer, batch, examples)
+             for name, reward in rewards.parts.items()}  # of (N,) each
+    total = sum(weight * part for weight, part in zip(rewards.weights, parts.values()))  # (N,)
+    found = {"score": total} | (parts if len(parts) > 1 else {})
+    if rewards.noise and noise:
+        draws = torch.randn(len(total)).to(total)  # (N,), from the state that checkpoints hold
+        found |= {"score": total + rewards.noise * draws, "true_score": total}
+    return found
 
 
 # --------------------------------------------------------------------------- evaluation and metrics
@@ -346,69 +340,53 @@ def dry_run(policy, tokenizer, datasets, rewards, args):
 
     Args: policy; tokenizer; datasets (list of what load_rows returns); rewards; args.
     """
-    longest = max(max(dataset["num_tokens"][:]) for dataset in datasets)
-    try_out(policy, longest + args.max_new_tokens, getattr(args, "lr", 0))
+    try_out(policy, datasets, args)
     examples = datasets[0][:2]
-    texts = examples.get("completion", [as_text(prompt) for prompt in examples["prompt"]])
+    texts = examples.get("completion", ["text"] * len(examples["prompt"]))
     batch = encode(tokenizer, examples["prompt_ids"], texts, policy.device)
-    for _, reward in rewards.parts.values():
-        reward_scores(reward, tokenizer, batch, examples)
-    for reward in rewards.held_out.values():
-        reward_scores(reward, tokenizer, batch, examples)
-
-
-@torch.no_grad()
-def evaluate(policy, reference, tokenizer, rewards, dataset, args, k=1, greedy=False, judge=None,
-             opponents=None, more=None):
-    """Sample k responses to each held-out prompt and score them. Training's random state stays.
-
-    Args: policy and reference (causal LMs); tokenizer; rewards; dataset (see load_rows); args
-    (temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed); k; greedy; judge (name
-    of what decides the win rate; default: the last held-out reward, or the score); opponents (N
-    scores of other responses, for the win rate; default: those of the dataset's completion column,
-    if there is one); more (function (batch) -> dict name -> (n,): further values).
-    Returns: (values, completions): dict name -> (N,) floats on the CPU, and the N responses as
-    text, prompt-major.
-    """
-    values, completions = {}, []
-    judge = judge or next(reversed(rewards.held_out), "score")
-    if opponents is None and "completion" in dataset.column_names:
-        opponents = completion_scores(rewards, tokenizer, dataset, args.eval_batch_size,
-                                      policy.device)[judge].repeat_interleave(k)
-    with isolated_rng(args.seed):
-        for examples in dataset.iter(max(1, args.eval_batch_size // k)):
-            batch = rollout(policy, tokenizer, examples["prompt_ids"], k, args.temperature,
-                            args.max_new_tokens, greedy=greedy)
-            found = all_scores(rewards, tokenizer, batch, examples)  # name -> (n,)
-            if opponents is not None:
-                better = found[judge].cpu() - opponents[len(completions) :][: len(batch)]
-                found["win_rate"] = (torch.sign(better) + 1) / 2  # 1/2 for ties
-            ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
-                                            args.microbatch_tokens)  # (n, T)
-            found["kl"] = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask).sum(1)
-            found |= {"length": batch.response_mask.sum(1), "eos_rate": batch.ended}
-            for name, value in (found | (more(batch) if more else {})).items():
-                values.setdefault(name, []).append(value.float().cpu())
-            completions += decode(tokenizer, batch)
-    return {name: torch.cat(parts) for name, parts in values.items()}, completions
+    all_scores(rewards, tokenizer, batch, examples)
 
 
 def all_scores(rewards, tokenizer, batch, examples):
-    """Score without noise, and what the held-out rewards say: dict name -> (N,)."""
+    """The score without noise, and what the held-out rewards say: dict name -> (N,)."""
     return score(rewards, tokenizer, batch, examples, noise=False) | {
         name: reward_scores(reward, tokenizer, batch, examples)
         for name, reward in rewards.held_out.items()}
 
 
-@functools.lru_cache(maxsize=1)  # computed once a run
-def completion_scores(rewards, tokenizer, dataset, at_once, device):
-    """`all_scores` of a dataset's completions, on the CPU."""
-    found = {}
-    for rows in dataset.iter(at_once):
-        batch = encode(tokenizer, rows["prompt_ids"], rows["completion"], device)
-        for name, value in all_scores(rewards, tokenizer, batch, rows).items():
-            found.setdefault(name, []).append(value.cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}  # of (n,) each
+@torch.no_grad()
+def evaluate(policy, reference, tokenizer, rewards, dataset, args, k=1, greedy=False, more=None):
+    """Sample k responses to each held-out prompt and score them. Training's random state stays.
+
+    Args: policy and reference (causal LMs); tokenizer; rewards; dataset (see load_rows; its
+    completions, if any, are what the win rate compares with); args (temperature, max_new_tokens,
+    microbatch_tokens, eval_batch_size, seed); k; greedy; more (function (batch) -> dict name ->
+    (N,): further values).
+    Returns: (values, completions): dict name -> (N,) floats on the CPU, and the N responses as
+    text, prompt-major.
+    """
+    examples = dataset[:]
+    with isolated_rng(args.seed):
+        batch = rollout(policy, tokenizer, examples["prompt_ids"], k, args.temperature,
+                        args.max_new_tokens, args.eval_batch_size, greedy)
+        values = all_scores(rewards, tokenizer, batch, examples)  # name -> (N,)
+        if "completion" in examples:
+            texts = encode(tokenizer, examples["prompt_ids"], examples["completion"],
+                           policy.device)  # B rows
+            theirs = all_scores(rewards, tokenizer, texts, examples)[rewards.judge]  # (B,)
+            values["win_rate"] = wins(values[rewards.judge], theirs.repeat_interleave(k))
+        ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
+                                        args.microbatch_tokens)  # (N, T)
+        values["kl"] = token_kl(batch.old_logprobs, ref_logprobs, batch.response_mask).sum(1)
+        values |= {"length": batch.response_mask.sum(1), "eos_rate": batch.ended}
+        values |= more(batch) if more else {}
+    values = {name: value.float().cpu() for name, value in values.items()}
+    return values, decode(tokenizer, batch)
+
+
+def wins(ours, theirs):
+    """1 where our score is the higher one, 0 where it is the lower one, 1/2 for ties: (N,)."""
+    return (torch.sign(ours - theirs) + 1) / 2
 
 
 def rollout_metrics(batch, parts, scores, kl, rewards, k):
@@ -418,8 +396,7 @@ def rollout_metrics(batch, parts, scores, kl, rewards, k):
     (N, T); k.
     """
     groups = scores.view(-1, k)  # (B, k)
-    prompt = torch.arange(len(batch), device=scores.device)[:, None] // k  # (N, 1)
-    distinct = torch.cat([prompt, batch.responses], 1).unique(dim=0)
+    distinct = {(row // k, *ids) for row, ids in enumerate(batch.responses.tolist())}
     best = parts.get("true_score", parts["score"]).view(-1, k).amax(1)  # (B,)
     return {f"objective/{name}": part.mean() for name, part in parts.items() if name != "score"} | {
         "objective/scores": scores.mean(),
@@ -430,6 +407,6 @@ def rollout_metrics(batch, parts, scores, kl, rewards, k):
         "objective/frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
         "objective/entropy": -batch.old_logprobs.sum(1).mean(),
         "rollout/distinct": len(distinct) / len(batch),
-        "rollout/length": batch.response_mask.sum(1).float().mean(),
+        "rollout/length": batch.response_mask.sum() / len(batch),
         "rollout/eos_rate": batch.ended.float().mean(),
     }

@@ -36,7 +36,7 @@ import tyro
 from tqdm import tqdm
 
 from common import (dry_run, encode, evaluate, log_softmax, microbatches, model_inputs,
-                    no_grad_logprobs)
+                    no_grad_logprobs, wins)
 from plumbing import (Count, Positive, Seed, check_ranges, find_gold, is_first, leave, load_model,
                       load_reference, load_reward, load_rewards, load_rows, load_tokenizer,
                       pick_device, require, sum_over_ranks)
@@ -189,13 +189,12 @@ def main(args):
     check_ranges(args)
     device = pick_device(args)
     output = Path(args.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}.json")
-    require(not output.exists(), f"--output {output}: already exists; choose another name, or delete "
-            "that file")
+    require(not output.exists(),
+            f"--output {output}: already exists; choose another name, or delete that file")
     require(args.judge in ("gold", "reward") or ".py:" in args.judge,
             f"--judge {args.judge}: choose gold, reward, or path/to/file.py:function")
     require(args.judge != "gold" or find_gold(args.gold, args.dataset),
             "--judge gold: there is no gold reward; give one with --gold, or use --judge reward")
-    judge = {"gold": "gold", "reward": "score"}.get(args.judge, "judge")
     tokenizer = load_tokenizer(args.reference)
     for name in (*args.policies, args.against):
         same = name is None or load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
@@ -203,7 +202,8 @@ def main(args):
                       "evaluate it separately")
     reference = load_reference(args, tokenizer, device)
     reward_fns = load_rewards(args, device)
-    if judge == "judge":
+    reward_fns.judge = {"gold": "gold", "reward": "score"}.get(args.judge, "judge")
+    if reward_fns.judge == "judge":
         reward_fns.held_out["judge"] = load_reward(args.judge, args, device)
     dataset = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     columns = [args.preferred_column] if args.preferred_column else ["completion", "chosen"]
@@ -217,15 +217,16 @@ def main(args):
                                    args.plain).requires_grad_(False)
     if args.against:  # with a different seed, so that the two policies share no random numbers
         other = replace(args, seed=args.seed + 1)
-        values, _ = evaluate(load(args.against), reference, tokenizer, reward_fns, dataset, other,
-                             k, args.greedy, judge)
-        opponents = values[judge]
+        opponents, _ = evaluate(load(args.against), reference, tokenizer, reward_fns, dataset,
+                                other, k, args.greedy)
     for name in tqdm(args.policies, desc="evaluate", unit="policy", disable=not is_first()):
         policy = load(name)
         entropy = lambda batch: {"entropy": entropies(policy, batch, args.temperature,
                                                       args.microbatch_tokens)}
         values, completions = evaluate(policy, reference, tokenizer, reward_fns, dataset, args, k,
-                                       args.greedy, judge, opponents, entropy)
+                                       args.greedy, entropy)
+        if opponents:
+            values["win_rate"] = wins(values[reward_fns.judge], opponents[reward_fns.judge])
         if args.greedy:
             del values["kl"]  # estimating it takes samples
         results[name] = summarize(values, completions, k)

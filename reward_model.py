@@ -131,7 +131,7 @@ def main(args):
     names = ["prompt", "chosen", "rejected"]
     train = load_rows(args, args.train_split, tokenizer, names, args.max_length)
     test = load_rows(args, args.test_split, tokenizer, names, args.max_length, args.eval_rows)
-    try_out(model, max(train["num_tokens"][:] + test["num_tokens"][:]))
+    try_out(model, [train, test], args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
 

@@ -1,4 +1,4 @@
-"""RLOO on one page: one process, no helper, nothing but torch and transformers. Copy it and edit it.
+"""RLOO on one page: one process, no helpers, only torch and transformers. Copy it and edit it.
 
 For each prompt x, sample k responses y_1 ... y_k from the policy, score them, and push the
 log-probability of each up or down by how much better it is than the mean of the others

@@ -73,8 +73,8 @@ def main(args):
     names = ["prompt", "completion"]
     train = load_rows(args, args.train_split, tokenizer, names, args.max_length)
     held_out = load_rows(args, args.test_split, tokenizer, names, args.max_length, args.eval_rows)
+    try_out(policy, [train, held_out], args)
     held_out = held_out[:]
-    try_out(policy, max(train["num_tokens"][:] + held_out["num_tokens"]))
     test = encode(tokenizer, held_out["prompt_ids"], held_out["completion"], device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)

@@ -12,9 +12,9 @@ from plumbing.flags import (Between, Count, CountOrZero, DataArgs, EvaluationArg
                             parse, setup)
 from plumbing.models import (eos_ids, load_classifier, load_critic, load_model, load_policy,
                              load_reference, load_tokenizer, try_out)
-from plumbing.processes import (clip_gradients, equal_share, gather, is_first, isolated_rng, leave,
-                                my_parts, pick_device, random_states, rank_generator,
-                                set_random_states, sum_gradients, sum_over_ranks)
+from plumbing.processes import (clip_gradients, equal_share, everywhere, gather, is_first,
+                                isolated_rng, leave, my_parts, own_rng, pick_device,
+                                random_states, set_random_states, sum_gradients, sum_over_ranks)
 from plumbing.rewards import (Reward, Rewards, as_text, call_function, find_gold, load_reward,
-                              load_rewards)
+                              load_rewards, shares_ids)
 from plumbing.run import Run

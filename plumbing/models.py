@@ -185,8 +185,14 @@ def fitting_tokens(name, device):
     return min(8192, 2**27 // numbers)
 
 
-def try_out(model, length, lr=0.0):
-    """Before training: see that rows of `length` tokens fit, and pick a number of threads."""
+def try_out(model, datasets, args):
+    """Before training: see that the longest rows fit, and pick a number of threads.
+
+    Args: model; datasets (what load_rows returns); args.
+    """
+    length = max(max(dataset["num_tokens"][:]) for dataset in datasets)
+    length += getattr(args, "max_new_tokens", 0)
+    lr = getattr(args, "lr", 0)
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > 20e6 and lr > 1e-4 and is_first():
         print(f"warning: --lr {lr} is for tiny models; with {size / 1e6:.0f} million parameters, "

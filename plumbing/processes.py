@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import timeit
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import numpy
@@ -131,6 +131,11 @@ def gather(value):
     return values
 
 
+def everywhere(condition):
+    """Whether a condition holds in all processes."""
+    return all(gather(bool(condition)))
+
+
 def sum_gradients(model):
     """Sum each gradient over all processes.
 
@@ -169,13 +174,6 @@ def leave():
 # ----------------------------------------------------------------------------------- random numbers
 
 
-def rank_generator(device):
-    """A random generator that differs between processes; None (torch's own) with a single one."""
-    rank, size = rank_and_world_size()
-    if size > 1:  # all processes draw the same number here, so they stay in sync
-        return torch.Generator(device).manual_seed(torch.randint(2**62, ()).item() + rank)
-
-
 def random_states():
     """The states of all random number generators, as tensors and plain containers."""
     name, keys, *rest = numpy.random.get_state()
@@ -206,3 +204,10 @@ def isolated_rng(seed):
     set_seed(seed)
     yield
     set_random_states(states)
+
+
+def own_rng():
+    """Within this, each of several processes draws its own random numbers; a single one goes on."""
+    rank, size = rank_and_world_size()
+    # All processes draw the same number here, so they stay in step.
+    return isolated_rng(torch.randint(2**31, ()).item() + rank) if size > 1 else nullcontext()

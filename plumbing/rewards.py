@@ -23,12 +23,14 @@ class Reward:
     max_tokens: int = 0  # of a micro-batch
 
 
-@dataclass(eq=False)  # so that it can be the key of a cache
+@dataclass
 class Rewards:
     """What a run maximizes, and what it only logs."""
 
-    parts: dict  # name -> (weight, Reward): the score is their weighted sum
-    held_out: dict  # name -> Reward: the last one judges the win rate
+    parts: dict  # name -> Reward: the score is their weighted sum
+    weights: list  # as many
+    held_out: dict  # name -> Reward: only logged
+    judge: str  # what decides the win rate: "score", or the name of a held-out reward
     noise: float = 0.0  # standard deviation of the noise on each score in training
 
 
@@ -49,21 +51,20 @@ def load_reward(name, args, device, loaded=None):
     return loaded[name]
 
 
-def load_rewards(args, device):
-    """The Rewards of a run, by --reward, --reward-weights, --gold and --reward-noise."""
+def load_rewards(args, device, noise=0.0):
+    """The Rewards of a run, by --reward, --reward-weights and --gold, with noise in training."""
     weights = args.reward_weights or [1.0] * len(args.reward)
     require(len(weights) == len(args.reward), f"--reward-weights: {len(weights)} weights for "
                                               f"{len(args.reward)} rewards; give one for each")
-    short = [Path(name).name.rpartition(":")[2] for name in args.reward]
-    names = [own if short.count(own) == 1 else full for own, full in zip(short, args.reward)]
-    require(len(set(names)) == len(names),
+    require(len(set(args.reward)) == len(args.reward),
             f"--reward: {args.reward[0]} is given twice; use --reward-weights instead")
+    names = [Path(name).name.rpartition(":")[2] for name in args.reward]
+    names = names if len(set(names)) == len(names) else args.reward
     loaded, gold = {}, find_gold(args.gold, args.dataset)
-    parts = {name: (weight, load_reward(full, args, device, loaded))
-             for name, weight, full in zip(names, weights, args.reward)}
+    parts = {name: load_reward(full, args, device, loaded)
+             for name, full in zip(names, args.reward)}
     held_out = {"gold": load_reward(gold, args, device, loaded)} if gold else {}
-    noise = args.reward_noise if hasattr(args, "reward_noise") else 0.0
-    return Rewards(parts, held_out, noise)
+    return Rewards(parts, weights, held_out, "gold" if gold else "score", noise)
 
 
 def find_gold(gold, dataset):
@@ -72,6 +73,13 @@ def find_gold(gold, dataset):
     if gold == "auto" and path.endswith(".py") and hasattr(load_module(path), "gold_reward"):
         return f"{path}:gold_reward"
     return None if gold in ("auto", "none") else gold
+
+
+def shares_ids(reward, tokenizer, responses):
+    """Whether a classifier can read the policy's token ids (N, T) as they are."""
+    # A policy's vocabulary may be padded beyond the tokenizer's, and extra ids can be sampled.
+    known = responses.max() < reward.model.get_input_embeddings().num_embeddings
+    return known and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
 def call_function(reward, examples, completions):

@@ -285,7 +285,7 @@ def new_model():
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.1,  # with the usual 0.02, so narrow a model learns to copy late or never
+        initializer_range=0.1,  # with the usual 0.02, so narrow a model learns to copy late
     )
     return LlamaForCausalLM(config), tokenizer
 

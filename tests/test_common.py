@@ -9,7 +9,8 @@ import numpy
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from helpers.tiny import CPU, data_args, load_scorer, make_policy, make_tokenizer, save_classifier, save_policy, token_ids
+from helpers.tiny import (CPU, data_args, load_scorer, make_policy, make_tokenizer, reward_args, save_classifier,
+                          save_policy, token_ids)
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from common import (
@@ -26,6 +27,7 @@ from common import (
     sequence_rewards,
     token_kl,
     token_logprobs,
+    wins,
 )
 from plumbing import (
     batches,
@@ -33,6 +35,7 @@ from plumbing import (
     isolated_rng,
     load_dataset,
     load_model,
+    load_rewards,
     load_rows,
     load_tokenizer,
     random_states,
@@ -291,11 +294,11 @@ class EvaluateArgs:
     temperature, max_new_tokens, microbatch_tokens, eval_batch_size, seed = 1.0, 6, 1000, 3, 1
 
 
-def rewards(score, **held_out):
+def rewards(score, judge="score", **held_out):
     """Rewards of functions (completions) -> numbers."""
     reward = lambda name, function: Reward(name, lambda completions, **_: function(completions))
-    return Rewards({"score": (1.0, reward("score", score))},
-                   {name: reward(name, function) for name, function in held_out.items()})
+    return Rewards({"score": reward("score", score)}, [1.0],
+                   {name: reward(name, function) for name, function in held_out.items()}, judge)
 
 
 def words(completions):
@@ -323,33 +326,33 @@ def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer, dat
     assert torch.equal(values["length"], found[1][0]["length"])
 
 
-def test_the_datasets_completions_are_scored_once_and_ties_count_half(policy, tokenizer):
-    scored = []
-
-    def count(completions):
-        scored.append(completions)
-        return [float(text.count("a")) for text in completions]
-
+def test_ties_with_the_datasets_completions_count_half(policy, tokenizer):
+    count = lambda completions: [float(text.count("a")) for text in completions]
     texts = ["a a a a a a a", "b", "a", ""]  # the first is longer than a sample can be
     dataset = Dataset.from_dict({"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS), "completion": texts})
-    reward_fns = rewards(count)
-    for _ in range(2):
-        values, completions = evaluate(policy, policy, tokenizer, reward_fns, dataset, EvaluateArgs, k=4)
-        pairs = zip([text.count("a") for text in completions], [7] * 4 + [0] * 4 + [1] * 4 + [0] * 4)
-        wins = [1.0 if ours > theirs else 0.5 if ours == theirs else 0.0 for ours, theirs in pairs]
-        assert values["win_rate"].tolist() == wins and 0.5 in wins and 1.0 in wins and 0.0 in wins
-    assert [text for rows in scored for text in rows].count(texts[0]) == 1
-    values, _ = evaluate(policy, policy, tokenizer, reward_fns, dataset, EvaluateArgs, k=4,
-                         opponents=values["score"])  # fmt: skip
-    assert values["win_rate"].tolist() == [0.5] * 16
+    values, completions = evaluate(policy, policy, tokenizer, rewards(count), dataset, EvaluateArgs, k=4)
+    pairs = list(zip(count(completions), [7.0] * 4 + [0.0] * 4 + [1.0] * 4 + [0.0] * 4))
+    expected = [1.0 if ours > theirs else 0.5 if ours == theirs else 0.0 for ours, theirs in pairs]
+    assert values["win_rate"].tolist() == expected and {0.0, 0.5, 1.0} == set(expected)
+    assert wins(values["score"], values["score"] + 1).tolist() == [0.0] * 16
 
 
-def test_the_last_reward_judges_unless_another_is_named(policy, tokenizer, dataset):
-    for judge, sign in ((None, -1), ("gold", -1), ("score", 1)):
-        values, texts = evaluate(policy, policy, tokenizer, rewards(words, other=words, gold=brevity), dataset,
-                                 EvaluateArgs, k=2, judge=judge)  # fmt: skip
+def test_the_judge_decides_the_win_rate(policy, tokenizer, dataset):
+    for judge, sign in (("score", 1), ("gold", -1), ("other", 1)):
+        reward_fns = rewards(words, judge, gold=brevity, other=words)
+        values, texts = evaluate(policy, policy, tokenizer, reward_fns, dataset, EvaluateArgs, k=2)
         assert values["win_rate"].tolist() == [(1 + sign * ((n > 3) - (n < 3))) / 2 for n in words(texts)]
-        assert {0.0, 1.0} <= set(values["win_rate"].tolist()) and values["gold"].tolist() == brevity(texts)
+        assert {0.0, 1.0} <= set(values["win_rate"].tolist())
+        assert values["gold"].tolist() == brevity(texts) and values["other"].tolist() == words(texts)
+
+
+def test_the_gold_reward_judges_if_there_is_one(tmp_path):
+    (tmp_path / "data.py").write_text("def gold_reward(completions, **_):\n    return [1.0] * len(completions)\n")
+    args = reward_args(reward=(f"{tmp_path}/data.py:gold_reward",), reward_weights=(), dataset=f"{tmp_path}/data.py:rows")
+    for gold, judge in (("none", "score"), ("auto", "gold"), (f"{tmp_path}/data.py:gold_reward", "gold")):
+        args.gold = gold
+        found = load_rewards(args, CPU)
+        assert found.judge == judge and list(found.held_out) == ["gold"] * (judge == "gold")
 
 
 def random_numbers():
