@@ -138,9 +138,12 @@ def main(args):
     transformers.logging.disable_progress_bar()
     set_seed(args.seed)
     train = load_prompts()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    except (OSError, ValueError):
+        raise SystemExit(f"error: --model {args.model}: neither a model folder nor one on the hub")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: 1 - u / args.num_updates)

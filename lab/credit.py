@@ -6,9 +6,10 @@
 Each script's own `main` makes one update on the same responses (see lab/blackbox.py), so a copy
 that you have edited can be shown too. A token's color is the number that multiplies the gradient of
 its log-prob, read where the gradient arrives. Score, KL, baseline and advantage are the script's
-variables `scores`, `kl`, `baseline` (with a critic, `old_values`) and `advantages`; where there is
-none of such a name, the page says so. An update on other prompts comes first, so that a baseline
-from past rewards has some. dpo.py cannot be shown: it samples nothing.
+variables `scores`, `kl`, `baseline` (with a critic, `old_values`) and `advantages`, as they are
+when its main ends; where there is none of such a name, the page says so. An update on other prompts
+comes first, so that a baseline from past rewards has some. dpo.py cannot be shown: it samples
+nothing.
 """
 
 import sys
@@ -139,7 +140,9 @@ def assign_credit(command, given, settings):
 
     def note(frame, event, _):
         if event == "return" and frame.f_code.co_filename == module.__file__:
-            names.update(frame.f_locals)  # main's, which returns last, replace those of functions
+            own, within = frame.f_locals, frame.f_code.co_name
+            names.update(own if within == "main" else
+                         {"baseline": own["baseline"]} if "baseline" in own else {})
 
     sys.setprofile(note)
     try:
@@ -272,7 +275,7 @@ def show_script(command, module, update, names, rows, tokenizer):
                  if getattr(item, "__module__", None) == module.__name__]
     estimator = getattr(module, "compute_advantages", functions[0]).__doc__ or ""
     estimator = " ".join(estimator.split()).partition(" Args:")[0]
-    title = (module.__doc__ or "").partition("\n")[0].partition(" (")[0]
+    title = (module.__doc__ or "").partition("\n")[0].partition(" (")[0].rstrip(".")
     scale = update.weights[rows].abs().max().item()
     responses = "\n".join(show_response(row, update, names, tokenizer, scale or 1.0)
                           for row in rows)

@@ -101,7 +101,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     policy = load_policy(args, device)
     reference = load_reference(args, tokenizer, device)
-    reward_fns = load_rewards(args, device)  # what is maximized, and what is only logged
+    reward_fns = load_rewards(args, device, args.reward_noise)  # maximized, or only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
     dry_run(policy, tokenizer, [train, test], reward_fns, args)

@@ -23,19 +23,25 @@ def find(name):
 
 def check_path(what, name):
     """Exit if `name` looks like a local path, rather than a hub name, and does not exist."""
+    check_tasks(name)
     owner, _, rest = name.partition("/")
-    require(owner != "tasks" or os.path.exists(name),
-            f"{what} {name}: not found; copy the folder tasks to {BESIDE}, or name your own with "
-            "--model, --reward and --dataset")
     is_path = name.startswith((".", "/", "~")) or "/" in rest or (rest and os.path.isdir(owner))
     is_path = is_path or name.endswith((".json", ".jsonl", ".csv", ".parquet"))
     require(not is_path or os.path.exists(name),
             f"{what} {name}: no such file or folder; give a path or a hub name")
 
 
+def check_tasks(name):
+    """Exit if `name` is in the folder of the embedded tasks, and that has not been copied."""
+    require(not name.startswith("tasks/") or os.path.exists(name),
+            f"{name}: not found; copy the folder tasks to {BESIDE}, or name your own with --model, "
+            "--reward and --dataset")
+
+
 @functools.cache
 def load_module(path):
     """Import the python file at `path`, once."""
+    check_tasks(path)
     require(os.path.isfile(path), f"{path}: no such file")
     spec = importlib.util.spec_from_file_location(path, path)
     module = sys.modules[path] = importlib.util.module_from_spec(spec)

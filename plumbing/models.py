@@ -8,7 +8,6 @@ import torch
 import transformers
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer, GenerationConfig)
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from plumbing import fast
@@ -95,7 +94,8 @@ def recompute_layers(model):
 
     By hand, since transformers supports it only in train mode, in which dropout would be on.
     """
-    from torch.utils.checkpoint import checkpoint
+    from torch.utils.checkpoint import checkpoint  # here, since importing them takes 2 seconds
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):

@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import compare
 import pytest
 from torch.utils.tensorboard import SummaryWriter
+
+from lab import compare
+from lab.family import FAMILY
 
 SETTINGS = {"script": "rloo", "reward": ["tasks/mini_tldr-reward"]}
 
 
 def write_run(folder, settings=SETTINGS, after=None, tokens=()):
-    """A finished run's folder: evaluations at updates 0, 10 ... 60 with a gold reward of 0, 1, 4 ... 36."""
+    """A finished run's folder, with a gold reward of 0, 1, 4 ... 36 at updates 0, 10 ... 60."""
     with SummaryWriter(folder) as writer:
         for i in range(7):
             writer.add_scalar("eval/gold", i**2, 10 * i)
@@ -31,30 +33,42 @@ def test_the_columns_of_a_run_by_hand(tmp_path):
     write_run(tmp_path, tokens=(100.0, 300.0, 101.0, 103.0))
     assert compare.measure(tmp_path, 512.0) == {
         "score": 1.5, "gold": 6.0, "win rate": 0.75, "early gold": 11.0,  # 1, 4, 9, 16 and 25
-        "KL": 2.0, "length": 20.0, "s / update": 2.0, "tokens / s": 102.0, "samples": 64.0, "peak MB": 512.0,
-        "models": 3}
+        "KL": 2.0, "length": 20.0, "s / update": 2.0, "tokens / s": 102.0, "samples": 64.0,
+        "peak MB": 512.0, "models": 3}
 
 
 def test_what_a_run_does_not_have_is_none(tmp_path):
     write_run(tmp_path, after={"score": 1.0, "kl": 0.0, "length": 3.0})
     found = compare.measure(tmp_path, None)
-    assert [name for name, value in found.items() if value is None] == ["gold", "win rate", "tokens / s", "peak MB"]
+    unknown = [name for name, value in found.items() if value is None]
+    assert unknown == ["gold", "win rate", "tokens / s", "peak MB"]
 
 
 @pytest.mark.parametrize("script, reward, number", [
-    ("rloo", ["tasks/mini_tldr-reward"], 3), ("ppo", ["a", "b"], 5), ("vanilla_pg", ["tasks/mini_math.py:accuracy"], 3),
-    ("dpo", ["x.py:f", "y"], 3)])
+    ("rloo", ["tasks/mini_tldr-reward"], 3), ("ppo", ["a", "b"], 5),
+    ("vanilla_pg", ["tasks/mini_math.py:accuracy"], 3), ("dpo", ["x.py:f", "y"], 3)])
 def test_models_are_policy_reference_rewards_and_critic(script, reward, number):
     assert compare.models({"script": script, "reward": reward}) == number
 
 
+def test_the_algorithms_are_the_family_and_reinforce_without_a_baseline():
+    assert list(compare.ALGORITHMS) == ["reinforce, no baseline", *FAMILY]
+    flags = {name: flags for name, (_, flags) in compare.ALGORITHMS.items() if flags}
+    assert flags == {"reinforce, no baseline": ["--baseline", "none"]}
+
+
 def test_the_table_by_hand(tmp_path, capsys):
-    """Mean ± the standard deviation of 1 and 2, which is 0.5; no decimals from 100 on; a dash where nothing is known."""
-    rows = {"rloo": [{"score": 1.0, "samples": 100, "gold": None}, {"score": 2.0, "samples": 100, "gold": None}],
-            "dpo": [{"score": -150.0, "samples": 99.0, "gold": 3.0}, {"score": -150.0, "samples": 99.0, "gold": None}]}
+    """Mean ± the standard deviation of 1 and 2, which is 0.5.
+
+    No decimals from 100 on; a dash where nothing is known.
+    """
+    row = lambda score, samples, gold: {"score": score, "samples": samples, "gold": gold}
+    rows = {"rloo": [row(1.0, 100, None), row(2.0, 100, None)],
+            "dpo": [row(-150.0, 99.0, 3.0), row(-150.0, 99.0, None)]}
     compare.table(tmp_path / "table.md", rows)
     table = ("| algorithm | score | samples | gold |\n| --- | --- | --- | --- |\n"
-             "| rloo | 1.50 ± 0.50 | 100 ± 0 | – |\n| dpo | -150 ± 0 | 99.00 ± 0.00 | 3.00 ± 0.00 |\n")
+             "| rloo | 1.50 ± 0.50 | 100 ± 0 | – |\n"
+             "| dpo | -150 ± 0 | 99.00 ± 0.00 | 3.00 ± 0.00 |\n")
     assert (tmp_path / "table.md").read_text() == table == capsys.readouterr().out
 
 
@@ -72,11 +86,11 @@ def processes(monkeypatch):
             (folder / "evaluation.json").write_text("{}")
         return SimpleNamespace(pid=7)
 
-    monkeypatch.setattr(compare.subprocess, "Popen", start)
     def wait(pid, options):
         assert (pid, options) == (7, 0)  # which waits for the end
         return pid, seen.status, SimpleNamespace(ru_maxrss=3 * 1024)
 
+    monkeypatch.setattr(compare.subprocess, "Popen", start)
     monkeypatch.setattr(compare.os, "wait4", wait)
     return seen
 
@@ -85,7 +99,8 @@ def test_a_run_is_made_once_and_again_if_it_was_interrupted(processes, tmp_path)
     folder = tmp_path / "run"
     for _ in range(2):
         assert compare.run("rloo", ["--k", "2"], folder) == 3.0  # MB
-    assert processes.commands == [["rloo.py", "--k", "2", "--eval-every", "10", "--output", str(folder)]]
+    assert processes.commands == [["rloo.py", "--k", "2", "--eval-every", "10", "--output",
+                                   str(folder)]]
     (folder / "evaluation.json").unlink()
     compare.run("rloo", ["--k", "2"], folder)
     assert len(processes.commands) == 2
@@ -102,23 +117,28 @@ def test_a_run_that_fails_ends_the_comparison_and_names_its_log(processes, tmp_p
 
 
 def test_every_algorithm_runs_with_every_seed_and_is_drawn(processes, tmp_path, monkeypatch):
-    drawn, flags = [], compare.TASKS["mini_math"]
-    monkeypatch.setattr(compare, "measure", lambda folder, memory: {"seed": int(folder.name[-1]), "peak MB": memory})
+    drawn, flags, base = [], compare.TASKS["mini_math"], tmp_path / "new" / "runs"
+    monkeypatch.setattr(compare, "measure", lambda folder, memory: {
+        "seed": int(folder.name[-1]), "peak MB": memory})
     monkeypatch.setattr(compare.plot, "main", drawn.append)
     names = "reinforce, no baseline", "dpo"
-    compare.main(compare.Args(("mini_tldr", "mini_math"), names, seeds=2, output=str(tmp_path / "new" / "runs")))
-    base = tmp_path / "new" / "runs"
+    compare.main(compare.Args(("mini_tldr", "mini_math"), names, seeds=2, output=str(base)))
     found = {command[-1]: command[:-4] for command in processes.commands}
-    assert found == {
-        f"{base}/mini_{task}/{name}-{seed}": [f"{script}.py", *more, "--seed", str(seed)] for seed in (1, 2)
-        for task, name, script, more in (
-            ("tldr", "reinforce-no-baseline", "reinforce", ["--baseline", "none"]), ("tldr", "dpo", "dpo", []),
-            ("math", "reinforce-no-baseline", "reinforce", ["--baseline", "none", *flags[0]]),
-            ("math", "dpo", "dpo", flags[1]))}
+    wanted, none = {}, ["--baseline", "none"]
+    for seed in (1, 2):
+        for folder, *command in (
+                ("mini_tldr/reinforce-no-baseline", "reinforce.py", *none),
+                ("mini_tldr/dpo", "dpo.py"),
+                ("mini_math/reinforce-no-baseline", "reinforce.py", *none, *flags[0]),
+                ("mini_math/dpo", "dpo.py", *flags[1])):
+            wanted[f"{base}/{folder}-{seed}"] = [*command, "--seed", str(seed)]
+    assert found == wanted
     assert (base / "compare-mini_math.md").read_text().splitlines()[2:] == [
-        "| reinforce, no baseline | 1.50 ± 0.50 | 3.00 ± 0.00 |", "| dpo | 1.50 ± 0.50 | 3.00 ± 0.00 |"]
-    assert [picture.output for picture in drawn] == [f"{base}/compare-mini_{task}.png" for task in ("tldr", "math")]
-    assert [picture.y for picture in drawn] == [("eval/score", "eval/gold", "eval/kl"), ("eval/score", "eval/kl")]
-    for task, picture in zip(("tldr", "math"), drawn):
-        assert sorted(picture.runs) == sorted(folder for folder in found if f"mini_{task}" in folder)
+        "| reinforce, no baseline | 1.50 ± 0.50 | 3.00 ± 0.00 |",
+        "| dpo | 1.50 ± 0.50 | 3.00 ± 0.00 |"]
+    assert [picture.y for picture in drawn] == [("eval/score", "eval/gold", "eval/kl"),
+                                                ("eval/score", "eval/kl")]
+    for task, picture in zip(("mini_tldr", "mini_math"), drawn, strict=True):
+        assert picture.output == f"{base}/compare-{task}.png"
+        assert sorted(picture.runs) == sorted(folder for folder in found if task in folder)
         assert picture.x == ("updates", "samples", "seconds")

@@ -1,4 +1,4 @@
-"""lab/credit.py: the numbers on its page are those of the scripts' own functions, and the page is sound HTML."""
+"""lab/credit.py: its page is sound HTML, with the numbers of the scripts' own functions."""
 
 import json
 import re
@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
-import credit
 import pytest
 import torch
 
@@ -21,17 +20,23 @@ import reinforce_pp_baseline
 import remax
 import rloo
 import vanilla_pg
+from lab import credit
+from lab.family import SAMPLING
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 K, PROMPTS = 3, 4
+SHOWN = 2  # a prompt with a response that ends
 VOID = {"meta", "input"}  # elements without an end tag
-SCRIPTS = (*(f"{name}.py" for name in credit.SCRIPTS), "grpo.py --beta 0", "reinforce_pp_baseline.py --beta 0",
-           "lab/rloo_token.py")
+SCRIPTS = (*(f"{name}.py" for name in SAMPLING), "grpo.py --beta 0",
+           "reinforce_pp_baseline.py --beta 0", "lab/rloo_token.py")
 
 
 class Page(HTMLParser):
-    """The tokens on a page: sections[script] is a list of responses, each with its text, multipliers and numbers."""
+    """The tokens on a page.
+
+    sections[script] is a list of responses, each with its text, multipliers and numbers.
+    """
 
     def __init__(self, text):
         super().__init__()
@@ -45,7 +50,8 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         if tag == "li":
-            self.responses.append(SimpleNamespace(words=[], multipliers=[], classes=[], sizes=[], numbers={}))
+            self.responses.append(SimpleNamespace(words=[], multipliers=[], classes=[], sizes=[],
+                                                  numbers={}))
         if tag == "data":
             attrs, last = dict(attrs), self.responses[-1]
             last.multipliers.append(float(attrs["value"]))
@@ -72,7 +78,8 @@ class Page(HTMLParser):
 def run(world, tmp_path_factory):
     """A run folder of ppo.py whose policy is not its reference, on prompts that look like HTML."""
     folder = tmp_path_factory.mktemp("credit")
-    rows = [{"prompt": f"<b> {word} & <script>alert('$k')</script> c", "completion": "a"} for word in "abcdef" * 2]
+    rows = [{"prompt": f"<b> {word} & <script>alert('$k')</script> c", "completion": "a"}
+            for word in "abcdef" * 2]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = world.flags | {"num_updates": 2, "eval_every": 0, "dataset": str(folder / "data.jsonl")}
     ppo.main(ppo.Args(**flags, beta=0.2, lam=0.6, output=str(folder / "run")))
@@ -86,14 +93,17 @@ def shown(run, tmp_path_factory):
 
     def assign_credit(command, given, settings, real=credit.assign_credit):
         module, update, names = real(command, given, settings)
-        seen[command] = SimpleNamespace(**names | {"batch": update.batch, "weights": update.weights})
+        more = {"batch": update.batch, "weights": update.weights}
+        seen[command] = SimpleNamespace(**names | more)
         return module, update, names
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(credit, "assign_credit", assign_credit)
-        credit.main(credit.Args(SCRIPTS, policy=str(run), k=K, prompts_per_step=PROMPTS, prompt=1, output=str(output)))
-    return SimpleNamespace(text=output.read_text(encoding="utf-8"), page=Page(output.read_text(encoding="utf-8")),
-                           scripts=seen, rows=range(K, 2 * K), run=run)
+        credit.main(credit.Args(SCRIPTS, policy=str(run), k=K, prompts_per_step=PROMPTS,
+                                prompt=SHOWN, output=str(output)))
+    return SimpleNamespace(text=output.read_text(encoding="utf-8"),
+                           page=Page(output.read_text(encoding="utf-8")), scripts=seen,
+                           rows=range(SHOWN * K, SHOWN * K + K), run=run)
 
 
 def rewards_of(script):
@@ -101,7 +111,8 @@ def rewards_of(script):
 
 
 def expected(name, script):
-    """(N,) or (N, T): what multiplies the gradients, from the functions of the script and of common.py."""
+    """(N,) or (N, T): what multiplies the gradients, from the functions of the script and of
+    common.py."""
     batch, beta = script.batch, script.args.beta
     mask = batch.response_mask
     if name == "rloo.py":
@@ -121,14 +132,16 @@ def expected(name, script):
     if name == "vanilla_pg.py":
         return vanilla_pg.compute_advantages(rewards, script.old_values, mask)[0]
     if name == "ppo.py":  # --lam 0.6 as in the run
-        return ppo.whiten_advantages(ppo.compute_advantages(rewards, script.old_values, mask, 1.0, 0.6)[0], mask)
+        advantages, _ = ppo.compute_advantages(rewards, script.old_values, mask, 1.0, 0.6)
+        return ppo.whiten_advantages(advantages, mask)
     if name == "reinforce_pp.py":
         shaped = reinforce_pp.normalize_scores(script.scores, 10.0)
         rewards = common.token_rewards(shaped, script.kl, beta, mask)
         return reinforce_pp.compute_advantages(rewards, mask)
     assert name == "reinforce_pp_baseline.py --beta 0"
     centered = reinforce_pp_baseline.center_scores(script.scores, K)
-    return reinforce_pp_baseline.compute_advantages(common.token_rewards(centered, script.kl, 0.0, mask), mask)
+    rewards = common.token_rewards(centered, script.kl, 0.0, mask)
+    return reinforce_pp_baseline.compute_advantages(rewards, mask)
 
 
 @pytest.mark.parametrize("name", sorted({*SCRIPTS} - {"grpo.py", "reinforce_pp_baseline.py"}))
@@ -143,11 +156,14 @@ def test_multipliers_are_those_of_the_scripts_own_functions(shown, name):
 def test_what_a_reader_should_see(shown):
     mask = shown.scripts["rloo.py"].batch.response_mask
     weights = {name: script.weights for name, script in shown.scripts.items()}
-    for name in ("rloo.py", "reinforce.py", "grpo.py --beta 0", "raft.py"):  # one color for a response
-        assert all(row[own].amax() - row[own].amin() < 1e-6 for row, own in zip(weights[name], mask)), name
+    ranges = {name: [(row[own].amax() - row[own].amin()).item() for row, own in zip(rows, mask)]
+              for name, rows in weights.items()}  # within each response
+    for name in ("rloo.py", "reinforce.py", "grpo.py --beta 0", "raft.py"):  # one color
+        assert max(ranges[name]) < 1e-6, name
     for name in ("remax.py", "reinforce_pp.py", "vanilla_pg.py", "ppo.py", "grpo.py"):
-        assert any(row[own].amax() - row[own].amin() > 1e-2 for row, own in zip(weights[name], mask)), name
-    torch.testing.assert_close(weights["rloo.py"][:, 0].view(-1, K).sum(1), torch.zeros(PROMPTS), atol=1e-5, rtol=0)
+        assert max(ranges[name]) > 1e-2, name
+    torch.testing.assert_close(weights["rloo.py"][:, 0].view(-1, K).sum(1), torch.zeros(PROMPTS),
+                               atol=1e-5, rtol=0)
     assert ((weights["raft.py"][:, 0].view(-1, K) > 0).sum(1) == 1).all()
 
 
@@ -169,35 +185,59 @@ def test_the_page_shows_these_numbers(shown):
             own = script.batch.response_mask[row]
             ids = script.batch.responses[row][own]
             assert response.words == [script.tokenizer.decode([token]) for token in ids.tolist()]
-            assert response.multipliers == pytest.approx(script.weights[row][own].tolist(), abs=5.1e-4)
-            assert response.sizes == pytest.approx((script.weights[row][own].abs() / largest).tolist(), abs=5.1e-3)
-            assert response.classes == ["up" if weight > 0 else "down" for weight in script.weights[row][own]]
-            assert float(response.numbers["score"]) == pytest.approx(script.scores[row].item(), abs=5.1e-4)
-            assert float(response.numbers["KL"]) == pytest.approx(script.kl[row].sum().item(), abs=5.1e-4)
+            weights, numbers = script.weights[row][own], response.numbers
+            assert response.multipliers == pytest.approx(weights.tolist(), abs=5.1e-4)
+            assert response.sizes == pytest.approx((weights.abs() / largest).tolist(), abs=5.1e-3)
+            assert response.classes == ["up" if weight > 0 else "down" for weight in weights]
+            score, kl = script.scores[row].item(), script.kl[row].sum().item()
+            assert float(numbers["score"]) == pytest.approx(score, abs=5.1e-4)
+            assert float(numbers["KL"]) == pytest.approx(kl, abs=5.1e-4)
         assert max(size for response in responses for size in response.sizes) == 1
 
 
 def test_baselines_values_and_advantages(shown):
     """They are there for the algorithms that have them, and fit together."""
+    with_baseline = ("rloo.py", "reinforce.py", "remax.py", "lab/rloo_token.py")
     for name, responses in shown.page.sections.items():
         for numbers in (response.numbers for response in responses):
-            assert ("baseline" in numbers) == (name in ("rloo.py", "reinforce.py", "remax.py", "lab/rloo_token.py"))
+            assert ("baseline" in numbers) == (name in with_baseline)
             assert ("value" in numbers) == (name in ("vanilla_pg.py", "ppo.py"))
             assert ("advantage" in numbers) == (name != "raft.py")
     for name in ("rloo.py", "reinforce.py"):
         for numbers in (response.numbers for response in shown.page.sections[name]):
             reward = float(numbers["score"]) - 0.05 * float(numbers["KL"])
-            assert float(numbers["advantage"]) == pytest.approx(reward - float(numbers["baseline"]), abs=2e-3)
+            advantage = reward - float(numbers["baseline"])
+            assert float(numbers["advantage"]) == pytest.approx(advantage, abs=2e-3)
     script = shown.scripts["lab/rloo_token.py"]
     mask = script.batch.response_mask
     returns = common.token_rewards(script.scores, script.kl, 0.05, mask).flip(1).cumsum(1).flip(1)
-    torch.testing.assert_close(script.baseline[mask], (returns - script.advantages)[mask], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(script.baseline[mask], (returns - script.advantages)[mask],
+                               atol=1e-5, rtol=1e-4)
     script = shown.scripts["reinforce.py"]
-    assert (script.baseline == script.history[0]).all() and script.history[0] != rewards_of(script).mean().item()
+    assert (script.baseline == script.history[0]).all()
+    assert script.history[0] != rewards_of(script).mean().item()
     script = shown.scripts["vanilla_pg.py"]
-    critic = plumbing.load_classifier(str(shown.run / "checkpoints/000002/critic"), torch.device("cpu"))
+    critic = plumbing.load_classifier(str(shown.run / "checkpoints/000002/critic"),
+                                      torch.device("cpu"))
     with torch.no_grad():
-        torch.testing.assert_close(script.old_values, common.token_values(critic, script.batch), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(script.old_values, common.token_values(critic, script.batch),
+                                   atol=1e-5, rtol=1e-4)
+
+
+def told_missing(text):
+    """What each section of a page says of numbers that it does not show: dict script -> str."""
+    sections = re.findall(r"<h2><code>(.*?)</code>.*?<p class=\"quiet\">(.*?)</p>", text, re.DOTALL)
+    return {name: " ".join(re.findall(r"No \w+ is shown: [^.]*\.", told))
+            for name, told in sections}
+
+
+def test_the_page_says_which_numbers_a_script_has_no_variable_for(shown):
+    no_baseline = "No baseline is shown: there is no variable baseline or old_values."
+    no_advantage = "No advantage is shown: there is no variable advantages."
+    wanted = dict.fromkeys(SCRIPTS, no_baseline)
+    wanted |= dict.fromkeys(("rloo.py", "reinforce.py", "remax.py", "vanilla_pg.py", "ppo.py",
+                             "lab/rloo_token.py"), "")
+    assert told_missing(shown.text) == wanted | {"raft.py": f"{no_baseline} {no_advantage}"}
 
 
 def test_a_runs_flags_are_for_its_own_script(shown):
@@ -211,15 +251,19 @@ def test_nothing_comes_from_elsewhere_and_text_is_text(shown):
     assert not re.search(r"https?:|//|@import|url\(", shown.text)
     assert not {"script", "link", "img", "iframe", "base"} & {tag for tag, _ in shown.page.tags}
     attributes = {name for _, attrs in shown.page.tags for name in attrs}
-    assert attributes == {"lang", "charset", "name", "content", "class", "id", "type", "for", "value", "title", "style"}
-    assert shown.page.prompt == "<b> b & <script>alert('$k')</script> c"
+    assert attributes == {"lang", "charset", "name", "content", "class", "id", "type", "for",
+                          "value", "title", "style"}
+    assert shown.page.prompt == "<b> c & <script>alert('$k')</script> c"
     assert "&lt;eos&gt;" in shown.text and "<eos>" not in shown.text
-    assert not re.search(r"\$\w", shown.text.replace(r"$k&#x27;", ""))  # nothing was left to fill in
+    filled = shown.text.replace(r"$k&#x27;", "")  # the prompt's
+    assert not re.search(r"\$\w", filled)
 
 
 def test_numbers_in_short():
-    for values, text in (([1.0], "1.000"), ([1.0, 1.0004], "1.000"), ([1.0, 1.0006], "1.000 … 1.001"),
-                         ([-0.0001, 2.0, -0.5], "0.000 … -0.500"), ([1.0, 3.0, 1.0], "1.000 … 1.000")):
+    for values, text in (([1.0], "1.000"), ([1.0, 1.0004], "1.000"),
+                         ([1.0, 1.0006], "1.000 … 1.001"),
+                         ([-0.0001, 2.0, -0.5], "0.000 … -0.500"),
+                         ([1.0, 3.0, 1.0], "1.000 … 1.000")):
         assert credit.in_short(torch.tensor(values)) == text
 
 
@@ -227,56 +271,86 @@ def test_edited_copies(shown, tmp_path):
     """One with the wrong sign, and one with the same baseline for each response to a prompt."""
     source, output = (ROOT / "rloo.py").read_text(), tmp_path / "page.html"
     edits = {"sign": ("return -(advantages *", "return (advantages *"),
-             "mean": ("(rewards.sum(1, keepdim=True) - rewards) / (k - 1)", "rewards.mean(1, keepdim=True)")}
+             "mean": ("(rewards.sum(1, keepdim=True) - rewards) / (k - 1)",
+                      "rewards.mean(1, keepdim=True)")}
     copies = {name: tmp_path / f"{name}.py" for name in edits}
     for name, edit in edits.items():
         assert edit[0] in source
         copies[name].write_text(source.replace(*edit))
     scripts = tuple(map(str, copies.values()))
-    credit.main(credit.Args(scripts, str(shown.run), k=K, prompts_per_step=PROMPTS, prompt=1, output=str(output)))
+    credit.main(credit.Args(scripts, str(shown.run), k=K, prompts_per_step=PROMPTS, prompt=SHOWN,
+                            output=str(output)))
     sign, mean = Page(output.read_text()).sections.values()
     for wrong, centered, right in zip(sign, mean, shown.page.sections["rloo.py"]):
         assert wrong.words == centered.words == right.words and any(right.multipliers)
         assert wrong.multipliers == [-multiplier for multiplier in right.multipliers]
-        assert centered.multipliers == pytest.approx([m * (K - 1) / K for m in right.multipliers], abs=1e-3)
-        assert centered.numbers["baseline"] == mean[0].numbers["baseline"] != right.numbers["baseline"]
+        smaller = [multiplier * (K - 1) / K for multiplier in right.multipliers]
+        assert centered.multipliers == pytest.approx(smaller, abs=1e-3)
+        baseline = centered.numbers["baseline"]
+        assert baseline == mean[0].numbers["baseline"] != right.numbers["baseline"]
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ({"scripts": ("rloo.py", "dpo.py")}, "dpo.py: samples no responses"),
-        ({"scripts": ("rloo.py", "grpo.py --k 2")}, "grpo.py --k 2: all scripts get the same responses, so --k must"),
-        ({"scripts": ("rloo.py", "ppo.py --temperature 1")}, "so --temperature must be the same"),
-        ({"scripts": ("nothing.py",)}, "nothing.py: no such file"),
-        ({"scripts": ("common.py",)}, "common.py: has no Args"),
-        ({"prompt": 4}, "--prompt 4: must be at least 0 and below --prompts-per-step 4"),
-        ({"prompts_per_step": 0}, "--prompts-per-step 0: must be 1 or more"),
-        ({"policy": "./nothing"}, "./nothing: no such file or folder"),
-        ({"output": __file__ + "/page.html"}, "cannot be written"),
-    ],
-)
+def test_a_copy_with_other_names(shown, tmp_path):
+    """Its page has the same colors, and says what it does not show.
+
+    That compute_loss calls an argument `advantages` makes no difference.
+    """
+    output, copy = tmp_path / "page.html", tmp_path / "my.py"
+    head, main = (ROOT / "rloo.py").read_text().split("def main(args)")
+    copy.write_text(head.replace("baseline = ", "others = ").replace("- baseline)", "- others)")
+                    + "def main(args)" + main.replace("advantages", "credit").replace(
+                        "compute_credit", "compute_advantages"))
+    credit.main(credit.Args((str(copy),), str(shown.run), k=K, prompts_per_step=PROMPTS,
+                            prompt=SHOWN, output=str(output)))
+    text = output.read_text()
+    assert told_missing(text) == {str(copy): (
+        "No baseline is shown: there is no variable baseline or old_values. "
+        "No advantage is shown: there is no variable advantages.")}
+    (responses,) = Page(text).sections.values()
+    for mine, right in zip(responses, shown.page.sections["rloo.py"]):
+        assert mine.multipliers == right.multipliers
+        assert mine.numbers.keys() == {"score", "KL", "multiplier"}
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"scripts": ("rloo.py", "dpo.py")}, "dpo.py: samples no responses"),
+    ({"scripts": ("rloo.py", "grpo.py --k 2")},
+     "grpo.py --k 2: all scripts get the same responses, so --k must"),
+    ({"scripts": ("rloo.py", "ppo.py --temperature 1")}, "so --temperature must be the same"),
+    ({"scripts": ("nothing.py",)}, "nothing.py: no such file"),
+    ({"scripts": ("common.py",)}, "common.py: has no Args"),
+    ({"prompt": 4}, "--prompt 4: must be at least 0 and below --prompts-per-step 4"),
+    ({"prompts_per_step": 0}, "--prompts-per-step 0: must be 1 or more"),
+    ({"policy": "./nothing"}, "./nothing: no such file or folder"),
+    ({"output": __file__ + "/page.html"}, "cannot be written"),
+])
 def test_bad_input_gets_one_line(run, tmp_path, capsys, flags, message):
-    defaults = {"scripts": ("rloo.py",), "policy": str(run), "prompts_per_step": PROMPTS, "output": str(tmp_path / "x")}
+    defaults = {"scripts": ("rloo.py",), "policy": str(run), "prompts_per_step": PROMPTS,
+                "output": str(tmp_path / "x")}
     with pytest.raises(SystemExit):
         credit.main(credit.Args(**defaults | flags))
     (error,) = re.findall("error: .*", capsys.readouterr().err)
     assert message in error
 
 
-def test_a_script_without_its_variables_gets_one_line(run, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["examples", "scores", "kl"])
+def test_a_script_without_its_variables_gets_one_line(run, tmp_path, capsys, name):
     text, path = (ROOT / "rloo.py").read_text(), tmp_path / "my.py"
-    path.write_text(text.replace("        run.checkpoint()", "        run.checkpoint()\n        del kl"))
+    path.write_text(text.replace("        run.checkpoint()",
+                                 f"        run.checkpoint()\n        del {name}"))
     with pytest.raises(SystemExit):
-        credit.main(credit.Args((str(path),), str(run), prompts_per_step=PROMPTS, output=str(tmp_path / "page.html")))
-    assert f"{path}: its main has no variable kl, so it cannot be shown" in capsys.readouterr().err
+        credit.main(credit.Args((str(path),), str(run), prompts_per_step=PROMPTS,
+                                output=str(tmp_path / "page.html")))
+    (error,) = re.findall("error: .*", capsys.readouterr().err)
+    assert f"{path}: its main has no variable {name}, so it cannot be shown" in error
 
 
 def test_runs_that_cannot_be_shown(run, tmp_path, capsys):
     new, pairs = shutil.copytree(run, tmp_path / "new"), shutil.copytree(run, tmp_path / "pairs")
     shutil.rmtree(new / "checkpoints")
     (pairs / "args.json").write_text(json.dumps({"script": "dpo", "nproc_per_node": 1}))
-    for folder, message in (new, "has no checkpoint yet"), (pairs, "a run of dpo.py, which samples no responses"):
+    for folder, message in ((new, "has no checkpoint yet"),
+                            (pairs, "a run of dpo.py, which samples no responses")):
         with pytest.raises(SystemExit):
             credit.main(credit.Args(policy=str(folder), output=str(tmp_path / "page.html")))
         assert message in capsys.readouterr().err
@@ -287,7 +361,8 @@ def test_the_default_policy_is_made_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tasks").symlink_to(ROOT / "tasks")
     ppo = credit.load_module(str(ROOT / "ppo.py"))
-    monkeypatch.setattr(ppo, "main", lambda args, train=ppo.main: train(replace(args, num_updates=1)))  # not 10
+    train = ppo.main
+    monkeypatch.setattr(ppo, "main", lambda args: train(replace(args, num_updates=1)))  # not 10
     for _ in range(2):
         credit.main(credit.Args(("vanilla_pg.py",), prompts_per_step=2))
         monkeypatch.setattr(ppo, "main", None)

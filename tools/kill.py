@@ -1,5 +1,4 @@
-"""Kill a training script at random moments, resume it each time, and compare the result with an
-uninterrupted run.
+"""Kill a training script at random moments, resume it each time, and compare the results.
 
     python -m tools.kill --scripts rloo ppo --kills 20
 
@@ -24,9 +23,8 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lab.family import SCRIPTS
-from plumbing import require
-from plumbing.checkpoints import checkpoints
+from lab.family import FAMILY, SCRIPTS
+from plumbing import checkpoints, require
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,11 +42,13 @@ def train(script, flags, folder, resume):
 
 
 def processes():
-    """A context whose processes start quickly: forked from one that has imported everything and
-    computed nothing."""
+    """A context whose processes start quickly.
+
+    They are forked from one that has imported everything and computed nothing.
+    """
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*SCRIPTS, "tools.kill"])
+    context.set_forkserver_preload([*SCRIPTS, EventAccumulator.__module__])
     first = context.Process(target=int)  # waits for the imports
     first.start()
     first.join()
@@ -57,12 +57,15 @@ def processes():
 
 def reached(folder):
     """The update of the last checkpoint."""
-    return max((int(path.name) for path in folder.glob("checkpoints/[0-9]*")), default=0)
+    found = checkpoints(folder)
+    return int(found[-1].name) if found else 0
 
 
 def run(context, script, flags, folder, moment=None, seconds=0.0):
-    """Start or resume a run; kill it at `moment`: 3.7 is 0.7 * `seconds` after the checkpoint of
-    update 3 appears."""
+    """Start or resume a run, and kill it at `moment`. Returns whether it was killed.
+
+    Moment 3.7 is 0.7 * `seconds` after the checkpoint of update 3 appears.
+    """
     if folder.exists() and not reached(folder):
         shutil.rmtree(folder)  # killed before its first checkpoint: nothing to resume
     child = context.Process(target=train, args=(script, flags, folder, folder.exists()))
@@ -79,14 +82,13 @@ def run(context, script, flags, folder, moment=None, seconds=0.0):
 
 def outcome(folder):
     """The result of a run: dict name -> tensors, numbers and curves, without times."""
-    last = sorted(folder.glob("checkpoints/[0-9]*"))[-1]
+    last = checkpoints(folder)[-1]
     contents = torch.load(last / "state.pt", weights_only=True)
     contents["state"].pop("seconds", None)
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    curves = {
-        name: [(event.step, event.value) for event in log.Scalars(name)]
-        for name in log.Tags()["scalars"] if name not in ("time/seconds", "time/tokens_per_second")
-    }
+    times = {"time/seconds", "time/tokens_per_second"}
+    curves = {name: [(event.step, event.value) for event in log.Scalars(name)]
+              for name in log.Tags()["scalars"] if name not in times}
     weights = {str(path.relative_to(folder)): path.read_bytes() for path in
                (*last.rglob("*.safetensors"), *(folder / "model").rglob("*.safetensors"))}
     return {"checkpoint": contents, "curves": curves, "weights": weights}
@@ -95,29 +97,22 @@ def outcome(folder):
 def differences(a, b, name="run"):
     """Names of the leaves where two outcomes differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            found for key in a.keys() | b.keys()
-            for found in differences(a.get(key), b.get(key), f"{name}/{key}")
-        ]
+        return [found for key in a.keys() | b.keys()
+                for found in differences(a.get(key), b.get(key), f"{name}/{key}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return [
-            found for i, pair in enumerate(zip(a, b))
-            for found in differences(*pair, f"{name}/{i}")
-        ]
-    same = torch.equal(a,
-                       b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
-    return [] if same else [name]
+        return [found for i, pair in enumerate(zip(a, b))
+                for found in differences(*pair, f"{name}/{i}")]
+    tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    return [] if (torch.equal(a, b) if tensors else a == b) else [name]
 
 
 def compare(context, script, flags, folder, kills, seed=0):
-    """Returns the differences between an uninterrupted run and a killed one, and how often that one
-    was killed."""
-    begin = time.monotonic()
+    """What differs between an uninterrupted run and a killed one, and how often that was killed."""
+    begin, updates = time.monotonic(), flags["num_updates"]
     run(context, script, flags, folder / "whole")
-    seconds = (time.monotonic() -
-               begin) / flags["num_updates"]  # per update, startup and shutdown included
+    seconds = (time.monotonic() - begin) / updates  # per update, startup and shutdown included
     rng = random.Random(f"{script} {seed}")
-    moments = sorted(rng.uniform(0, flags["num_updates"]) for _ in range(kills))
+    moments = sorted(rng.uniform(0, updates) for _ in range(kills))
     killed = [run(context, script, flags, folder / "killed", moment, seconds) for moment in moments]
     run(context, script, flags, folder / "killed")
     return differences(outcome(folder / "whole"), outcome(folder / "killed")), sum(killed)
@@ -136,20 +131,19 @@ class Args:
 
 
 def main(args):
-    require(not Path(args.output).exists(),
+    output = Path(args.output).resolve()
+    require(not output.exists(),
             f"--output {args.output}: already exists; choose another folder")
     context, bad = processes(), []
     for script in args.scripts:
         flags = {"num_updates": args.updates, "save_every": 1, "device": "cpu", "eval_every": 10}
         if script == "reward_model":  # its own pairs take minutes to sample; these take seconds
             flags["dataset"] = "tasks/mini_tldr.py:comparisons"
-        if script not in ("sft", "reward_model"):
+        if script in FAMILY:
             flags["eval_prompts"] = 16
-        found, kills = compare(context, script, flags,
-                               Path(args.output).resolve() / script, args.kills)
-        print(
-            f"{script:<14} killed {kills} times: {'differs in ' + ', '.join(found[:3]) if found else 'the same'}",
-            flush=True)
+        found, kills = compare(context, script, flags, output / script, args.kills)
+        said = f"differs in {', '.join(found[:3])}" if found else "the same"
+        print(f"{script:<14} killed {kills} times: {said}", flush=True)
         bad += found
     sys.exit(bool(bad))
 
