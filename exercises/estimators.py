@@ -231,7 +231,7 @@ def ppo_loss(logprobs, old_logprobs, advantages, clip):
 
 
 def value_loss(values, old_values, returns, value_clip):
-    """1/2 sum_t max( (V_t - G_t)^2, (W_t - G_t)^2 )
+    """1/2 sum_t max( (V_t - G_t)^2, (W_t - G_t)^2 ), where W_t is the clipped V_t.
 
     W_t is V_t, kept within V_old_t +- value_clip.
 
@@ -250,7 +250,7 @@ def value_loss(values, old_values, returns, value_clip):
 
 
 def grpo_advantages(rewards, k, scale_std=True):
-    """A_i = (r_i - mean) / (std + 1e-4)
+    """A_i = (r_i - mean) / (std + 1e-4).
 
     Mean and std are over the k rewards of the same prompt, r_i included. The std has k - 1 in its
     denominator. With scale_std=False there is no division: A_i = r_i - mean.
@@ -279,9 +279,9 @@ def raft_best(rewards, k):
 
 
 def dpo_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs, beta):
-    """- sum over pairs of log sigmoid(r_chosen - r_rejected)
+    """- sum over pairs of log sigmoid(r_chosen - r_rejected), with the implicit rewards r.
 
-    with the implicit reward r = beta * log(pi / pi_ref) of a response
+    r = beta * log(pi / pi_ref)
 
     log pi and log pi_ref are of the whole response: the sum of the log-probs of its tokens.
     Margins of -100 and less must give a finite loss and a gradient that is not 0.

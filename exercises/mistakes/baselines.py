@@ -10,7 +10,7 @@ from exercises.solutions import right
 
 
 def left_out(rewards, k):
-    """Each row's baseline: the mean of the other k - 1 rewards. (N,)"""
+    """Each row's baseline, the mean of the other k - 1 rewards: (N,)."""
     return rewards - right.rloo_advantages(rewards, k)
 
 
