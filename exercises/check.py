@@ -1,14 +1,14 @@
-"""Check exercises/estimators.py, function by function: right, or wrong and which known mistake it is. Runs no training.
+"""Check exercises/estimators.py, function by function: is it right, or which mistake is it?
 
-    python exercises/check.py                                      # every function
-    python exercises/check.py rloo_advantages                      # one of them
-    python exercises/check.py --file my.py
-    python exercises/check.py --answers exercises/answers.json     # the ten questions
-    python exercises/check.py --file my.py --answers my.json --json results.json      # both, and for Gradescope
+    python -m exercises.check                                      # every function
+    python -m exercises.check rloo_advantages                      # one of them
+    python -m exercises.check --file my.py
+    python -m exercises.check --answers exercises/answers.json     # the ten questions
+    python -m exercises.check --file my.py --answers my.json --json results.json  # for Gradescope
 
-Your functions are called with made-up inputs, and what they return is compared with what the scripts' own functions
-return. Where it differs, it is compared with what known mistakes return (catalogue.py). The exit code is 0 if all is
-right.
+Your functions are called with made-up inputs, and what they return is compared with what the
+scripts' own functions return. Where it differs, it is compared with what known mistakes return
+(exercises/mistakes/). Nothing is trained. The exit code is 0 if all is right.
 """
 
 import ast
@@ -28,14 +28,13 @@ from typing import Annotated
 import torch
 import tyro
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+from exercises import questions, worker
+from exercises.mistakes import MISTAKES
+from exercises.solutions import OUTPUTS, cases, expected_gradient, right
+from plumbing import one_line, require
 
-import questions  # noqa: E402
-import worker  # noqa: E402
-from catalogue import MISTAKES, OUTPUTS, cases, expected_gradient, right  # noqa: E402
-from plumbing import one_line, require  # noqa: E402
-
+ROOT = Path(__file__).resolve().parent.parent
+SHEET = ROOT / "exercises/estimators.py"
 NAMES = list(vars(right))
 QUOTES = '"' * 3
 NOT_DONE = "not done yet"  # of worker.call and questions.judge
@@ -57,7 +56,8 @@ class Args:
     """time limit for each function"""
 
 
-# ------------------------------------------------------------------------------------------------- calling functions
+# -------------------------------------------------------------------------------- calling functions
+
 
 class Student:
     """A process with the student's file, started again when a function has hung or ended it."""
@@ -68,12 +68,13 @@ class Student:
 
     def start(self):
         """Returns nothing; self.error is one line if the file cannot be loaded, else None."""
-        command = [sys.executable, str(HERE / "worker.py"), str(self.path)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        command = [sys.executable, "-m", "exercises.worker", str(Path(self.path).resolve())]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE)
         self.receive(60)  # torch is imported
-        self.error, why = self.receive(self.seconds)
-        if why:
-            self.error = f"{self.path} cannot be loaded: {why}"
+        wrong, late = self.receive(self.seconds)
+        why = wrong or late
+        self.error = f"{self.path} cannot be loaded: {why}" if why else None
 
     def receive(self, seconds):
         """The next answer, and None; or None, and why there is none."""
@@ -103,10 +104,11 @@ class Student:
         self.process.communicate()
 
 
-# ------------------------------------------------------------------------------------------------------------ judging
+# ------------------------------------------------------------------------------------------ judging
+
 
 def equal(a, b):
-    """Whether two outputs or gradients are the same: numbers to 1e-5, floats of any precision above half."""
+    """Whether two outputs or gradients are the same: numbers to 1e-5, in float32 or float64."""
     if not (torch.is_tensor(a) and torch.is_tensor(b)):
         return a is None and b is None
     alike = kind(a) == kind(b) or not a.ndim
@@ -122,12 +124,15 @@ def kind(tensor):
     """float, int, bool; float16 and bfloat16 are their own kinds: half the digits would be lost."""
     if tensor.dtype in (torch.float32, torch.float64):
         return "float"
-    return "int" if tensor.dtype in (torch.int32, torch.int64) else str(tensor.dtype).removeprefix("torch.")
+    if tensor.dtype in (torch.int32, torch.int64):
+        return "int"
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def parts(outcome):
-    """What is compared: dict (what, number) -> output, gradient, or whether an output carries gradients."""
-    return {(what, i): value for what in ("outputs", "gradients", "grads") for i, value in enumerate(outcome[what])}
+    """What is compared: dict (what, number) -> output, gradient, or whether there are gradients."""
+    return {(what, i): value for what in ("outputs", "gradients", "grads")
+            for i, value in enumerate(outcome[what])}
 
 
 def differences(outcome, other):
@@ -138,27 +143,36 @@ def differences(outcome, other):
 
 
 def judge(name, arguments, outcomes):
-    """What is wrong with a function's outcomes. Returns: a sentence and words of the docstring; None if it is right."""
+    """What is wrong with a function's outcomes: a sentence and words of the docstring.
+
+    None if it is right.
+    """
     for i, (given, outcome) in enumerate(zip(arguments, outcomes)):
+        if outcome["error"] == NOT_DONE:
+            return NOT_DONE, ""
         if outcome["error"]:
-            return outcome["error"] + (settings(name, given) if outcome["error"] != NOT_DONE else ""), ""
+            return outcome["error"] + settings(name, given), ""
         if outcome["changed"]:
-            return f"it changes its argument {', '.join(outcome['changed'])} in place: copy first", ""
+            changed = ", ".join(outcome["changed"])
+            return f"it changes its argument {changed} in place: copy first", ""
         wanted = worker.call(getattr(right, name), given)
         if wrong := differences(outcome, wanted):
-            return known_mistake(name, arguments, outcomes, i, wrong) or (
-                first_difference(name, given, outcome, wanted), "")
+            known = known_mistake(name, arguments, outcomes, i, wrong)
+            return known or (first_difference(name, given, outcome, wanted), "")
 
 
 def known_mistake(name, arguments, outcomes, i, wrong):
-    """The mistake that returns the same in all parts that are wrong in case i. If there are several: the most alike."""
+    """The mistake that returns the same in all parts that are wrong in case i, or None.
+
+    If there are several: the most alike.
+    """
     found = []
-    for function, mistake, sentence, words in MISTAKES:
-        if function == name:
-            differing = [differences(outcome, worker.call(mistake, given))
+    for mistake in MISTAKES:
+        if mistake.name == name:
+            differing = [differences(outcome, worker.call(mistake.function, given))
                          for given, outcome in zip(arguments, outcomes)]
             if not differing[i] & wrong:
-                found.append((sum(map(len, differing)), sentence, words))
+                found.append((sum(map(len, differing)), mistake.sentence, mistake.words))
     return min(found)[1:] if found else None
 
 
@@ -166,10 +180,12 @@ def first_difference(name, given, outcome, wanted):
     """One line about an outcome that is no known mistake."""
     labels = OUTPUTS.get(name, ("the result",))
     if len(outcome["outputs"]) != len(labels):
-        return f"it returns {len(outcome['outputs'])} value(s), should return {len(labels)}: {', '.join(labels)}"
+        return (f"it returns {len(outcome['outputs'])} value(s), should return {len(labels)}: "
+                f"{', '.join(labels)}")
     for label, ours, theirs in zip(labels, wanted["outputs"], outcome["outputs"]):
         if not torch.is_tensor(theirs):
-            return f"{label} is {theirs}, should be a tensor of shape {tuple(ours.shape)} on {ours.device}"
+            return (f"{label} is {theirs}, should be a tensor of shape {tuple(ours.shape)} on "
+                    f"{ours.device}")
         if ours.shape != theirs.shape:
             return f"{label} has shape {tuple(theirs.shape)}, should have {tuple(ours.shape)}"
         if ours.ndim and kind(ours) != kind(theirs):
@@ -182,13 +198,15 @@ def first_difference(name, given, outcome, wanted):
         if not equal(ours, theirs):
             what = " is missing" if theirs is None else first_number(theirs, ours)
             return f"the value is right, but its gradient with respect to {leaf}{what}"
-    return "the values are right, but something carries gradients that should not, or the other way round"
+    return ("the values are right, but something carries gradients that should not, or the other "
+            "way round")
 
 
 def first_number(theirs, ours):
     """Index and values of the first number that differs."""
     index = (~close(theirs, ours)).nonzero()[0].tolist()
-    return f"{index or ''} is {theirs[tuple(index)].item():.6g}, should be {ours[tuple(index)].item():.6g}"
+    found, wanted = theirs[tuple(index)].item(), ours[tuple(index)].item()
+    return f"{index or ''} is {found:.6g}, should be {wanted:.6g}"
 
 
 def parameters(name):
@@ -197,14 +215,17 @@ def parameters(name):
 
 def settings(name, given):
     """The arguments of a case that are no tensors, such as " (k = 4)"."""
-    plain = [f"{key} = {value}" for key, value in zip(parameters(name), given) if not torch.is_tensor(value)]
+    plain = [f"{key} = {value}" for key, value in zip(parameters(name), given)
+             if not torch.is_tensor(value)]
     return f" ({', '.join(plain)})" if plain else ""
 
 
 def bias(name, arguments, outcome, seed):
-    """A line about the expected gradient that advantages for the questions' world give, next to the true gradient."""
+    """A line about the expected gradient that advantages give in the questions' world."""
     output = outcome["outputs"][0] if outcome["outputs"] else None
-    if not torch.is_tensor(output) or output.shape != arguments[0].shape or not output.isfinite().all():
+    if not torch.is_tensor(output) or output.shape != arguments[0].shape:
+        return ""
+    if not output.isfinite().all():
         return ""
     world = questions.World(seed)
     expected, true = expected_gradient(name, output, world), world.gradient(world.scores)
@@ -216,13 +237,14 @@ def bias(name, arguments, outcome, seed):
 
 
 def docstring_line(name, words, path):
-    """The line of a function's docstring with these words, and its number; "" if the file has no such line."""
+    """The line of a function's docstring with these words, and its number; "" if there is none."""
     source = Path(path).read_text()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name == name and ast.get_docstring(node):
-            for line in range(node.body[0].lineno, node.body[0].end_lineno + 1):
-                if words in (text := source.splitlines()[line - 1]):
-                    return f"docstring, line {line}: {text.strip().removeprefix(QUOTES)}"
+            first, last = node.body[0].lineno, node.body[0].end_lineno
+            for number, line in enumerate(source.splitlines()[first - 1 : last], first):
+                if words in line:
+                    return f"docstring, line {number}: {line.strip().removeprefix(QUOTES)}"
     return ""
 
 
@@ -233,26 +255,32 @@ def check_functions(path, names, seed, seconds):
         if student.error:
             yield name, False, ["not checked" if i else student.error]
         else:
-            yield name, *report(name, all_cases[name], student.call(name, all_cases[name]), path, seed)
+            outcomes = student.call(name, all_cases[name])
+            yield name, *report(name, all_cases[name], outcomes, path, seed)
     student.stop()
 
 
 def report(name, arguments, outcomes, path, seed):
-    """Whether a function is right, and lines of text about it. outcomes: of worker.call, or one line."""
+    """Whether a function is right, and lines of text about it.
+
+    Args: name; arguments (of its cases); outcomes (of worker.call, or one line); path; seed.
+    """
     if isinstance(outcomes, str):
         return False, [outcomes]
     found = judge(name, arguments, outcomes)
     lines = [found[0]] if found else []
     if found and found[0] != NOT_DONE:
-        lines.append(docstring_line(name, found[1], path) or docstring_line(name, found[1], HERE / "estimators.py"))
+        lines.append(docstring_line(name, found[1], path) or docstring_line(name, found[1], SHEET))
     if name in ("rloo_advantages", "remax_advantages", "ppo_advantages"):
         lines.append(bias(name, arguments[-1], outcomes[-1], seed))
-    if printed := next((outcome["printed"] for outcome in outcomes if outcome["printed"].strip()), ""):
-        lines.append(f"it prints: {printed.strip().splitlines()[0][:80]}")
+    printed = "".join(outcome["printed"] for outcome in outcomes).strip()
+    if printed:
+        lines.append(f"it prints: {printed.splitlines()[0][:80]}")
     return not found, [line for line in lines if line]
 
 
-# ------------------------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------- output
+
 
 def read_answers(path):
     """dict question -> number or list of numbers."""
@@ -260,8 +288,9 @@ def read_answers(path):
         answers = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         answers = one_line(error)
-    require(isinstance(answers, dict), f"--answers {path}: not a JSON object with your answers ({answers}); "
-            "start from exercises/answers.json")
+    require(isinstance(answers, dict),
+            f"--answers {path}: not a JSON object with your answers ({answers}); start from "
+            "exercises/answers.json")
     return answers
 
 
@@ -273,25 +302,34 @@ def check_answers(answers, names, seed):
         yield name, wrong is None, [wrong] if wrong else []
 
 
+def print_verdict(name, ok, lines):
+    if lines == [NOT_DONE]:
+        print(f"{name:20} {NOT_DONE}", flush=True)
+        return
+    print(f"{name:20} {'right' if ok else 'WRONG'}")
+    for line in lines:
+        print(" " * 8, line, flush=True)
+
+
 def main(args):
-    path = args.file or (None if args.answers else str(HERE / "estimators.py"))
+    path = args.file or (None if args.answers else str(SHEET))
     functions = NAMES if path else []
-    questioned = [question.__name__ for question in questions.QUESTIONS] if args.answers else []
+    asked = [question.__name__ for question in questions.QUESTIONS] if args.answers else []
     for name in args.names:
-        require(name in functions + questioned,
-                f"{name}: no such exercise; there are {', '.join(functions + questioned)}")
+        require(name in functions + asked,
+                f"{name}: no such exercise; there are {', '.join(functions + asked)}")
     require(path is None or Path(path).is_file(), f"--file {path}: no such file")
-    require(args.json is None or Path(args.json).absolute().parent.is_dir(), f"--json {args.json}: no such folder")
+    require(args.json is None or Path(args.json).absolute().parent.is_dir(),
+            f"--json {args.json}: no such folder")
     answers = read_answers(args.answers) if args.answers else {}
-    wanted = lambda names: [name for name in names if name in (args.names or names)]
-    found = check_functions(path, wanted(functions), args.seed, args.seconds) if wanted(functions) else []
+    functions, asked = ([name for name in names if name in (args.names or names)]
+                        for names in (functions, asked))
+    checked = check_functions(path, functions, args.seed, args.seconds) if functions else []
     results = []
-    for name, ok, lines in itertools.chain(found, check_answers(answers, wanted(questioned), args.seed)):
-        print(f"{name:20}", "right" if ok else NOT_DONE if lines == [NOT_DONE] else "WRONG")
-        for line in lines if lines != [NOT_DONE] else []:
-            print(" " * 8, line, flush=True)
-        results.append({"name": name, "score": float(ok), "max_score": 1.0, "output": "\n".join(lines),
-                        "status": "passed" if ok else "failed"})
+    for name, ok, lines in itertools.chain(checked, check_answers(answers, asked, args.seed)):
+        print_verdict(name, ok, lines)
+        results.append({"name": name, "score": float(ok), "max_score": 1.0,
+                        "output": "\n".join(lines), "status": "passed" if ok else "failed"})
     score = sum(result["score"] for result in results)
     print(f"{score:.0f} of {len(results)} right")
     if args.json:

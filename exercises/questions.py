@@ -1,79 +1,92 @@
-"""Ten questions with numbers, about a world that is small enough to enumerate, by hand or with numpy.
+"""Ten questions with numbers, about a world so small that it can be enumerated.
 
-    python exercises/questions.py                # the world and the questions, as printed in README.md
-    python exercises/questions.py --seed 2027    # another world, for another year
+    python -m exercises.questions                # the world and the questions, as in README.md
+    python -m exercises.questions --seed 2027    # another world, for another year
 
-Answers are computed here when they are checked, with the scripts' own functions; none is stored. To check yours:
+Answers are computed here when they are checked, with the scripts' own functions; none is stored. To
+check yours:
 
-    python exercises/check.py --answers exercises/answers.json
+    python -m exercises.check --answers exercises/answers.json
 """
 
 import math
-import sys
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import grpo  # noqa: E402
-import ppo  # noqa: E402
-import rloo  # noqa: E402
-from common import token_rewards  # noqa: E402
+import grpo
+import ppo
+import rloo
+from common import token_rewards
 
 TOLERANCE = 0.002  # relative, or absolute for answers below 1
 BETA = 2.0
 RESPONSES = [".", "a.", "aa", "ab", "b.", "ba", "bb"]
 
 
-# ------------------------------------------------------------------------------------------------------- the world
+# ---------------------------------------------------------------------------------------- the world
+
 
 class World:
-    """A policy with the tokens a, b and "." (the end), and at most T = 2 tokens: M = 7 responses in all, in float64."""
+    """A policy with the tokens a, b and "." (the end), in float64.
+
+    A response has at most T = 2 tokens, so there are M = 7.
+    """
 
     def __init__(self, seed=1):
         generator = torch.Generator().manual_seed(seed)
-        shuffled = lambda values: torch.tensor(values, dtype=torch.float64)[
-            torch.randperm(len(values), generator=generator)]
-        table = lambda: torch.stack([shuffled(row) for row in ([0.2, 0.3, 0.5], [0.1, 0.3, 0.6], [0.15, 0.25, 0.6])])
-        self.policy, self.reference = table(), table()  # (3, 3), state (start, a, b) x token (a, b, .)
-        self.scores = shuffled([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0, 6.0])  # (M,)
-        self.values = shuffled([-1.5, 1.0, 3.0])  # (3,), of the states, by a critic that knows nothing
-        self.tokens = torch.tensor([["ab.".index(token) for token in f"{text:.<2}"] for text in RESPONSES])  # (M, T)
+        rows = [0.2, 0.3, 0.5], [0.1, 0.3, 0.6], [0.15, 0.25, 0.6]
+        # (3, 3), state (start, a, b) x token (a, b, .)
+        self.policy = torch.stack([shuffled(row, generator) for row in rows])
+        self.reference = torch.stack([shuffled(row, generator) for row in rows])
+        self.scores = shuffled([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0, 6.0], generator)  # (M,)
+        self.values = shuffled([-1.5, 1.0, 3.0], generator)  # (3,), by a critic that knows nothing
+        tokens = [["ab.".index(token) for token in f"{text:.<2}"] for text in RESPONSES]
+        self.tokens = torch.tensor(tokens)  # (M, T)
         self.mask = torch.tensor([[True, len(text) == 2] for text in RESPONSES])  # (M, T)
-        self.states = torch.stack([torch.zeros(7, dtype=torch.long), (self.tokens[:, 0] + 1) % 3], 1)  # (M, T)
+        start = torch.zeros(7, dtype=torch.long)  # (M,)
+        self.states = torch.stack([start, (self.tokens[:, 0] + 1) % 3], 1)  # (M, T)
         self.logits = self.policy.log()  # (3, 3), the parameters
         self.logprobs = self.token_logprobs(self.logits)  # (M, T)
         self.probs = self.logprobs.sum(1).exp()  # (M,)
         self.ref_logprobs = self.token_logprobs(self.reference.log())  # (M, T)
         self.ref_probs = self.ref_logprobs.sum(1).exp()  # (M,)
-        jacobian = torch.autograd.functional.jacobian(self.token_logprobs, self.logits)  # (M, T, 3, 3)
-        self.score_functions = jacobian.flatten(2)  # (M, T, 9), the gradient of each token's log-prob
+        jacobian = torch.autograd.functional.jacobian(self.token_logprobs, self.logits)
+        self.score_functions = jacobian.flatten(2)  # (M, T, 9), each token's grad log pi
 
     def token_logprobs(self, logits):
         return logits.log_softmax(1)[self.states, self.tokens] * self.mask
 
     def gradient(self, rewards):
-        """The true gradient (9,) of E[rewards], for rewards (M,) that do not depend on the logits."""
+        """The true gradient (9,) of E[rewards]. The rewards (M,) do not depend on the logits."""
         return (self.probs * rewards) @ self.score_functions.sum(1)
 
     def draws(self, k):
-        """Every draw of k responses, in every order: row numbers (7^k, k), and the probability of each draw (7^k,)."""
+        """Every draw of k responses, in every order.
+
+        Returns: row numbers (7^k, k), and the probability of each draw (7^k,).
+        """
         rows = torch.cartesian_prod(*[torch.arange(7)] * k).view(-1, k)
         return rows, self.probs[rows].prod(1)
 
     def estimates(self, advantages, k, length_mean=False):
-        """The gradient (7^k, 9) that every draw gives: 1/k sum_i A_i grad log pi(y_i). Args: advantages (7^k * k,)."""
+        """The gradient that every draw gives: 1/k sum_i A_i grad log pi(y_i).
+
+        Args: advantages (7^k * k,); k; length_mean (divide log pi by the length).
+        Returns: (7^k, 9).
+        """
         rows, _ = self.draws(k)
-        gradients = self.score_functions.sum(1) / (self.mask.sum(1, keepdim=True) if length_mean else 1)  # (M, 9)
+        gradients = self.score_functions.sum(1)  # (M, 9)
+        if length_mean:
+            gradients = gradients / self.mask.sum(1, keepdim=True)
         return (advantages.view(-1, k, 1) * gradients[rows]).mean(1)
 
     def token_gradient(self, advantages):
         """The expected gradient (9,) of sum_t A_t grad log pi(y_t). Args: advantages (M, T)."""
-        return torch.einsum("m, mt, mtg -> g", self.probs, advantages.double(), self.score_functions)
+        weights = self.probs.unsqueeze(1) * advantages.double()  # (M, T)
+        return torch.einsum("mt, mtg -> g", weights, self.score_functions)
 
     def token_rewards(self):
         """The score on the last token of each response, without KL: (M, T)."""
@@ -81,13 +94,28 @@ class World:
 
     def tables(self):
         """The world in Markdown."""
-        number = lambda x: f"{x:g}".replace("-", "−")
-        lines = ["| state | π(a) | π(b) | π(.) | π_ref(a) | π_ref(b) | π_ref(.) | V |", "|---" * 8 + "|"]
-        for name, *rows in zip(("start", "after a", "after b"), self.policy, self.reference, self.values.view(3, 1)):
-            lines.append("| " + " | ".join([name, *map(number, torch.cat(rows).tolist())]) + " |")
-        lines += ["", "| response | " + " | ".join(f"`{text}`" for text in RESPONSES) + " |", "|---" * 8 + "|"]
-        lines.append("| score r | " + " | ".join(map(number, self.scores.tolist())) + " |")
-        return "\n".join(lines)
+        numbers = lambda row: [f"{x:g}".replace("-", "−") for x in row.tolist()]
+        states = torch.cat([self.policy, self.reference, self.values.view(3, 1)], 1)  # (3, 7)
+        lines = [
+            ["state", "π(a)", "π(b)", "π(.)", "π_ref(a)", "π_ref(b)", "π_ref(.)", "V"],
+            ["---"] * 8,
+            *[[name, *numbers(row)] for name, row in zip(("start", "after a", "after b"), states)],
+            [],
+            ["response", *(f"`{text}`" for text in RESPONSES)],
+            ["---"] * 8,
+            ["score r", *numbers(self.scores)]]
+        return "\n".join(map(table_line, lines))
+
+
+def shuffled(values, generator):
+    order = torch.randperm(len(values), generator=generator)
+    return torch.tensor(values, dtype=torch.float64)[order]
+
+
+def table_line(cells):
+    if cells[:1] == ["---"]:
+        return "|---" * len(cells) + "|"
+    return f"| {' | '.join(cells)} |" if cells else ""
 
 
 def kl_of(probs, ref_probs):
@@ -106,10 +134,12 @@ def objective_of(world, probs, beta=BETA):
 
 
 def cosine_and_projection(expected, true):
-    return [(expected @ true / expected.norm() / true.norm()).item(), (expected @ true / true.norm() ** 2).item()]
+    product, length = expected @ true, true.norm()
+    return [(product / expected.norm() / length).item(), (product / length**2).item()]
 
 
-# ------------------------------------------------------------------------------------------------------- the questions
+# ------------------------------------------------------------------------------------ the questions
+
 
 def kl(world):
     """KL(π ‖ π_ref) over whole responses, in nats."""
@@ -128,8 +158,11 @@ def optimum(world):
 
 
 def ascent(world, start=None, beta=BETA):
-    """How near does a run come? Start at the logits log π and take 20 steps of size 0.3 along the exact gradient of J.
-    Then J(π*) − J(π); KL(π ‖ π_ref)."""
+    """How near does a run come?
+
+    Start at the logits log π and take 20 steps of size 0.3 along the exact gradient of J. Then
+    J(π*) − J(π); KL(π ‖ π_ref).
+    """
     logits = (world.policy if start is None else start).log()
     for _ in range(20):
         logits.requires_grad_()
@@ -143,13 +176,17 @@ def ascent(world, start=None, beta=BETA):
 
 
 def variance(world, constant=0.0):
-    """The variance of the gradient estimate 1/k·Σ A·∇ log π (the sum of the variances of its nine numbers), with R = r:
-    REINFORCE without a baseline, k = 1; RLOO, k = 2; RLOO, k = 4."""
+    """The variance of the gradient estimate 1/k·Σ A·∇ log π, with R = r.
+
+    That is the sum of the variances of its nine numbers: for REINFORCE without a baseline, k = 1;
+    RLOO, k = 2; RLOO, k = 4.
+    """
     found = []
     for k in (1, 2, 4):
         rows, weights = world.draws(k)
-        rewards = (world.scores + constant)[rows].flatten()
-        estimates = world.estimates(rewards if k == 1 else rloo.compute_advantages(rewards, k), k)  # (7^k, 9)
+        rewards = (world.scores + constant)[rows].flatten()  # (7^k * k,)
+        advantages = rewards if k == 1 else rloo.compute_advantages(rewards, k)  # (7^k * k,)
+        estimates = world.estimates(advantages, k)  # (7^k, 9)
         mean = weights @ estimates  # (9,)
         found.append((weights @ (estimates - mean).square()).sum().item())
     return found
@@ -161,16 +198,22 @@ def plus_ten(world):
 
 
 def group_std(world):
-    """GRPO's advantages with k = 3, divided by the std, as the factor of ∇ log π (no 1/length, no clipping, no KL). The
-    expected gradient's cosine to the gradient of E[r]; the length of its projection on it, in lengths of it."""
+    """GRPO's advantages with k = 3, divided by the std, as the factor of ∇ log π.
+
+    There is no 1/length, no clipping and no KL. The expected gradient's cosine to the gradient of
+    E[r]; the length of its projection on it, in lengths of it.
+    """
     rows, weights = world.draws(3)
     advantages = grpo.compute_advantages(world.scores[rows].flatten(), 3)
-    return cosine_and_projection(weights @ world.estimates(advantages, 3), world.gradient(world.scores))
+    expected = weights @ world.estimates(advantages, 3)
+    return cosine_and_projection(expected, world.gradient(world.scores))
 
 
 def length_mean(world):
-    """RLOO with k = 2, but each response's log-prob is divided by its length in tokens. Cosine; projection, as
-    above."""
+    """RLOO with k = 2, but each response's log-prob is divided by its length in tokens.
+
+    Cosine; projection, as above.
+    """
     rows, weights = world.draws(2)
     advantages = rloo.compute_advantages(world.scores[rows].flatten(), 2)
     expected = weights @ world.estimates(advantages, 2, length_mean=True)
@@ -178,7 +221,10 @@ def length_mean(world):
 
 
 def best_of_n(world, n=4):
-    """The best by score of n = 4 responses of π_ref. KL(best of n ‖ π_ref); the usual formula log n − (n − 1)/n."""
+    """The best by score of n = 4 responses of π_ref.
+
+    KL(best of n ‖ π_ref); the usual formula log n − (n − 1)/n.
+    """
     order = world.scores.argsort()
     below = world.ref_probs[order].cumsum(0)  # (M,), the probability of a score at most as high
     probs = below**n - torch.cat([torch.zeros(1), below[:-1]]) ** n  # (M,)
@@ -186,60 +232,79 @@ def best_of_n(world, n=4):
 
 
 def gae(world):
-    """Tokens as actions, with the table's V as critic, the score on the last token, no KL, γ = 1, no whitening. How far
-    is the expected gradient of GAE's advantages from that of E[r], |difference| / |gradient|, for λ = 1; 0.95; 0?"""
+    """Tokens as actions, with the table's V as critic.
+
+    The score is on the last token; there is no KL and no whitening, and γ = 1. How far is the
+    expected gradient of GAE's advantages from that of E[r], |difference| / |gradient|, for λ = 1;
+    0.95; 0?
+    """
     true, values = world.gradient(world.scores), world.values[world.states] * world.mask
     found = []
     for lam in (1.0, 0.95, 0.0):
         advantages, _ = ppo.compute_advantages(world.token_rewards(), values, world.mask, 1.0, lam)
-        found.append(((world.token_gradient(advantages) - true).norm() / true.norm()).item())
+        difference = world.token_gradient(advantages) - true  # (9,)
+        found.append((difference.norm() / true.norm()).item())
     return found
 
 
-QUESTIONS = [kl, objective, optimum, ascent, variance, plus_ten, group_std, length_mean, best_of_n, gae]
+QUESTIONS = [kl, objective, optimum, ascent, variance, plus_ten, group_std, length_mean, best_of_n,
+             gae]
 
-# (question, what a misconception gives, what is wrong with it)
-MISCONCEPTIONS = [
+MISCONCEPTIONS = [  # (question, what a misconception gives, what is wrong with it)
     ("kl", lambda world: [kl_of(world.ref_probs, world.probs)],
      "this is KL(π_ref ‖ π): the expectation has to be taken under π, the policy that samples"),
-    ("kl", lambda world: [kl(world)[0] / math.log(2)], "this is in bits: use the natural logarithm"),
+    ("kl", lambda world: [kl(world)[0] / math.log(2)],
+     "this is in bits: use the natural logarithm"),
     ("kl", lambda world: [kl(world)[0] / (world.probs @ world.mask.sum(1).double()).item()],
      "this is per token: the KL of a response is the sum over its tokens"),
     ("kl", lambda world: [(world.policy * (world.policy / world.reference).log()).sum().item()],
      "you added up the three states: a state counts only as often as π gets there"),
     ("objective", lambda world: [objective_of(world, world.probs, -BETA)],
      "you added the KL: it is a penalty"),
-    ("objective", lambda world: [objective_of(world, world.probs, 0.0)], "this is E[r] alone: β·KL is missing"),
-    ("objective", lambda world: [objective_of(world, world.probs, 1.0)], "the KL is not multiplied by β"),
+    ("objective", lambda world: [objective_of(world, world.probs, 0.0)],
+     "this is E[r] alone: β·KL is missing"),
+    ("objective", lambda world: [objective_of(world, world.probs, 1.0)],
+     "the KL is not multiplied by β"),
     ("objective", lambda world: [objective_of(world, world.ref_probs)],
      "this is J(π_ref): the expectation has to be taken under π"),
-    ("optimum", lambda world: tilted(world, world.ref_probs, 1 / BETA), "you took exp(β·r): r has to be divided by β"),
-    ("optimum", lambda world: tilted(world, world.ref_probs, 1.0), "you took exp(r): r has to be divided by β"),
+    ("optimum", lambda world: tilted(world, world.ref_probs, 1 / BETA),
+     "you took exp(β·r): r has to be divided by β"),
+    ("optimum", lambda world: tilted(world, world.ref_probs, 1.0),
+     "you took exp(r): r has to be divided by β"),
     ("optimum", lambda world: tilted(world, world.probs, BETA),
      "you tilted π: the optimum is π_ref tilted, wherever training starts"),
     ("optimum", lambda world: tilted(world, torch.ones(7, dtype=torch.float64), BETA),
-     "you left π_ref out: exp(r/β) alone is the optimum with an entropy bonus, not with a KL to π_ref"),
+     "you left π_ref out: exp(r/β) alone is the optimum with an entropy bonus, not with a KL to "
+     "π_ref"),
     ("ascent", lambda world: ascent(world, world.reference), "you started at π_ref, not at π"),
-    ("ascent", lambda world: ascent(world, beta=0.0), "you climbed E[r] alone: the gradient lacks that of −β·KL"),
+    ("ascent", lambda world: ascent(world, beta=0.0),
+     "you climbed E[r] alone: the gradient lacks that of −β·KL"),
     ("variance", lambda world: [k * k * x for k, x in zip((1, 2, 4), variance(world))],
      "you summed over the k responses: the estimate is their mean"),
     ("variance", lambda world: [variance(world)[0] / k for k in (1, 2, 4)],
      "1/k is what averaging alone would give: leave-one-out also changes what is averaged"),
     ("variance", lambda world: [*variance(world)[:2], variance(world)[1] / 2],
      "twice as many responses do more than halve the variance: the baseline gets better too"),
-    ("plus_ten", variance, "a constant leaves every expected gradient as it is, but not every variance: without a "
+    ("plus_ten", variance,
+     "a constant leaves every expected gradient as it is, but not every variance: without a "
      "baseline the constant multiplies ∇ log π"),
-    ("group_std", lambda world: [1.0, 1.0], "dividing by the std is not only a rescaling: each draw has another std"),
-    ("group_std", lambda world: [1.0, 2 / 3], "(k − 1)/k is right without the std; each draw has another std"),
+    ("group_std", lambda world: [1.0, 1.0],
+     "dividing by the std is not only a rescaling: each draw has another std"),
+    ("group_std", lambda world: [1.0, 2 / 3],
+     "(k − 1)/k is right without the std; each draw has another std"),
     ("group_std", lambda world: [group_std(world)[0], math.sqrt(3 / 2) * group_std(world)[1]],
      "your std has k in its denominator: k − 1 is meant"),
-    ("length_mean", lambda world: [1.0, 1.0], "dividing by the length is not only a rescaling: lengths differ"),
-    ("best_of_n", lambda world: [best_of_n(world)[1]] * 2, "the formula holds where no two responses are alike; where "
-     "responses have a probability of their own it is only an upper bound"),
-    ("best_of_n", lambda world: [math.log(4)] * 2, "log n is what the single best of n would cost if it were known: "
-     "its rank is random, so (n − 1)/n is saved"),
-    ("gae", lambda world: [0.0, 0.0, 0.0], "a baseline never biases the gradient, but for λ < 1 V is more than a "
-     "baseline: it stands in for the rewards to come"),
+    ("length_mean", lambda world: [1.0, 1.0],
+     "dividing by the length is not only a rescaling: lengths differ"),
+    ("best_of_n", lambda world: [best_of_n(world)[1]] * 2,
+     "the formula holds where no two responses are alike; where responses have a probability of "
+     "their own it is only an upper bound"),
+    ("best_of_n", lambda world: [math.log(4)] * 2,
+     "log n is what the single best of n would cost if it were known: its rank is random, so "
+     "(n − 1)/n is saved"),
+    ("gae", lambda world: [0.0, 0.0, 0.0],
+     "a baseline never biases the gradient, but for λ < 1 V is more than a baseline: it stands in "
+     "for the rewards to come"),
 ]
 
 
@@ -248,20 +313,26 @@ def tilted(world, base, beta):
     return [kl_of(probs, world.ref_probs), objective_of(world, probs)]
 
 
-# ------------------------------------------------------------------------------------------------------- checking
+# ----------------------------------------------------------------------------------------- checking
+
 
 def close(answer, value):
     """Both lists of numbers; TOLERANCE is relative for values above 1, absolute for those below."""
-    return len(answer) == len(value) and all(abs(a - v) <= TOLERANCE * max(1, abs(v)) for a, v in zip(answer, value))
+    near = [abs(a - v) <= TOLERANCE * max(1, abs(v)) for a, v in zip(answer, value)]
+    return len(answer) == len(value) and all(near)
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def judge(name, answer, world):
-    """None if an answer (a number or a list of them) is right, otherwise one line that says what is wrong."""
+    """One line that says what is wrong with an answer (a number or a list of them), or None."""
     right = globals()[name](world)
     answer = answer if isinstance(answer, list) else [answer]
     if None in answer:
         return "not done yet"
-    if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in answer):
+    if not all(map(is_number, answer)):
         return f"{answer} should be {len(right)} number(s)"
     if len(answer) != len(right):
         return f"{len(answer)} number(s), should be {len(right)}"
@@ -270,8 +341,10 @@ def judge(name, answer, world):
     for question, wrong, sentence in MISCONCEPTIONS:
         if question == name and close(answer, wrong(world)):
             return sentence
-    which = [i + 1 for i, (a, v) in enumerate(zip(answer, right)) if not close([a], [v])]
-    return f"number {', '.join(map(str, which))} of {len(right)} is wrong" if len(right) > 1 else "wrong"
+    if len(right) == 1:
+        return "wrong"
+    which = [str(i) for i, (a, v) in enumerate(zip(answer, right), 1) if not close([a], [v])]
+    return f"number {', '.join(which)} of {len(right)} is wrong"
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""Calls a student's functions, in a process of its own that check.py starts: one that hangs or exits harms no other.
+"""Calls a student's functions, in a process of its own: one that hangs or exits harms no other.
 
-It reads (name, list of arguments) from standard input and writes the outcomes to standard output, as pickles. It is no
-sandbox: the functions can do whatever the user can.
+check.py starts it as `python -m exercises.worker FILE`. It reads (name, list of arguments) from
+standard input and writes the outcomes to standard output, as pickles. It is no sandbox: the
+functions can do whatever the user can.
 """
 
 import contextlib
@@ -18,23 +19,28 @@ import torch
 
 
 def load(path):
-    """Import the file at `path`. Returns the module, or one line that says why not."""
+    """Import the file at `path`. Returns the module, or one line that says why it cannot be."""
     spec = importlib.util.spec_from_file_location("student", path)
     module = importlib.util.module_from_spec(spec)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             spec.loader.exec_module(module)
     except BaseException as error:  # SystemExit too
-        return f"{path} cannot be loaded: {one_line(error, path)}"
+        return one_line(error, path)
     return module
 
 
 def one_line(error, path):
-    """An exception's type and message in one line, with the last line of the file at `path` that it went through."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    message = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())[:200]
-    return f"{type(error).__name__}{': ' if message else ''}{message}" + (f" (line {line})" if line else "")
+    """An exception's type and message, with the last line of the file that it went through."""
+    if isinstance(error, SyntaxError):
+        message, line = error.msg, error.lineno
+    else:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == str(path)]
+        message, line = str(error), lines[-1] if lines else None
+    message = " ".join(message.split())[:200]
+    where = f" (line {line})" if line else ""
+    return f"{type(error).__name__}{': ' if message else ''}{message}{where}"
 
 
 def copied(value):
@@ -45,23 +51,25 @@ def copied(value):
 
 
 def plain(value):
-    """What can be sent back: a tensor on the CPU (a number becomes one of shape ()), else a few words."""
+    """What can be sent back: a tensor on the CPU, also for a number, or a few words."""
     if torch.is_tensor(value):
-        return value.detach() if value.device.type == "cpu" else f"a tensor on device {value.device}"
+        is_here = value.device.type == "cpu"
+        return value.detach() if is_here else f"a tensor on device {value.device}"
     if isinstance(value, (bool, int, float)):  # numpy's float64 is a float
         return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
     if value is None:
         return "None"
-    kind = type(value)
-    return f"a {kind.__name__}" if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__name__}"
+    module, name = type(value).__module__, type(value).__name__
+    return f"a {name}" if module == "builtins" else f"a {module}.{name}"
 
 
 def call(function, arguments, path=""):
     """Call a function once. Returns its outcome: a dict.
 
-    error: one line, or None. outputs: list of tensors or words. gradients: of the first output with respect to the
-    arguments that require one, None where there is none. grads: whether each output carries gradients. changed: names
-    of arguments that were changed in place. printed: what it wrote to standard output.
+    error: one line, or None. outputs: list of tensors or words. gradients: of the first output with
+    respect to the arguments that require one, None where there is none. grads: whether each output
+    carries gradients. changed: names of arguments that were changed in place. printed: what it
+    wrote to standard output.
     """
     given, printed = [copied(value) for value in arguments], io.StringIO()
     outcome = dict(error=None, outputs=[], gradients=[], grads=[], changed=[])
@@ -70,19 +78,26 @@ def call(function, arguments, path=""):
             returned = function(*given)
         outputs = list(returned) if isinstance(returned, tuple) else [returned]
         outcome["grads"] = [torch.is_tensor(output) and output.requires_grad for output in outputs]
-        leaves = [value for value in given if torch.is_tensor(value) and value.requires_grad]
-        if leaves and outcome["grads"][:1] == [True] and outputs[0].numel() == 1 and outputs[0].device.type == "cpu":
-            outcome["gradients"] = list(torch.autograd.grad(outputs[0].sum(), leaves, allow_unused=True))
-        else:
-            outcome["gradients"] = [None] * len(leaves)
+        outcome["gradients"] = gradients(outputs, given)
         outcome["outputs"] = [plain(output) for output in outputs]
         names = inspect.signature(function).parameters
-        outcome["changed"] = [name for name, before, after in zip(names, arguments, given) if differs(before, after)]
+        outcome["changed"] = [name for name, before, after in zip(names, arguments, given)
+                              if differs(before, after)]
     except NotImplementedError:
         outcome["error"] = "not done yet"
     except BaseException as error:  # SystemExit too
         outcome["error"] = f"raises {one_line(error, path)}"
     return outcome | {"printed": printed.getvalue()}
+
+
+def gradients(outputs, given):
+    """Of the first output, if it is a loss, with respect to each argument that requires one."""
+    leaves = [value for value in given if torch.is_tensor(value) and value.requires_grad]
+    loss = outputs[0] if outputs else None
+    is_number = torch.is_tensor(loss) and loss.numel() == 1 and loss.device.type == "cpu"
+    if not (leaves and is_number and loss.requires_grad):
+        return [None] * len(leaves)
+    return list(torch.autograd.grad(loss.sum(), leaves, allow_unused=True))
 
 
 def differs(before, after):
@@ -92,7 +107,8 @@ def differs(before, after):
 def main(path):
     """Answer requests until standard input ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is printed past sys.stdout must not get between the answers
+    # What is printed past sys.stdout must not get between the answers.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
 
     def answer(value):
@@ -105,7 +121,10 @@ def main(path):
     while request := pickle.load(requests):
         name, cases = request
         function = getattr(module, name, None)
-        answer([call(function, arguments, path) for arguments in cases] if callable(function) else None)
+        if callable(function):
+            answer([call(function, arguments, path) for arguments in cases])
+        else:
+            answer(None)
 
 
 if __name__ == "__main__":

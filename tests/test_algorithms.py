@@ -1,4 +1,4 @@
-"""Every RL script end to end on a tiny world: it runs, logs, saves, repeats itself bit for bit, and finds a reward."""
+"""Every RL script on a tiny world: it runs, logs, saves, repeats itself and finds a reward."""
 
 import ast
 import dataclasses
@@ -22,7 +22,8 @@ from plumbing import parse
 VARIANTS = [
     ("reinforce", {"baseline": "ema", "decay": 0.5}),
     ("grpo", {"scale_std": False, "length_mean": False, "epochs": 2, "minibatches": 2}),
-    ("ppo", {"lam": 1.0, "whiten": False, "clip": float("inf"), "value_clip": float("inf"), "epochs": 2}),
+    ("ppo", {"lam": 1.0, "whiten": False, "clip": float("inf"), "value_clip": float("inf"),
+             "epochs": 2}),
 ]
 
 
@@ -43,7 +44,8 @@ def test_same_seed_same_run_bit_for_bit(name, flags, world, tmp_path):
     assert a.keys() == b.keys()
     for metric in a.keys() - TIMES:
         assert a[metric] == b[metric]
-    for metric in ("objective/scores", "objective/kl", "objective/rewards", "policy/loss", "policy/grad_norm"):
+    for metric in ("objective/scores", "objective/kl", "objective/rewards", "policy/loss",
+                   "policy/grad_norm"):
         assert len(a[metric]) == 3
     assert (tmp_path / "a" / "model" / "model.safetensors").is_file()
 
@@ -59,12 +61,11 @@ def test_another_seed_is_another_run(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLING)
 def test_a_run_raises_its_reward(name, world, tmp_path):
-    """Reward: the share of the words a, b and c in the response. Twenty updates on a random policy must find it."""
+    """Reward: the share of the words a, b and c in the response. Twenty updates must find it."""
     path = tmp_path / "reward.py"
-    path.write_text(
-        "def share(prompts, completions, **_):\n"
-        "    return [sum(word in 'abc' for word in c.split()) / max(1, len(c.split())) for c in completions]\n"
-    )
+    path.write_text("def share(prompts, completions, **_):\n"
+                    "    return [sum(word in 'abc' for word in c.split()) / max(1, len(c.split())) "
+                    "for c in completions]\n")
     flags = {"reward": (f"{path}:share",), "num_updates": 20, "lr": 2e-2}
     flags |= {"prompts_per_step": 12, "eval_prompts": 12, "eval_every": 0}
     run(name, world, tmp_path / "run", **flags, beta=0.0, missing_eos_penalty=0.0)
@@ -76,7 +77,8 @@ def test_a_run_raises_its_reward(name, world, tmp_path):
 def test_dpo_prefers_the_chosen(world, tmp_path):
     unused = {"k", "prompts_per_step"}
     flags = {name: value for name, value in world.flags.items() if name not in unused}
-    flags |= {"eval_dataset": world.data, "batch_size": 12, "num_updates": 20, "microbatch_tokens": 100}
+    flags |= {"eval_dataset": world.data, "batch_size": 12, "num_updates": 20,
+              "microbatch_tokens": 100}
     dpo.main(dpo.Args(**flags, output=str(tmp_path / "run")))
     curves = scalars(tmp_path / "run")
     assert curves["policy/loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
@@ -91,24 +93,27 @@ def body(name):
 
 @pytest.mark.parametrize("name", [name for name in FAMILY if FAMILY[name].relative])
 def test_scripts_share_their_skeleton_line_by_line(name):
-    """Below the docstring page, whatever the indentation. A change of the skeleton that misses a script shows here."""
+    """Below the docstring page, whatever the indentation: a change that misses a script shows."""
     relative, most = FAMILY[name].relative, FAMILY[name].changed
     a, b = ([line.strip() for line in body(script)] for script in (relative, name))
     matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
-    changed = sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
+    changed = sum(max(i2 - i1, j2 - j1)
+                  for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
     assert changed <= most
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read_and_explained(name):
     script = importlib.import_module(name)
-    shared = "".join(path.read_text() for path in [ROOT / "common.py", *(ROOT / "plumbing").glob("*.py")])
+    shared = "".join(path.read_text()
+                     for path in [ROOT / "common.py", *(ROOT / "plumbing").glob("*.py")])
     read = "\n".join(body(name)).split("def main(args)")[1] + shared
     for field in dataclasses.fields(script.Args):
         assert f"args.{field.name}" in read or field.name.endswith("_column"), field.name
         owner = next(cls for cls in script.Args.__mro__ if field.name in cls.__annotations__)
         source = ast.parse(Path(sys.modules[owner.__module__].__file__).read_text())
-        (definition,) = (node for node in ast.walk(source) if getattr(node, "name", None) == owner.__name__)
+        (definition,) = (node for node in ast.walk(source)
+                         if getattr(node, "name", None) == owner.__name__)
         flags = [getattr(getattr(node, "target", None), "id", None) for node in definition.body]
         text = definition.body[flags.index(field.name) + 1]  # of the line below
         assert isinstance(text, ast.Expr) and isinstance(text.value.value, str), field.name
@@ -122,7 +127,8 @@ def test_help_shows_every_flag_once_and_the_algorithms_own_last(capsys, monkeypa
     for field in dataclasses.fields(ppo.Args):
         flag = f"--{field.name.replace('_', '-')}"
         assert len(re.findall(rf"^[│ ]{{1,3}}{flag}[ ,]", text, re.MULTILINE)) == 1, flag
-    places = [text.index(words) for words in ("--device ", "--chat", "--eval-every", "--reward-noise", "--k ", "--lam ")]
+    places = [text.index(words) for words in ("--device ", "--chat", "--eval-every",
+                                              "--reward-noise", "--k ", "--lam ")]
     assert places == sorted(places)
 
 
@@ -130,11 +136,13 @@ def test_flags_from_the_command_line_arrive(monkeypatch):
     words = "ppo.py --lam 0.5 --no-whiten --chat --keep 3 --reward a b --reward-weights 1 2".split()
     monkeypatch.setattr(sys, "argv", words)
     args = parse(ppo.Args)
-    given = dict(lam=0.5, whiten=False, chat=True, keep=3, reward=("a", "b"), reward_weights=(1.0, 2.0))
+    given = dict(lam=0.5, whiten=False, chat=True, keep=3, reward=("a", "b"),
+                 reward_weights=(1.0, 2.0))
     assert args == ppo.Args(**given)
 
 
 def test_the_six_steps_stand_in_the_same_order():
     for name in FAMILY:
-        numbers = re.findall(r"(\d)\. [a-z]", "\n".join(line for line in body(name) if line.strip().startswith("# ")))
+        numbers = re.findall(r"(\d)\. [a-z]", "\n".join(line for line in body(name)
+                                                        if line.strip().startswith("# ")))
         assert numbers == sorted(numbers) and numbers[-1] == "6", name

@@ -1,4 +1,4 @@
-"""Mistakes of a user: one clear line, exit code 2, before any training and without touching what is there."""
+"""Mistakes of a user: one clear line and exit code 2, before any training, and nothing changed."""
 
 import json
 
@@ -44,8 +44,10 @@ def bad(world, tmp_path_factory):
     (folder / "syntax.py").write_text("def f(:\n")
     (folder / "empty.jsonl").write_text("")
     (folder / "column.jsonl").write_text(json.dumps({"query": "a", "answer": "b"}))
-    (folder / "numbers.jsonl").write_text(json.dumps({"prompt": 1}) + "\n" + json.dumps({"prompt": 2}))
-    (folder / "blank.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": ""}))
+    (folder / "numbers.jsonl").write_text(json.dumps({"prompt": 1}) + "\n"
+                                          + json.dumps({"prompt": 2}))
+    (folder / "blank.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n"
+                                        + json.dumps({"prompt": ""}))
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "b"}]
     (folder / "blank2.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "used").mkdir()
@@ -53,22 +55,26 @@ def bad(world, tmp_path_factory):
     (folder / "nothing").mkdir()
     save_policy(folder / "headless", world.tokenizer)
     save_policy(folder / "other", make_tokenizer("x y z".split()))
-    (folder / "spaces.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "   "}))
+    (folder / "spaces.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n"
+                                         + json.dumps({"prompt": "   "}))
     (folder / "strings.jsonl").write_text(json.dumps({"prompt": ["a", "b"]}))
     (folder / "long.jsonl").write_text(json.dumps({"prompt": "a " * 200, "completion": "b c"}))
     (folder / "list.py").write_text("def rows(split):\n    return [{'prompt': 'a'}]\n")
-    (folder / "null.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n')
+    (folder / "null.jsonl").write_text('{"prompt": "a", "completion": "b"}\n'
+                                       '{"prompt": "a", "completion": null}\n')
     save_classifier(folder / "two_labels", world.policy, world.tokenizer, labels=2)
     (folder / "half.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c", "compl')
     (folder / "halves").mkdir()
     (folder / "halves" / "train.jsonl").write_text('{"prompt": "a"}\nprompt: b\n')
     (folder / "halves" / "test.jsonl").write_text('{"prompt": "a"}\n')
-    chat = [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": [{"role": "user", "content": "b"}]}]
+    chat = [{"prompt": [{"role": "user", "content": "a"}]},
+            {"prompt": [{"role": "user", "content": "b"}]}]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chat)))
     (folder / "no_roles.jsonl").write_text(json.dumps({"prompt": [{"text": "a"}]}))
     (folder / "pairs.jsonl").write_text(json.dumps({"chosen": "a b", "rejected": "c d"}))
     save_policy(folder / "pickle", world.tokenizer)
-    torch.save(load_file(folder / "pickle" / "model.safetensors"), folder / "pickle" / "pytorch_model.bin")
+    torch.save(load_file(folder / "pickle" / "model.safetensors"),
+               folder / "pickle" / "pytorch_model.bin")
     (folder / "pickle" / "model.safetensors").unlink()
     save_policy(folder / "cut", world.tokenizer)
     cut = (folder / "cut" / "model.safetensors").read_bytes()[:-100]
@@ -76,7 +82,8 @@ def bad(world, tmp_path_factory):
     for name in ("remote", "small"):
         save_policy(folder / name, world.tokenizer)
     config = json.loads((folder / "remote" / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Model", "AutoConfig": "mine.Config"}}
+    config |= {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Model",
+                                                  "AutoConfig": "mine.Config"}}
     (folder / "remote" / "config.json").write_text(json.dumps(config))
     (folder / "remote" / "mine.py").write_text("raise SystemExit('this code must not run')")
     make_tokenizer("a b c d e f g h".split(), pad="<eos>").save_pretrained(folder / "small")
@@ -103,160 +110,112 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
     ({"device": "cuda:99"}, "--device cuda:99: not available here; use auto or cpu"),
     ({"device": "cpu:x"}, "--device cpu:x: not available here; use auto or cpu"),
     ({"device": "gpu"}, "--device gpu: not available here; use auto or cpu"),
-    ({"model": "{bad}/no_model"}, "model {bad}/no_model: no such file or folder; give a path or a hub name"),
+    ({"model": "{bad}/no_model"},
+     "model {bad}/no_model: no such file or folder; give a path or a hub name"),
     ({"model": "{bad}/nothing"}, "model {bad}/nothing: not a model folder (it has no config.json)"),
-    ({"reference": "{bad}/no_model"}, "tokenizer {bad}/no_model: no such file or folder; give a path or a hub name"),
-    ({"reward": ("{bad}/no_reward",)}, "tokenizer {bad}/no_reward: no such file or folder; give a path or a hub name"),
+    ({"reference": "{bad}/no_model"},
+     "tokenizer {bad}/no_model: no such file or folder; give a path or a hub name"),
+    ({"reward": ("{bad}/no_reward",)},
+     "tokenizer {bad}/no_reward: no such file or folder; give a path or a hub name"),
     ({"reward": ("{bad}/no_file.py:f",)}, "{bad}/no_file.py: no such file"),
-    ({"reward": ("{bad}/rewards.py:absent",)}, "{bad}/rewards.py:absent: {bad}/rewards.py has no function absent"),
+    ({"reward": ("{bad}/rewards.py:absent",)},
+     "{bad}/rewards.py:absent: {bad}/rewards.py has no function absent"),
     ({"reward": ("{bad}/syntax.py:f",)}, "{bad}/syntax.py: cannot be imported: SyntaxError…"),
-    ({"reward": ("{bad}/rewards.py:fails",)}, "reward {bad}/rewards.py:fails: raised KeyError: 'no such answer'"),
-    ({"reward": ("{bad}/rewards.py:short",)}, "reward {bad}/rewards.py:short: returned 1 values for 2 completions"),
-    (
-        {"reward": ("{bad}/rewards.py:nan",)},
-        "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number",
-    ),
-    (
-        {"reward": ("{bad}/rewards.py:text",)},
-        "reward {bad}/rewards.py:text: raised ValueError: could not convert string to float: 'good'",
-    ),
-    (
-        {"reward": ("{bad}/rewards.py:none",)},
-        "reward {bad}/rewards.py:none: raised TypeError: 'NoneType' object is not iterable",
-    ),
-    (
-        {"gold": "{bad}/rewards.py:nan"},
-        "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number",
-    ),
-    (
-        {"reward": ("{bad}/headless",)},
-        "model {bad}/headless: the weights score.weight are missing, so it is another kind of model",
-    ),
-    (
-        {"reference": "{bad}/other"},
-        "reference {bad}/other: its vocabulary is not the policy's, so there is no KL between them",
-    ),
-    ({"reward": ("{bad}/two_labels",)}, "model {bad}/two_labels: has 2 labels; a reward model has 1"),
-    (
-        {"dataset": "{bad}/no_data.jsonl"},
-        "dataset {bad}/no_data.jsonl: no such file or folder; give a path or a hub name",
-    ),
-    ({"dataset": "{bad}/nothing"}, "dataset {bad}/nothing, split train: cannot be loaded from a folder or the hub: …"),
+    ({"reward": ("{bad}/rewards.py:fails",)},
+     "reward {bad}/rewards.py:fails: raised KeyError: 'no such answer'"),
+    ({"reward": ("{bad}/rewards.py:short",)},
+     "reward {bad}/rewards.py:short: returned 1 values for 2 completions"),
+    ({"reward": ("{bad}/rewards.py:nan",)},
+     "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number"),
+    ({"reward": ("{bad}/rewards.py:text",)},
+     "reward {bad}/rewards.py:text: raised ValueError: could not convert string to float: 'good'"),
+    ({"reward": ("{bad}/rewards.py:none",)},
+     "reward {bad}/rewards.py:none: raised TypeError: 'NoneType' object is not iterable"),
+    ({"gold": "{bad}/rewards.py:nan"},
+     "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number"),
+    ({"reward": ("{bad}/headless",)},
+     "model {bad}/headless: the weights score.weight are missing, so it is another kind of model"),
+    ({"reference": "{bad}/other"},
+     "reference {bad}/other: its vocabulary is not the policy's, so there is no KL between them"),
+    ({"reward": ("{bad}/two_labels",)},
+     "model {bad}/two_labels: has 2 labels; a reward model has 1"),
+    ({"dataset": "{bad}/no_data.jsonl"},
+     "dataset {bad}/no_data.jsonl: no such file or folder; give a path or a hub name"),
+    ({"dataset": "{bad}/nothing"},
+     "dataset {bad}/nothing, split train: cannot be loaded from a folder or the hub: …"),
     ({"dataset": "{bad}/empty.jsonl"}, "dataset {bad}/empty.jsonl: is empty"),
-    (
-        {"dataset": "{bad}/column.jsonl"},
-        "dataset {bad}/column.jsonl: has no column 'prompt'; it has query, answer; name one with --prompt-column",
-    ),
-    (
-        {"dataset": "{bad}/list.py:rows"},
-        "dataset {bad}/list.py:rows: the function must return a datasets.Dataset, not <class 'list'>",
-    ),
-    (
-        {"dataset": "{bad}/null.jsonl"},
-        "dataset {bad}/null.jsonl, split train: column 'completion' must hold text; row 1 does not",
-    ),
-    (
-        {"dataset": "{bad}/numbers.jsonl"},
-        "dataset {bad}/numbers.jsonl, split train: column 'prompt' must hold text, or lists of messages with "
-        "role and content; row 0 does not",
-    ),
-    (
-        {"dataset": "tasks/mini_tldr.py:prompts", "train_split": "dev"},
-        "dataset tasks/mini_tldr.py:prompts, split dev: cannot be loaded from a folder or the hub: …",
-    ),
+    ({"dataset": "{bad}/column.jsonl"},
+     "dataset {bad}/column.jsonl: has no column 'prompt'; it has query, answer; name one with "
+     "--prompt-column"),
+    ({"dataset": "{bad}/list.py:rows"},
+     "dataset {bad}/list.py:rows: the function must return a datasets.Dataset, not <class 'list'>"),
+    ({"dataset": "{bad}/null.jsonl"},
+     "dataset {bad}/null.jsonl, split train: column 'completion' must hold text; row 1 does not"),
+    ({"dataset": "{bad}/numbers.jsonl"},
+     "dataset {bad}/numbers.jsonl, split train: column 'prompt' must hold text, or lists of "
+     "messages with role and content; row 0 does not"),
+    ({"dataset": "tasks/mini_tldr.py:prompts", "train_split": "dev"},
+     "dataset tasks/mini_tldr.py:prompts, split dev: cannot be loaded from a folder or the hub: …"),
     ({"max_prompt_length": 0}, "--max-prompt-length 0: must be 1 or more"),
-    (
-        {"dataset": "{bad}/half.jsonl"},
-        "dataset {bad}/half.jsonl, split train: not valid JSON (…",
-    ),
-    (
-        {"dataset": "{bad}/halves"},
-        "dataset {bad}/halves, split train: not valid JSON (…",
-    ),
-    (
-        {"dataset": "{bad}/chat.jsonl"},
-        "dataset {bad}/chat.jsonl, split train: the prompts are chat messages, but the tokenizer has no "
-        "chat template; use an instruction-tuned model, or plain-text prompts",
-    ),
-    (
-        {"dataset": "{bad}/no_roles.jsonl"},
-        "dataset {bad}/no_roles.jsonl, split train: column 'prompt' must hold text, or lists of messages "
-        "with role and content; row 0 does not",
-    ),
-    ({"dataset": "{bad}/pairs.jsonl"}, "dataset {bad}/pairs.jsonl, split train: every prompt is empty"),
-    (
-        {"chat": True},
-        "dataset {world}/data.jsonl, split train: the prompts are chat messages, but the tokenizer has "
-        "no chat template; use an instruction-tuned model, or plain-text prompts",
-    ),
-    (
-        {"system_prompt": "Be brief."},
-        "dataset {world}/data.jsonl, split train: the prompts are chat messages, but the tokenizer has "
-        "no chat template; use an instruction-tuned model, or plain-text prompts",
-    ),
-    (
-        {"prompt_column": "text"},
-        "--prompt-column text: dataset {world}/data.jsonl has no such column; it has prompt, completion, "
-        "chosen, rejected",
-    ),
-    (
-        {"max_new_tokens": 500},
-        "rows of up to 505 tokens, including the response, do not fit the model's 128 positions; lower "
-        "--max-prompt-length, --max-length or --max-new-tokens",
-    ),
+    ({"dataset": "{bad}/half.jsonl"}, "dataset {bad}/half.jsonl, split train: not valid JSON (…"),
+    ({"dataset": "{bad}/halves"}, "dataset {bad}/halves, split train: not valid JSON (…"),
+    ({"dataset": "{bad}/chat.jsonl"},
+     "dataset {bad}/chat.jsonl, split train: the prompts are chat messages, but the tokenizer has "
+     "no chat template; use an instruction-tuned model, or plain-text prompts"),
+    ({"dataset": "{bad}/no_roles.jsonl"},
+     "dataset {bad}/no_roles.jsonl, split train: column 'prompt' must hold text, or lists of "
+     "messages with role and content; row 0 does not"),
+    ({"dataset": "{bad}/pairs.jsonl"},
+     "dataset {bad}/pairs.jsonl, split train: every prompt is empty"),
+    ({"chat": True},
+     "dataset {world}/data.jsonl, split train: the prompts are chat messages, but the tokenizer "
+     "has no chat template; use an instruction-tuned model, or plain-text prompts"),
+    ({"system_prompt": "Be brief."},
+     "dataset {world}/data.jsonl, split train: the prompts are chat messages, but the tokenizer "
+     "has no chat template; use an instruction-tuned model, or plain-text prompts"),
+    ({"prompt_column": "text"},
+     "--prompt-column text: dataset {world}/data.jsonl has no such column; it has prompt, "
+     "completion, chosen, rejected"),
+    ({"max_new_tokens": 500},
+     "rows of up to 505 tokens, including the response, do not fit the model's 128 positions; "
+     "lower --max-prompt-length, --max-length or --max-new-tokens"),
     ({"seed": -1}, "--seed -1: must be between 0 and 4294967294"),
     ({"rollout_batch_size": 0}, "--rollout-batch-size 0: must be 1 or more"),
     ({"reward_noise": -0.5}, "--reward-noise -0.5: must be 0 or more, and finite"),
-    (
-        {"reward": ("{bad}/rewards.py:one", "{bad}/rewards.py:one")},
-        "--reward: {bad}/rewards.py:one is given twice; use --reward-weights instead",
-    ),
-    (
-        {"dataset": "{bad}/strings.jsonl", "system_prompt": "Be brief."},
-        "dataset {bad}/strings.jsonl, split train: column 'prompt' must hold text, or lists of messages "
-        "with role and content; row 0 does not",
-    ),
-    ({"reward_weights": (1.0, 2.0)}, "--reward-weights: 2 weights for 1 rewards; give one for each"),
-    (
-        {"model": "{bad}/pickle"},
-        "model {bad}/pickle: pytorch_model.bin is a pickle, which can run arbitrary code when loaded, so "
-        "it is refused; if you trust it, load it in transformers and save it with save_pretrained, as "
-        "safetensors",
-    ),
+    ({"reward": ("{bad}/rewards.py:one", "{bad}/rewards.py:one")},
+     "--reward: {bad}/rewards.py:one is given twice; use --reward-weights instead"),
+    ({"dataset": "{bad}/strings.jsonl", "system_prompt": "Be brief."},
+     "dataset {bad}/strings.jsonl, split train: column 'prompt' must hold text, or lists of "
+     "messages with role and content; row 0 does not"),
+    ({"reward_weights": (1.0, 2.0)},
+     "--reward-weights: 2 weights for 1 rewards; give one for each"),
+    ({"model": "{bad}/pickle"},
+     "model {bad}/pickle: pytorch_model.bin is a pickle, which can run arbitrary code when loaded, "
+     "so it is refused; if you trust it, load it in transformers and save it with save_pretrained, "
+     "as safetensors"),
     ({"model": "{bad}/cut"}, "model {bad}/cut: cannot be loaded from a folder or the hub: …"),
-    (
-        {"model": "{bad}/remote"},
-        "model {bad}/remote: needs code from its repository, which is never run; use a model that is "
-        "built into transformers",
-    ),
-    (
-        {"model": "{bad}/small"},
-        "model {bad}/small: has embeddings for 7 tokens, but its tokenizer has 9; they do not belong "
-        "together",
-    ),
-    (
-        {"reward": ("{bad}/small",)},
-        "model {bad}/small: the weights score.weight are missing, so it is another kind of model",
-    ),
-    (
-        {"model": "some-owner/some-model"},
-        "model some-owner/some-model: not a local folder, and the hub cannot be reached …",
-    ),
-    (
-        {"dataset": "some-owner/some-data"},
-        "dataset some-owner/some-data, split train: not a local folder, and the hub cannot be reached …",
-    ),
-    ({"shard": True}, "--shard: there is only one process; launch with torchrun --nproc-per-node 2"),
-    ({"output": "{bad}/used"}, "--output {bad}/used: is not empty; choose another folder, or delete that one"),
-    (
-        {"output": "{bad}/rewards.py/run"},
-        "--output {bad}/rewards.py/run: cannot be created, since {bad}/rewards.py is a file; choose "
-        "another folder",
-    ),
-    (
-        {"output": "{bad}/rewards.py"},
-        "--output {bad}/rewards.py: already exists; choose another name, or delete that file",
-    ),
+    ({"model": "{bad}/remote"},
+     "model {bad}/remote: needs code from its repository, which is never run; use a model that is "
+     "built into transformers"),
+    ({"model": "{bad}/small"},
+     "model {bad}/small: has embeddings for 7 tokens, but its tokenizer has 9; they do not "
+     "belong together"),
+    ({"reward": ("{bad}/small",)},
+     "model {bad}/small: the weights score.weight are missing, so it is another kind of model"),
+    ({"model": "some-owner/some-model"},
+     "model some-owner/some-model: not a local folder, and the hub cannot be reached …"),
+    ({"dataset": "some-owner/some-data"},
+     "dataset some-owner/some-data, split train: not a local folder, and the hub cannot be "
+     "reached …"),
+    ({"shard": True},
+     "--shard: there is only one process; launch with torchrun --nproc-per-node 2"),
+    ({"output": "{bad}/used"},
+     "--output {bad}/used: is not empty; choose another folder, or delete that one"),
+    ({"output": "{bad}/rewards.py/run"},
+     "--output {bad}/rewards.py/run: cannot be created, since {bad}/rewards.py is a file; choose "
+     "another folder"),
+    ({"output": "{bad}/rewards.py"},
+     "--output {bad}/rewards.py: already exists; choose another name, or delete that file"),
 ]
 
 
@@ -293,148 +252,97 @@ def test_rloo(flags, expected, world, bad, tmp_path, capsys):
 OTHERS = [
     (ppo, {"epochs": 0}, "--epochs 0: must be 1 or more"),
     (ppo, {"minibatches": 0}, "--minibatches 0: must be 1 or more"),
-    (
-        ppo,
-        {"k": 1, "prompts_per_step": 3, "minibatches": 4},
-        "--minibatches 4: a rollout has only 3 responses to divide",
-    ),
+    (ppo, {"k": 1, "prompts_per_step": 3, "minibatches": 4},
+     "--minibatches 4: a rollout has only 3 responses to divide"),
     (ppo, {"clip": 0.0}, '--clip 0.0: must be positive ("inf" disables it)'),
     (ppo, {"value_clip": -1.0}, '--value-clip -1.0: must be positive ("inf" disables it)'),
     (ppo, {"lam": 1.5}, "--lam 1.5: must be between 0 and 1"),
     (ppo, {"gamma": -0.1}, "--gamma -0.1: must be between 0 and 1"),
     (ppo, {"critic_lr": 0.0}, "--critic-lr 0.0: must be positive and finite"),
-    (
-        ppo,
-        {"critic": "{bad}/other"},
-        "critic {bad}/other: its vocabulary is not the policy's; choose another --critic",
-    ),
-    (
-        ppo,
-        {"critic": "{bad}/no_critic"},
-        "tokenizer {bad}/no_critic: no such file or folder; give a path or a hub name",
-    ),
-    (
-        ppo,
-        {"critic": "{bad}/two_labels"},
-        "model {bad}/two_labels: its weights have the wrong shapes (a reward model or critic needs a "
-        "head with one label)",
-    ),
+    (ppo, {"critic": "{bad}/other"},
+     "critic {bad}/other: its vocabulary is not the policy's; choose another --critic"),
+    (ppo, {"critic": "{bad}/no_critic"},
+     "tokenizer {bad}/no_critic: no such file or folder; give a path or a hub name"),
+    (ppo, {"critic": "{bad}/two_labels"},
+     "model {bad}/two_labels: its weights have the wrong shapes (a reward model or critic needs a "
+     "head with one label)"),
     (reinforce, {"decay": 1.0}, "--decay 1.0: must be at least 0 and below 1"),
     (reinforce, {"window": -1}, "--window -1: must be 0 or more, and finite"),
     (grpo, {"k": 1}, "--k 1: the baseline is the mean of the k responses; use at least 2"),
     (raft, {"k": 1}, "--k 1: the best of the k responses is kept; use at least 2"),
-    (reinforce_pp_baseline, {"k": 1}, "--k 1: the baseline is the mean of the k responses; use at least 2"),
+    (reinforce_pp_baseline, {"k": 1},
+     "--k 1: the baseline is the mean of the k responses; use at least 2"),
     (reinforce_pp, {"clip_scores": 0.0}, '--clip-scores 0.0: must be positive ("inf" disables it)'),
-    (
-        dpo,
-        {"dataset": "{bad}/column.jsonl"},
-        "dataset {bad}/column.jsonl: has no column 'prompt'; it has query, answer; name one with --prompt-column",
-    ),
-    (
-        dpo,
-        {"eval_dataset": "{bad}/no_data.jsonl"},
-        "dataset {bad}/no_data.jsonl: no such file or folder; give a path or a hub name",
-    ),
-    (dpo, {"max_length": 1}, "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
-        "--max-prompt-length or --max-length"),
-    (sft, {"model": "{bad}/no_model"}, "model {bad}/no_model: no such file or folder; give a path or a hub name"),
-    (
-        sft,
-        {"dataset": "{bad}/column.jsonl"},
-        "dataset {bad}/column.jsonl: has no column 'prompt'; it has query, answer; name one with --prompt-column",
-    ),
+    (dpo, {"dataset": "{bad}/column.jsonl"},
+     "dataset {bad}/column.jsonl: has no column 'prompt'; it has query, answer; name one with "
+     "--prompt-column"),
+    (dpo, {"eval_dataset": "{bad}/no_data.jsonl"},
+     "dataset {bad}/no_data.jsonl: no such file or folder; give a path or a hub name"),
+    (dpo, {"max_length": 1},
+     "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
+     "--max-prompt-length or --max-length"),
+    (sft, {"model": "{bad}/no_model"},
+     "model {bad}/no_model: no such file or folder; give a path or a hub name"),
+    (sft, {"dataset": "{bad}/column.jsonl"},
+     "dataset {bad}/column.jsonl: has no column 'prompt'; it has query, answer; name one with "
+     "--prompt-column"),
     (sft, {"batch_size": 0}, "--batch-size 0: must be 1 or more"),
-    (
-        sft,
-        {"dataset": "{bad}/blank.jsonl"},
-        "dataset {bad}/blank.jsonl: has no column 'completion'; it has prompt; name one with --completion-column",
-    ),
-    (
-        sft,
-        {"dataset": "{bad}/long.jsonl"},
-        "rows of up to 203 tokens, including the response, do not fit the model's 128 positions; lower "
-        "--max-prompt-length, --max-length or --max-new-tokens",
-    ),
-    (sft, {"max_length": 1}, "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
-        "--max-prompt-length or --max-length"),
-    (sft, {"output": "{bad}/used"}, "--output {bad}/used: is not empty; choose another folder, or delete that one"),
-    (
-        reward_model,
-        {"dataset": "{bad}/column.jsonl"},
-        "dataset {bad}/column.jsonl: has no column 'prompt'; it has query, answer; name one with --prompt-column",
-    ),
-    (
-        reward_model,
-        {"gold": "{bad}/rewards.py:absent"},
-        "{bad}/rewards.py:absent: {bad}/rewards.py has no function absent",
-    ),
-    (
-        reward_model,
-        {"max_length": 1},
-        "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
-        "--max-prompt-length or --max-length",
-    ),
-    (
-        reward_model,
-        {"output": "{bad}/used"},
-        "--output {bad}/used: is not empty; choose another folder, or delete that one",
-    ),
-    (
-        evaluate,
-        {"policies": ("{bad}/no_model",)},
-        "tokenizer {bad}/no_model: no such file or folder; give a path or a hub name",
-    ),
-    (evaluate, {"judge": "gold"}, "--judge gold: there is no gold reward; give one with --gold, or use --judge reward"),
+    (sft, {"dataset": "{bad}/blank.jsonl"},
+     "dataset {bad}/blank.jsonl: has no column 'completion'; it has prompt; name one with "
+     "--completion-column"),
+    (sft, {"dataset": "{bad}/long.jsonl"},
+     "rows of up to 203 tokens, including the response, do not fit the model's 128 positions; "
+     "lower --max-prompt-length, --max-length or --max-new-tokens"),
+    (sft, {"max_length": 1},
+     "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
+     "--max-prompt-length or --max-length"),
+    (sft, {"output": "{bad}/used"},
+     "--output {bad}/used: is not empty; choose another folder, or delete that one"),
+    (reward_model, {"dataset": "{bad}/column.jsonl"},
+     "dataset {bad}/column.jsonl: has no column 'prompt'; it has query, answer; name one with "
+     "--prompt-column"),
+    (reward_model, {"gold": "{bad}/rewards.py:absent"},
+     "{bad}/rewards.py:absent: {bad}/rewards.py has no function absent"),
+    (reward_model, {"max_length": 1},
+     "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
+     "--max-prompt-length or --max-length"),
+    (reward_model, {"output": "{bad}/used"},
+     "--output {bad}/used: is not empty; choose another folder, or delete that one"),
+    (evaluate, {"policies": ("{bad}/no_model",)},
+     "tokenizer {bad}/no_model: no such file or folder; give a path or a hub name"),
+    (evaluate, {"judge": "gold"},
+     "--judge gold: there is no gold reward; give one with --gold, or use --judge reward"),
     (evaluate, {"judge": "best"}, "--judge best: choose gold, reward, or path/to/file.py:function"),
     (evaluate, {"k": 0}, "--k 0: must be 1 or more"),
-    (
-        evaluate,
-        {"output": "{bad}/used/args.json"},
-        "--output {bad}/used/args.json: already exists; choose another name, or delete that file",
-    ),
-    (plot, {"runs": ("{bad}/nothing",)}, "{bad}/nothing: is not a run folder (it has no args.json)"),
+    (evaluate, {"output": "{bad}/used/args.json"},
+     "--output {bad}/used/args.json: already exists; choose another name, or delete that file"),
+    (plot, {"runs": ("{bad}/nothing",)},
+     "{bad}/nothing: is not a run folder (it has no args.json)"),
     (plot, {"runs": ("{bad}/used",)}, "{bad}/used: its TensorBoard log holds no scalars"),
-    (
-        plot,
-        {"runs": ("{bad}/used",), "output": "{bad}/used/args.json"},
-        "--output {bad}/used/args.json: must be a .png file",
-    ),
-    (plot, {"runs": ("{bad}/used",), "x": ("days",)}, "--x days: unknown; choose from updates, samples, seconds, kl"),
+    (plot, {"runs": ("{bad}/used",), "output": "{bad}/used/args.json"},
+     "--output {bad}/used/args.json: must be a .png file"),
+    (plot, {"runs": ("{bad}/used",), "x": ("days",)},
+     "--x days: unknown; choose from updates, samples, seconds, kl"),
 ]
 
 
-@pytest.mark.parametrize(
-    "script, flags, expected", OTHERS, ids=lambda value: getattr(value, "__name__", str(value)[:50])
-)
+@pytest.mark.parametrize("script, flags, expected", OTHERS,
+                         ids=lambda value: getattr(value, "__name__", str(value)[:50]))
 def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
-    flags = {
-        name: tuple(part.format(bad=bad) for part in value) if isinstance(value, tuple) else value
-        for name, value in fill(flags, bad).items()
-    }
+    flags = {name: (tuple(part.format(bad=bad) for part in value)
+                    if isinstance(value, tuple) else value)
+             for name, value in fill(flags, bad).items()}
     base = {
-        sft: dict(model=world.policy, dataset=world.data, device="cpu", output=str(tmp_path / "run")),
-        reward_model: dict(
-            model=world.policy, dataset=world.data, gold="none", device="cpu", output=str(tmp_path / "run")
-        ),
-        evaluate: dict(
-            policies=(world.policy,),
-            reference=world.policy,
-            reward=(world.reward,),
-            gold="none",
-            judge="reward",
-            dataset=world.data,
-            device="cpu",
-            output=str(tmp_path / "run"),
-        ),
+        sft: dict(model=world.policy, dataset=world.data, device="cpu",
+                  output=str(tmp_path / "run")),
+        reward_model: dict(model=world.policy, dataset=world.data, gold="none", device="cpu",
+                           output=str(tmp_path / "run")),
+        evaluate: dict(policies=(world.policy,), reference=world.policy, reward=(world.reward,),
+                       gold="none", judge="reward", dataset=world.data, device="cpu",
+                       output=str(tmp_path / "run")),
         plot: dict(runs=(), output=str(tmp_path / "run.png")),
-        dpo: dict(
-            model=world.policy,
-            reward=(world.reward,),
-            dataset=world.data,
-            eval_dataset=world.data,
-            device="cpu",
-            output=str(tmp_path / "run"),
-        ),
+        dpo: dict(model=world.policy, reward=(world.reward,), dataset=world.data,
+                  eval_dataset=world.data, device="cpu", output=str(tmp_path / "run")),
     }.get(script, world.flags | dict(output=str(tmp_path / "run")))
     check(capsys, lambda: script.main(script.Args(**base | flags)), expected, bad, world)
     assert not (tmp_path / "run").exists()
@@ -442,7 +350,7 @@ def test_other_scripts(script, flags, expected, world, bad, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_from_the_command_line(context, tmp_path):
-    """A mistake that is noticed late, when the models have been loaded: still nothing else is printed."""
+    """A mistake found late, when the models have been loaded: still nothing else is printed."""
     flags = {"device": "cpu", "dataset": "no_such.jsonl", "output": tmp_path / "run"}
     process = Child(context, tmp_path, call_script, "rloo", flags)
     assert process.wait(timeout=60) == 2 and process.stdout == ""

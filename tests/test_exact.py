@@ -1,7 +1,8 @@
-"""The expectation of every estimator's first-step gradient against the true gradient of E[r] - beta KL.
+"""Every estimator's expected first-step gradient against the true gradient of E[r] - beta KL.
 
-A tiny GPT-2 in float64, every response enumerated, the scripts' own functions. Unbiased estimators agree to 1e-8; for
-the others the bias is a number: the cosine between the two gradients, and the length of the projection on the true one.
+A tiny GPT-2 in float64, every response enumerated, the scripts' own functions. Unbiased estimators
+agree to 1e-8; for the others the bias is a number: the cosine between the two gradients, and the
+length of the projection on the true one.
 """
 
 import math
@@ -46,7 +47,7 @@ def bias(world, loss, draws, beta=BETA):
     return (expected @ true / expected.norm() / true.norm()).item(), projection
 
 
-# ------------------------------------------------------------------------------------------------ unbiased
+# ----------------------------------------------------------------------------------------- unbiased
 
 
 @pytest.mark.parametrize("k, beta", [(2, 0.0), (2, BETA), (3, BETA)])
@@ -54,7 +55,8 @@ def test_rloo(world, k, beta):
     rewards = world.sequence_rewards(beta)
 
     def loss(rows):
-        return rloo.compute_loss(world.logprobs[rows], rloo.compute_advantages(rewards[rows], k)) / k
+        return rloo.compute_loss(world.logprobs[rows],
+                                 rloo.compute_advantages(rewards[rows], k)) / k
 
     assert_unbiased(world, loss, k, beta)
 
@@ -62,7 +64,8 @@ def test_rloo(world, k, beta):
 def test_rloo_with_four_words():
     world = Enumeration(words=3)
     rewards = world.sequence_rewards(BETA)
-    loss = lambda rows: rloo.compute_loss(world.logprobs[rows], rloo.compute_advantages(rewards[rows], 2)) / 2
+    loss = lambda rows: rloo.compute_loss(world.logprobs[rows],
+                                          rloo.compute_advantages(rewards[rows], 2)) / 2
     assert_unbiased(world, loss, 2)
 
 
@@ -93,7 +96,8 @@ def test_vanilla_pg_with_an_arbitrary_critic(world):
     rewards = world.token_rewards(BETA)
 
     def loss(rows):
-        advantages, _ = vanilla_pg.compute_advantages(rewards[rows], world.values[rows], world.mask[rows])
+        advantages, _ = vanilla_pg.compute_advantages(rewards[rows], world.values[rows],
+                                                      world.mask[rows])
         return vanilla_pg.compute_loss(world.logprobs[rows], advantages)
 
     assert world.values.abs().max() > 0.5
@@ -104,10 +108,12 @@ def ppo_loss(world, lam, whiten=False, clip=0.2, beta=BETA):
     rewards = world.token_rewards(beta)
 
     def loss(rows):
-        advantages, _ = ppo.compute_advantages(rewards[rows], world.values[rows], world.mask[rows], 1.0, lam)
+        advantages, _ = ppo.compute_advantages(rewards[rows], world.values[rows], world.mask[rows],
+                                               1.0, lam)
         if whiten:
             advantages = ppo.whiten_advantages(advantages, world.mask[rows])
-        return ppo.compute_loss(world.logprobs[rows], world.logprobs[rows].detach(), advantages, clip)[0] / len(rows)
+        return ppo.compute_loss(world.logprobs[rows], world.logprobs[rows].detach(), advantages,
+                                clip)[0] / len(rows)
 
     return loss
 
@@ -123,7 +129,8 @@ def reinforce_pp_loss(world, whiten):
     def loss(rows):
         advantages = reinforce_pp.compute_advantages(rewards[rows], world.mask[rows], whiten)
         old_logprobs = world.logprobs[rows].detach()
-        return reinforce_pp.compute_loss(world.logprobs[rows], old_logprobs, advantages, 0.2)[0] / len(rows)
+        return reinforce_pp.compute_loss(world.logprobs[rows], old_logprobs, advantages,
+                                         0.2)[0] / len(rows)
 
     return loss
 
@@ -131,16 +138,19 @@ def reinforce_pp_loss(world, whiten):
 def test_only_with_the_kl_in_the_reward_is_the_optimum_a_fixed_point():
     """At pi = pi_ref exp(r / beta) / Z, where E[r] - beta KL is highest, RLOO's expected step is 0.
 
-    Not so with k3 or k2 in the loss, which lack the KL to go. How long their step is depends on the toy: here it is
-    longer than the gradient of E[r], in others it is shorter (python lab/gradient.py --at-optimum --toys 20). A mean
-    that contains the response itself, which halves the reward's part for k = 2, would explain half of that gradient.
+    Not so with k3 or k2 in the loss, which lack the KL to go. How long their step is depends on the
+    toy: here it is longer than the gradient of E[r], in others it is shorter (python
+    lab/gradient.py --at-optimum --toys 20). A mean that contains the response itself, which halves
+    the reward's part for k = 2, would explain half of that gradient.
     """
     world, beta = Enumeration(words=2), 0.5
-    world.scores = beta * (world.logprobs - world.ref_logprobs).detach().sum(1)  # the reward that makes pi the optimum
+    # With this reward pi is the optimum.
+    world.scores = beta * (world.logprobs - world.ref_logprobs).detach().sum(1)
     reward_gradient = world.true_gradient(0.0).norm()
     assert world.true_gradient(beta).norm() < 1e-12 < 0.1 < reward_gradient
     rewards = world.sequence_rewards(beta)
-    loss = lambda rows: rloo.compute_loss(world.logprobs[rows], rloo.compute_advantages(rewards[rows], 2)) / 2
+    loss = lambda rows: rloo.compute_loss(world.logprobs[rows],
+                                          rloo.compute_advantages(rewards[rows], 2)) / 2
     assert world.expected_gradient(loss, 2).norm() < 1e-12
     size = lambda loss: (world.expected_gradient(loss, 2).norm() / reward_gradient).item()
     assert size(grpo_loss(world, 2, False, False, beta)) == pytest.approx(2.312, abs=1e-3)
@@ -148,9 +158,13 @@ def test_only_with_the_kl_in_the_reward_is_the_optimum_a_fixed_point():
 
 
 def test_k3_in_the_loss_is_the_gradient_of_no_kl_of_the_sequence(world):
-    """Token by token and with the prefixes held fixed it is that of KL(pi_ref || pi); of the whole response, nearly."""
+    """Token by token, with the prefixes held fixed, it is that of KL(pi_ref || pi).
+
+    For the whole response this is nearly so.
+    """
     log_ratio = lambda rows: world.ref_logprobs[rows] - world.logprobs[rows]  # (n, T)
-    k3 = world.expected_gradient(lambda rows: (log_ratio(rows).exp() - log_ratio(rows) - 1).sum(), 1)
+    k3 = world.expected_gradient(
+        lambda rows: (log_ratio(rows).exp() - log_ratio(rows) - 1).sum(), 1)
     logprobs, ref_logprobs = world.logprobs.sum(1), world.ref_logprobs.sum(1)  # (M,)
     backward = world.gradient((ref_logprobs.exp() * (ref_logprobs - logprobs)).sum())
     forward = world.gradient((world.probs * (logprobs - ref_logprobs)).sum())
@@ -163,15 +177,15 @@ def test_reinforce_pp_without_normalisation(world):
     assert_unbiased(world, reinforce_pp_loss(world, whiten=False), 1)
 
 
-# ------------------------------------------------------------------------------------------------ biased, by how much
+# ------------------------------------------------------------------------------ biased, by how much
 
 
 def grpo_loss(world, k, scale_std, length_mean, beta=0.0):
     def loss(rows):
         advantages = grpo.compute_advantages(world.scores[rows], k, scale_std)
         logprobs = world.logprobs[rows]
-        total, _ = grpo.compute_loss(logprobs, logprobs.detach(), world.ref_logprobs[rows], advantages,
-                                     world.mask[rows], 0.2, beta, length_mean)  # fmt: skip
+        total, _ = grpo.compute_loss(logprobs, logprobs.detach(), world.ref_logprobs[rows],
+                                     advantages, world.mask[rows], 0.2, beta, length_mean)
         return total / k
 
     return loss
@@ -183,10 +197,12 @@ def reinforce_pp_baseline_loss(world, k, beta):
     def loss(rows):
         scores = reinforce_pp_baseline.center_scores(world.scores[rows], k)
         rewards = token_rewards(scores, world.kl[rows], 0.0, world.mask[rows])
-        advantages = reinforce_pp_baseline.compute_advantages(rewards, world.mask[rows], whiten=False)
-        loss, _ = reinforce_pp_baseline.compute_loss(world.logprobs[rows], world.logprobs[rows].detach(), advantages,
-                                                     0.2)
-        return (loss + beta * reinforce_pp_baseline.compute_kl_loss(world.logprobs[rows], world.ref_logprobs[rows])) / k
+        advantages = reinforce_pp_baseline.compute_advantages(rewards, world.mask[rows],
+                                                              whiten=False)
+        loss, _ = reinforce_pp_baseline.compute_loss(
+            world.logprobs[rows], world.logprobs[rows].detach(), advantages, 0.2)
+        return (loss + beta * reinforce_pp_baseline.compute_kl_loss(
+            world.logprobs[rows], world.ref_logprobs[rows])) / k
 
     return loss
 
@@ -200,35 +216,45 @@ def test_mean_centring_scales_the_gradient(world, k):
 
 
 def rloo_loss_with_k3(world):
-    """RLOO with k3 = exp(-k1) - 1 + k1 in the reward, where k1 belongs: an unbiased value with a biased gradient."""
+    """RLOO with k3 = exp(-k1) - 1 + k1 in the reward: an unbiased value with a biased gradient."""
     k3 = (-world.kl).exp() - 1 + world.kl  # (M, T), 0 where masked
     rewards = sequence_rewards(world.scores, k3, BETA)
-    return lambda rows: rloo.compute_loss(world.logprobs[rows], rloo.compute_advantages(rewards[rows], 2)) / 2
+    return lambda rows: rloo.compute_loss(world.logprobs[rows],
+                                          rloo.compute_advantages(rewards[rows], 2)) / 2
 
 
 def rloo_loss_with_length_mean(world):
     rewards = world.sequence_rewards(BETA)
     lengths = world.mask.sum(1, keepdim=True)
-    return lambda rows: (
-        rloo.compute_loss((world.logprobs / lengths)[rows], rloo.compute_advantages(rewards[rows], 2)) / 2
-    )
+    return lambda rows: rloo.compute_loss((world.logprobs / lengths)[rows],
+                                          rloo.compute_advantages(rewards[rows], 2)) / 2
 
 
 BIASED = {
-    "grpo, std, k = 3": (lambda world: bias(world, grpo_loss(world, 3, True, False), 3, 0.0), (0.958, 0.643)),
-    "grpo, length mean, k = 3": (lambda world: bias(world, grpo_loss(world, 3, False, True), 3, 0.0), (0.982, 0.287)),
-    "grpo, both, k = 3": (lambda world: bias(world, grpo_loss(world, 3, True, True), 3, 0.0), (0.973, 0.260)),
-    "grpo, KL k3 in the loss": (lambda world: bias(world, grpo_loss(world, 2, False, False, BETA), 2), (0.631, 0.225)),
+    "grpo, std, k = 3": (
+        lambda world: bias(world, grpo_loss(world, 3, True, False), 3, 0.0), (0.958, 0.643)),
+    "grpo, length mean, k = 3": (
+        lambda world: bias(world, grpo_loss(world, 3, False, True), 3, 0.0), (0.982, 0.287)),
+    "grpo, both, k = 3": (
+        lambda world: bias(world, grpo_loss(world, 3, True, True), 3, 0.0), (0.973, 0.260)),
+    "grpo, KL k3 in the loss": (
+        lambda world: bias(world, grpo_loss(world, 2, False, False, BETA), 2), (0.631, 0.225)),
     "reinforce_pp_baseline, k = 2": (
         lambda world: bias(world, reinforce_pp_baseline_loss(world, 2, BETA), 2), (0.906, 0.355)),
     "reinforce_pp_baseline, k = 3": (
         lambda world: bias(world, reinforce_pp_baseline_loss(world, 3, BETA), 3), (0.964, 0.539)),
-    "reinforce_pp, whitening, N = 3": (lambda world: bias(world, reinforce_pp_loss(world, True), 3), (0.874, 0.468)),
-    "ppo, whitening, N = 3": (lambda world: bias(world, ppo_loss(world, 1.0, whiten=True), 3), (0.980, 0.415)),
-    "rloo, KL k3 in the reward": (lambda world: bias(world, rloo_loss_with_k3(world), 2), (0.970, 1.329)),
-    "rloo, length mean": (lambda world: bias(world, rloo_loss_with_length_mean(world), 2), (0.981, 0.442)),
-    "ppo, lambda 0.95, wrong critic": (lambda world: bias(world, ppo_loss(world, 0.95), 1), (0.999, 0.855)),
-    "ppo, lambda 0, wrong critic": (lambda world: bias(world, ppo_loss(world, 0.0), 1), (-0.658, -0.703)),
+    "reinforce_pp, whitening, N = 3": (
+        lambda world: bias(world, reinforce_pp_loss(world, True), 3), (0.874, 0.468)),
+    "ppo, whitening, N = 3": (
+        lambda world: bias(world, ppo_loss(world, 1.0, whiten=True), 3), (0.980, 0.415)),
+    "rloo, KL k3 in the reward": (
+        lambda world: bias(world, rloo_loss_with_k3(world), 2), (0.970, 1.329)),
+    "rloo, length mean": (
+        lambda world: bias(world, rloo_loss_with_length_mean(world), 2), (0.981, 0.442)),
+    "ppo, lambda 0.95, wrong critic": (
+        lambda world: bias(world, ppo_loss(world, 0.95), 1), (0.999, 0.855)),
+    "ppo, lambda 0, wrong critic": (
+        lambda world: bias(world, ppo_loss(world, 0.0), 1), (-0.658, -0.703)),
 }
 
 
@@ -239,14 +265,15 @@ def test_known_bias(world, name):
     assert measure(world) == pytest.approx(expected, abs=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------ equivalences
+# ------------------------------------------------------------------------------------- equivalences
 
 
 def random_batch(n=6, T=5, seed=0):
     """Rewards, values (n, T) and a mask of ragged lengths, in float64."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(T) < torch.tensor([5, 1, 3, 2, 5, 4]).unsqueeze(1)  # (n, T)
-    rewards, values = (torch.randn(n, T, generator=generator, dtype=torch.float64) * mask for _ in range(2))
+    rewards, values = (torch.randn(n, T, generator=generator, dtype=torch.float64) * mask
+                       for _ in range(2))
     return rewards, values, mask
 
 
@@ -272,13 +299,14 @@ def test_ppo_with_everything_off_is_vanilla_pg(world):
     torch.testing.assert_close(advantages, expected)
     torch.testing.assert_close(returns, expected_returns)
     rows = torch.arange(6)
-    logprobs, weights = world.logprobs[rows], torch.randn(6, 3, dtype=torch.float64) * world.mask[rows]
+    logprobs, weights = (world.logprobs[rows],
+                         torch.randn(6, 3, dtype=torch.float64) * world.mask[rows])
     loss, clipped = ppo.compute_loss(logprobs, logprobs.detach(), weights, INF)
     difference = world.gradient(loss) - world.gradient(vanilla_pg.compute_loss(logprobs, weights))
     assert difference.abs().max() < 1e-12 and clipped == 0
     new_values = values + 1
     torch.testing.assert_close(ppo.compute_value_loss(new_values, values, returns, INF),
-                               vanilla_pg.compute_value_loss(new_values, returns))  # fmt: skip
+                               vanilla_pg.compute_value_loss(new_values, returns))
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -290,12 +318,13 @@ def test_grpo_and_reinforce_pp_group_are_mean_centred_rloo(k):
 
 
 def test_ppo_clips_what_goes_too_far_and_counts_it():
-    """Ratios 1.5 and 0.5 with advantages of both signs: only moves that the advantage asks for are stopped."""
+    """Ratios 1.5 and 0.5, advantages of both signs: only moves that these ask for are stopped."""
     logprobs = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]]).log()
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 2.0]])
     loss, clipped = ppo.compute_loss(logprobs, torch.zeros(1, 5), advantages, 0.2)
     assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8 + 2.2)) and clipped == 2
-    values = ppo.compute_value_loss(torch.tensor([1.0, 0.1]), torch.zeros(2), torch.tensor([1.0, 1.0]), 0.2)
+    values = ppo.compute_value_loss(torch.tensor([1.0, 0.1]), torch.zeros(2),
+                                    torch.tensor([1.0, 1.0]), 0.2)
     assert values.item() == pytest.approx((0.8**2 + 0.9**2) / 2)  # the first is held at 0.2
 
 
@@ -304,17 +333,19 @@ def test_reinforce_pp_normalises_over_the_tokens_of_the_whole_batch():
     advantages = reinforce_pp.compute_advantages(rewards, mask)
     tokens = advantages[mask]
     assert tokens.mean().item() == pytest.approx(0, abs=1e-12)
-    assert tokens.std(correction=0).item() == pytest.approx(1, abs=1e-9) and (advantages[~mask] == 0).all()
+    assert (tokens.std(correction=0).item() == pytest.approx(1, abs=1e-9)
+            and (advantages[~mask] == 0).all())
     returns = reinforce_pp.compute_advantages(rewards, mask, whiten=False)
     assert returns[2, 0].item() == pytest.approx(rewards[2, :3].sum().item())
     scores = reinforce_pp.normalize_scores(torch.tensor([0.0, 0.0, 0.0, 4.0]), 1.5)
     assert scores.tolist() == pytest.approx([-1 / math.sqrt(3)] * 3 + [1.5])
-    assert reinforce_pp_baseline.compute_kl_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).item() == 2.5
+    assert reinforce_pp_baseline.compute_kl_loss(torch.tensor([[1.0, 2.0]]),
+                                                 torch.tensor([[0.0, 4.0]])).item() == 2.5
 
 
 @pytest.mark.parametrize("score", [0.1, 0.3, -7.7])
 def test_equal_scores_and_single_tokens_carry_no_signal(score):
-    """In float32 the mean of 64 times 0.1 is not 0.1: scaled up to std 1 the difference would be a signal."""
+    """In float32 the mean of 64 times 0.1 is not 0.1: scaled to std 1 it would be a signal."""
     assert reinforce_pp.normalize_scores(torch.full((64,), score), 10.0).tolist() == [0.0] * 64
     mask = torch.ones(64, 1).bool()
     assert ppo.whiten_advantages(torch.full((64, 1), score), mask).abs().max() == 0
@@ -328,23 +359,28 @@ def test_reinforce_baselines_by_hand():
     assert reinforce.compute_baseline(history, "none", 0, 0.9) == 0
     assert reinforce.compute_baseline(history, "moving-average", 0, 0.9) == 3
     assert reinforce.compute_baseline(history, "moving-average", 2, 0.9) == 4
-    assert reinforce.compute_baseline(history, "ema", 0, 0.5) == pytest.approx(0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 6)
+    assert reinforce.compute_baseline(history, "ema", 0, 0.5) == pytest.approx(
+        0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 6)
 
 
 def test_a_baseline_is_subtracted():
-    """Added instead, it would be just as unbiased, and the variance would grow: only the value itself can tell."""
+    """Added, it would be just as unbiased, with more variance: only the value itself can tell."""
     rewards, mask = torch.tensor([[-0.5, 2.0, 0.0]]), torch.tensor([[True, True, False]])
-    assert remax.compute_advantages(rewards, torch.tensor([1.0]), mask).tolist() == [[0.5, 1.0, 0.0]]
-    advantages, returns = vanilla_pg.compute_advantages(rewards, torch.tensor([[1.0, 3.0, 0.0]]), mask)
+    assert remax.compute_advantages(rewards, torch.tensor([1.0]),
+                                    mask).tolist() == [[0.5, 1.0, 0.0]]
+    advantages, returns = vanilla_pg.compute_advantages(rewards, torch.tensor([[1.0, 3.0, 0.0]]),
+                                                        mask)
     assert advantages.tolist() == [[0.5, -1.0, 0.0]] and returns.tolist() == [[1.5, 2.0, 0.0]]
 
 
 def test_grpo_by_hand():
     advantages = grpo.compute_advantages(torch.tensor([0.0, 2.0, 5.0, 5.0]), 2)
-    assert advantages.tolist() == pytest.approx([-1 / (math.sqrt(2) + 1e-4), 1 / (math.sqrt(2) + 1e-4), 0, 0])
+    assert advantages.tolist() == pytest.approx(
+        [-1 / (math.sqrt(2) + 1e-4), 1 / (math.sqrt(2) + 1e-4), 0, 0])
     logprobs = torch.tensor([[-1.0, -1.0]])
     mask = torch.tensor([[True, True]])
-    loss, _ = grpo.compute_loss(logprobs, logprobs, logprobs + math.log(2), torch.tensor([3.0]), mask, 0.2, 0.5)
+    loss, _ = grpo.compute_loss(logprobs, logprobs, logprobs + math.log(2), torch.tensor([3.0]),
+                                mask, 0.2, 0.5)
     assert loss.item() == pytest.approx(-3 + 0.5 * (2 - math.log(2) - 1))
 
 

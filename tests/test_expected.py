@@ -1,4 +1,4 @@
-"""The expected gradient of whole scripts, every possible rollout enumerated: the true one, where they claim it."""
+"""The expected gradient of whole scripts, over every possible rollout: the true one, if claimed."""
 
 import pytest
 import torch
@@ -13,16 +13,18 @@ UNBIASED = {
     "reinforce with an EMA": ("reinforce", {"k": 1, "baseline": "ema", "decay": 0.0, "before": 2}),
     "remax": ("remax", {"k": 1}),
     "vanilla_pg with an arbitrary critic": ("vanilla_pg", {"k": 1}),
-    "ppo with lambda 1 and no whitening": ("ppo", {"k": 1, "lam": 1.0, "whiten": False, "minibatches": 1}),
+    "ppo with lambda 1 and no whitening": (
+        "ppo", {"k": 1, "lam": 1.0, "whiten": False, "minibatches": 1}),
     "reinforce_pp without normalisation": (
         "reinforce_pp", {"k": 1, "normalize_scores": False, "whiten": False, "minibatches": 1}),
-}  # fmt: skip
+}
 
 
 def world(dataset):
     found = World(dataset)
     for rows in found.groups.values():
-        assert sum(torch.tensor(row.old_logprobs).sum().exp() for row in rows).item() == pytest.approx(1, abs=1e-12)
+        assert sum(torch.tensor(row.old_logprobs).sum().exp()
+                   for row in rows).item() == pytest.approx(1, abs=1e-12)
     assert found.true_gradient().norm() > 0.1
     return found
 
@@ -41,7 +43,7 @@ def test_the_expected_gradient_of_main_is_the_true_one(name, tmp_path):
 
 @pytest.mark.slow
 def test_a_bias_would_show(tmp_path):
-    """GRPO without std, length mean and KL: its expectation is (k - 1) / k of the true gradient, exactly."""
+    """GRPO without std, length mean and KL: exactly (k - 1) / k of the true gradient."""
     with loop.float64():
         enumerated = World(beta=0.0)
         flags = {"scale_std": False, "length_mean": False}

@@ -1,4 +1,4 @@
-"""lab/grade.py: thresholds, budgets and prescribed flags; and that the shipped rubric says what its runs say."""
+"""exercises/grade.py: thresholds, budgets, prescribed flags; the rubric says what its runs say."""
 
 import json
 import re
@@ -8,17 +8,15 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from plumbing import load_module
+from exercises import grade
 
-ROOT = Path(__file__).parent.parent
-grade = load_module(str(ROOT / "lab" / "grade.py"))
-RUBRIC = ROOT / "exercises" / "rubric.json"
+RUBRIC = Path(grade.__file__).with_name("rubric.json")
 GOOD = {"gold": 5.8, "win_rate": 0.6, "kl": 3.0, "length": 19.0}
 
 
 @pytest.fixture
 def write_run(tmp_path):
-    """A finished run's folder, as runs.py writes it."""
+    """A finished run's folder, as a Run writes it."""
     def write(name="run", after=GOOD, logged=None, samples=4800, **flags):
         folder = tmp_path / name
         settings = {"script": "rloo", "seed": 1, **json.loads(RUBRIC.read_text())["flags"], **flags}
@@ -51,7 +49,8 @@ def test_a_good_run_gets_all_points(write_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("metric, value, points", [
-    ("gold", 5.3, 6), ("win_rate", 0.5, 8), ("kl", 5.5, 8), ("length", 12.0, 9), ("length", 31.0, 9)])  # fmt: skip
+    ("gold", 5.3, 6), ("win_rate", 0.5, 8), ("kl", 5.5, 8), ("length", 12.0, 9),
+    ("length", 31.0, 9)])
 def test_each_threshold_counts(metric, value, points, write_run, capsys):
     assert run(write_run(after=GOOD | {metric: value}))
     assert f"{points} of 10 points" in capsys.readouterr().out
@@ -66,10 +65,11 @@ def test_a_threshold_is_met_by_its_value():
 @pytest.mark.parametrize("changes, reason", [
     ({"samples": 4864}, "4,864 samples, over the budget of 4,800"),
     ({"temperature": 0.1}, "--temperature is 0.1, not 0.7"),
-    ({"reward": ["tasks/mini_tldr.py:gold_reward"]}, "--reward is ['tasks/mini_tldr.py:gold_reward']"),
+    ({"reward": ["tasks/mini_tldr.py:gold_reward"]},
+     "--reward is ['tasks/mini_tldr.py:gold_reward']"),
     ({"reference": "runs/other/model"}, "--reference is runs/other/model, not None"),
     ({"eval_prompts": 16}, "--eval-prompts is 16, not 256"),
-])  # fmt: skip
+])
 def test_a_run_that_is_not_comparable_gets_no_points(changes, reason, write_run, tmp_path, capsys):
     assert run(write_run(**changes), json=str(tmp_path / "results.json"))
     text, results = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
@@ -96,12 +96,18 @@ def test_calibration(write_run, tmp_path, capsys):
     path = tmp_path / "my.json"
     rubric = json.loads(RUBRIC.read_text())
     rubric["thresholds"] = [{"metric": "gold", "bound": "at least", "points": 3},
-                            {"metric": "gold", "bound": "at most", "points": 1}]  # fmt: skip
+                            {"metric": "gold", "bound": "at most", "points": 1}]
     path.write_text(json.dumps(rubric))
     grade.main(grade.Args(runs=folders, rubric=str(path), calibrate=True))
     low, high = json.loads(path.read_text())["thresholds"]
     assert (low["value"], high["value"]) == (5.17, 6.43)  # 5.8 -+ 4 * 0.1581
     assert not run(folders[0], rubric=str(path)) and "4 of 4 points" in capsys.readouterr().out
+
+
+def write_rubric(path, *thresholds):
+    """A rubric's file without prescribed flags."""
+    path.write_text(json.dumps({"samples": 4800, "flags": {}, "thresholds": thresholds}))
+    return str(path)
 
 
 def test_bad_input_is_one_line(write_run, tmp_path, capsys):
@@ -111,12 +117,13 @@ def test_bad_input_is_one_line(write_run, tmp_path, capsys):
     damaged = write_run("damaged")
     (Path(damaged) / "evaluation.json").write_text("{")
     (tmp_path / "wrong.json").write_text('{"samples": 1}')
-    thresholds = [{"metric": "beauty", "bound": "at least", "points": 1}]
-    (tmp_path / "open.json").write_text(json.dumps({"samples": 4800, "flags": {}, "thresholds": thresholds}))
-    half = [{"metric": "gold", "bound": "at least", "points": 1, "value": 5.0}, {"metric": "kl", "bound": "at most"}]
-    (tmp_path / "half.json").write_text(json.dumps({"samples": 4800, "flags": {}, "thresholds": half}))
-    half[1]["points"] = 1
-    (tmp_path / "part.json").write_text(json.dumps({"samples": 4800, "flags": {}, "thresholds": half}))
+    wrong = str(tmp_path / "wrong.json")
+    gold = {"metric": "gold", "bound": "at least", "points": 1, "value": 5.0}
+    kl = {"metric": "kl", "bound": "at most"}
+    without_value = write_rubric(tmp_path / "open.json",
+                                 {"metric": "beauty", "bound": "at least", "points": 1})
+    without_points = write_rubric(tmp_path / "half.json", gold, kl)
+    partly_open = write_rubric(tmp_path / "part.json", gold, kl | {"points": 1})
     gsm = write_run("gsm", after={"score": 1.0})
     for folders, flags, message in [
         ((), {}, "name at least one run folder"),
@@ -126,15 +133,16 @@ def test_bad_input_is_one_line(write_run, tmp_path, capsys):
         ((damaged,), {}, "does not say what the run has logged"),
         ((gsm,), {}, "its evaluation has no gold"),
         ((good,), {"rubric": "no.json"}, "--rubric no.json: no such file"),
-        ((good,), {"rubric": str(tmp_path / "wrong.json")}, "not a rubric"),
-        ((good,), {"rubric": str(tmp_path / "half.json")}, "not a rubric"),
-        ((good,), {"rubric": str(tmp_path / "part.json")}, "has thresholds without a value"),
+        ((good,), {"rubric": wrong}, "not a rubric"),
+        ((good,), {"rubric": without_points}, "not a rubric"),
+        ((good,), {"rubric": partly_open}, "has thresholds without a value"),
         ((good, good), {"json": "x.json"}, "--json x.json: holds one grade"),
         ((good,), {"json": str(tmp_path / "missing" / "x.json")}, "x.json: there is no folder"),
-        ((good,), {"rubric": str(tmp_path / "open.json")}, "has thresholds without a value; set them with --calibrate"),
-        ((good,) * 3, {"rubric": str(tmp_path / "open.json"), "calibrate": True}, "its evaluation has no beauty"),
+        ((good,), {"rubric": without_value},
+         "has thresholds without a value; set them with --calibrate"),
+        ((good,) * 3, {"rubric": without_value, "calibrate": True}, "its evaluation has no beauty"),
         ((good, good), {"calibrate": True}, "2 runs say nothing about the spread"),
-    ]:  # fmt: skip
+    ]:
         assert run(*folders, **flags) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1

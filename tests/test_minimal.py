@@ -83,7 +83,7 @@ def test_main_does_what_the_second_implementation_does(flags, page, monkeypatch,
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_it_samples_from_the_policy(temperature, page, monkeypatch):
-    """Each token's distribution is that of its row alone, up to the first EOS; then it is padded."""
+    """Each token is from the distribution of its row alone, up to the first EOS; then padding."""
     policy, tokenizer = small_world.policy()
     seen = []
 
@@ -128,3 +128,9 @@ def test_its_reward_is_that_of_the_task(monkeypatch):
     batch = encode(tokenizer, tokenizer(rows["prompt"])["input_ids"], completions, "cpu")
     expected = common.score(rewards, tokenizer, batch, rows)["score"].tolist()
     assert rloo_minimal.reward(rows["prompt"], completions) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(rloo_minimal, "load_prompts", lambda: ["a"])
+    with pytest.raises(SystemExit, match="--model nowhere: neither a model folder nor one on"):
+        rloo_minimal.main(rloo_minimal.Args(model="nowhere"))

@@ -1,4 +1,4 @@
-"""Whatever comes in by data and rewards: a result that keeps its promises, or one line and exit code 2."""
+"""Whatever data and rewards hold: a result that keeps its promises, or one line and exit code 2."""
 
 import json
 import math
@@ -20,13 +20,15 @@ from plumbing.data import shorten
 ROOT = Path(__file__).parent.parent
 gsm8k = load_module(str(ROOT / "tasks" / "gsm8k.py"))
 
-quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-texts = st.text(max_size=40) | st.sampled_from(
-    ["", " ", "\n", "a" * 50_000, "🙂👩‍👩‍👧", "\u202eabc", "\x00", "\ufeffx", "é\u0301"]
-)
+quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck),
+                 derandomize=True)
+texts = st.text(max_size=40) | st.sampled_from([
+    "", " ", "\n", "a" * 50_000, "🙂👩‍👩‍👧", "\u202eabc", "\x00", "\ufeffx", "é\u0301"])
 values = st.none() | st.booleans() | st.integers() | st.floats() | texts
-messages = st.lists(st.fixed_dictionaries({"role": texts | st.just("user"), "content": texts}), max_size=3)
-cells = values | messages | st.lists(values, max_size=2) | st.dictionaries(st.text(max_size=3), values, max_size=2)
+messages = st.lists(
+    st.fixed_dictionaries({"role": texts | st.just("user"), "content": texts}), max_size=3)
+cells = (values | messages | st.lists(values, max_size=2)
+         | st.dictionaries(st.text(max_size=3), values, max_size=2))
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +53,14 @@ def attempt(call, capsys):
 
 @pytest.mark.slow
 @quick
-@given(rows=st.lists(st.dictionaries(st.sampled_from(["prompt", "completion", "chosen", "rejected", "messages"]), cells,
-                                     max_size=4), min_size=1, max_size=3))  # fmt: skip
+@given(rows=st.lists(
+    st.dictionaries(st.sampled_from(["prompt", "completion", "chosen", "rejected", "messages"]),
+                    cells, max_size=4), min_size=1, max_size=3))
 def test_any_json_rows_are_read_or_refused_in_one_line(rows, qwen, path, capsys):
     path.write_text("\n".join(map(json.dumps, rows)))
     for columns in (["prompt"], ["prompt", "completion"]):
-        read = attempt(lambda: load_rows(data_args(str(path)), "train", qwen, columns, 10_000), capsys)
+        read = attempt(lambda: load_rows(data_args(str(path)), "train", qwen, columns, 10_000),
+                       capsys)
         for row in read or []:
             assert row["prompt_ids"] and len(row["prompt_ids"]) <= 10_000
             assert isinstance(row.get("completion", ""), str)
@@ -91,7 +95,8 @@ def test_shortened_prompts_keep_their_end_and_their_bos(ids, length):
         assert short[0] == 0
 
 
-anything = values | st.sampled_from([1e300, -1e39, 3e38, 5e-324, 10**400, "1e5", b"1", [1.0], torch.tensor(2.0)])
+anything = values | st.sampled_from([1e300, -1e39, 3e38, 5e-324, 10**400, "1e5", b"1", [1.0],
+                                     torch.tensor(2.0)])
 
 
 @quick
@@ -117,7 +122,8 @@ def reward_file(path):
 
 
 @quick
-@given(text=st.text(max_size=60) | st.from_regex(r"(####|\\boxed\{|answer is) ?[-$−]{0,2}[\d,.]{0,12}[}%.a-z]{0,3}"))
+@given(text=st.text(max_size=60) | st.from_regex(
+    r"(####|\\boxed\{|answer is) ?[-$−]{0,2}[\d,.]{0,12}[}%.a-z]{0,3}"))
 def test_gsm8k_finds_a_number_or_none_in_any_text(text):
     number = gsm8k.final_number(text)
     assert number is None or (isinstance(number, Decimal) and number.is_finite())
@@ -143,4 +149,5 @@ def test_a_number_that_float32_cannot_hold_is_not_a_number(qwen, path, capsys):
     module = load_module(str(reward_file(path)))
     module.answer = [1e300]
     reward = load_scorer(f"{reward_file(path)}:reward", qwen)
-    assert attempt(lambda: reward(encode(qwen, [[1]], ["a"], CPU), {"prompt": ["a"]}), capsys) is None
+    assert attempt(lambda: reward(encode(qwen, [[1]], ["a"], CPU), {"prompt": ["a"]}),
+                   capsys) is None

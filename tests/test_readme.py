@@ -15,6 +15,7 @@ import tyro
 
 import common
 import reward_model
+from lab import family
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
@@ -22,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 README = TEXT["README.md"]
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.stem != "common")
+SCRIPTS = [f"{name}.py" for name in (*family.SCRIPTS, "rloo_minimal", "evaluate", "plot")]
 MODULES = sorted(f"{folder}.{path.stem}" for folder in ("lab", "tools", "exercises")
                  for path in (ROOT / folder).glob("*.py") if "class Args" in path.read_text())
 GROUPS = "objective|rollout|policy|value|rewards|time|eval"  # of metrics

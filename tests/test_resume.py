@@ -1,4 +1,4 @@
-"""Runs that are ended in the middle go on as if nothing had happened; checkpoints are whole or refused."""
+"""Runs ended in the middle go on as if nothing had happened; checkpoints are whole or refused."""
 
 import dataclasses
 import importlib
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.slow
 
 def flags_of(script, world, **more):
     fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
-    flags = world.flags | {"eval_dataset": world.data, "batch_size": 4, "num_updates": 6, "save_every": 1,
-                           "reward_noise": 0.3} | more
+    flags = world.flags | {"eval_dataset": world.data, "batch_size": 4, "num_updates": 6,
+                           "save_every": 1, "reward_noise": 0.3} | more
     return {name: value for name, value in flags.items() if name in fields}
 
 
@@ -35,26 +35,31 @@ def flags_of(script, world, **more):
 def killed(context, world, tmp_path_factory):
     """A result of kill.compare to come for each script; two at a time."""
     folder, two = tmp_path_factory.mktemp("killed"), ThreadPoolExecutor(2)
-    return {script: two.submit(kill.compare, context, script, flags_of(script, world), folder / script, kills=2,
-                               seed=67355) for script in kill.SCRIPTS}  # fmt: skip
+    return {script: two.submit(kill.compare, context, script, flags_of(script, world),
+                               folder / script, kills=2, seed=67355) for script in kill.SCRIPTS}
 
 
 @pytest.mark.parametrize("script", kill.SCRIPTS)
 def test_killed_at_random_moments_and_resumed_is_the_same_bit_for_bit(script, killed):
-    """The seed puts both moments before update 4 of 6, and at least one after the first checkpoint."""
+    """The seed puts both moments before update 4 of 6, and one at least after a checkpoint."""
     found, kills = killed[script].result()
     assert found == [] and kills == 2
 
 
 def test_differences_are_named():
     """What is compared above: nested, with tensors, which have to be equal bit for bit."""
-    outcome = {"weights": {"a": b"12"}, "curves": {"score": [(0, 1.0), (1, 2.0)]}, "state": torch.tensor([1.0, 2.0])}
+    outcome = {"weights": {"a": b"12"}, "curves": {"score": [(0, 1.0), (1, 2.0)]},
+               "state": torch.tensor([1.0, 2.0])}
     assert kill.differences(outcome, outcome | {"state": torch.tensor([1.0, 2.0])}) == []
     for change, names in (
-        ({"state": torch.tensor([1.0, 2.0 + 2e-7])}, ["run/state"]), ({"state": [1.0, 2.0]}, ["run/state"]),
-        ({"state": None}, ["run/state"]), ({"weights": {}}, ["run/weights/a"]), ({"more": 1}, ["run/more"]),
+        ({"state": torch.tensor([1.0, 2.0 + 2e-7])}, ["run/state"]),
+        ({"state": [1.0, 2.0]}, ["run/state"]),
+        ({"state": None}, ["run/state"]),
+        ({"weights": {}}, ["run/weights/a"]),
+        ({"more": 1}, ["run/more"]),
         ({"curves": {"score": [(0, 1.0)]}}, ["run/curves/score"]),
-        ({"curves": {"score": [(0, 1.5), (1, 2.5)]}}, ["run/curves/score/0/1", "run/curves/score/1/1"]),
+        ({"curves": {"score": [(0, 1.5), (1, 2.5)]}},
+         ["run/curves/score/0/1", "run/curves/score/1/1"]),
     ):
         assert kill.differences(outcome, outcome | change) == names
         assert kill.differences(outcome | change, outcome) == names
@@ -77,7 +82,7 @@ def reward(completions, **_):
 
 
 def start(context, world, tmp_path, seconds=0):
-    """A long run that is in its sixth call of the reward, which takes so many seconds, or in a later one."""
+    """A long run that is in its sixth call of the reward (which takes so many seconds) or later."""
     (tmp_path / "reward.py").write_text(SLOW.format(seconds=seconds))
     flags = flags_of("rloo", world, num_updates=2000, eval_every=0, save_every=0)
     flags |= {"reward": (f"{tmp_path}/reward.py:reward",), "output": tmp_path / "run"}
@@ -92,10 +97,12 @@ def test_a_signal_ends_the_update_saves_and_says_how_to_go_on(number, context, w
     process.send_signal(number)
     assert process.wait(timeout=60) == 128 + number
     step = int(list((tmp_path / "run" / "checkpoints").iterdir())[0].name)
-    assert f"stopped after update {step}; to resume: python rloo.py --resume {tmp_path / 'run'}" in process.stdout
+    assert (f"stopped after update {step}; to resume: python rloo.py --resume {tmp_path / 'run'}"
+            in process.stdout)
     assert "Traceback" not in process.stderr
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    flags = flags_of("rloo", world, num_updates=step + 2, eval_every=0, reward=(f"{tmp_path}/reward.py:reward",))
+    flags = flags_of("rloo", world, num_updates=step + 2, eval_every=0,
+                     reward=(f"{tmp_path}/reward.py:reward",))
     rloo.main(rloo.Args(**flags, resume=str(tmp_path / "copy")))
     assert json.loads((tmp_path / "copy" / "evaluation.json").read_text())
 
@@ -145,7 +152,8 @@ def test_the_last_checkpoints_are_kept_small_and_whole(finished):
 
 
 DAMAGES = {
-    "truncated state": lambda last: (last / "state.pt").write_bytes((last / "state.pt").read_bytes()[:-50]),
+    "truncated state": lambda last: (last / "state.pt").write_bytes(
+        (last / "state.pt").read_bytes()[:-50]),
     "flipped bit in the weights": lambda last: flip(last / "policy" / "model.safetensors"),
     "flipped bit in the state": lambda last: flip(last / "state.pt"),
     "missing weights": lambda last: (last / "policy" / "model.safetensors").unlink(),
@@ -211,12 +219,12 @@ def test_what_cannot_go_on_is_refused(copy, world, capsys, tmp_path):
 
 
 def test_the_log_goes_on_as_if_the_run_had_never_stopped(world, tmp_path, monkeypatch):
-    """With a clock that ticks once whenever it is read: twice in each update. The last updates are made twice."""
+    """With a clock that ticks at each reading, twice an update. The last updates are made twice."""
     ticks = itertools.count()
     monkeypatch.setattr(run.time, "perf_counter", lambda: float(next(ticks)))
     folder = tmp_path / "run"
     rloo.main(rloo.Args(**flags_of("rloo", world, num_updates=5, keep=3), output=str(folder)))
-    for name in ("000004", "000005"):  # as if it had been killed after the log of update 5 was written
+    for name in ("000004", "000005"):  # as if killed after the log of update 5 was written
         shutil.rmtree(folder / "checkpoints" / name)
     resume(world, folder)
     curves = scalars(folder)
@@ -227,7 +235,7 @@ def test_the_log_goes_on_as_if_the_run_had_never_stopped(world, tmp_path, monkey
     assert curves["time/samples"] == [(step, 12.0 * step) for step in range(1, 7)]
     assert curves["time/seconds"] == [(step, seconds * step) for step in range(1, 7)]
     assert curves["time/tokens_per_second"] == [(step, pytest.approx(12 * lengths[step] / seconds))
-                                                for step in range(1, 7)]  # fmt: skip
+                                                for step in range(1, 7)]
 
 
 def test_another_model_shape_is_refused(copy, world, capsys, tmp_path):
@@ -241,10 +249,12 @@ def test_another_model_shape_is_refused(copy, world, capsys, tmp_path):
 def test_changed_flags_are_told(copy, world, capsys):
     resume(world, copy, keep=5, plain=True)
     output = capsys.readouterr().out
-    assert "note: --keep changed from 2 to 5" in output and "note: --plain changed from False to True" in output
+    assert ("note: --keep changed from 2 to 5" in output
+            and "note: --plain changed from False to True" in output)
     assert "note: --num-updates changed from 4 to 6" in output and output.count("note: ") == 3
     rates = kill.outcome(copy)["curves"]["policy/lr"]  # linear, to 0 after the last update
-    assert rates[3:] == [(4, pytest.approx(0.01 / 4)), (5, pytest.approx(0.01 * 2 / 6)), (6, pytest.approx(0.01 / 6))]
+    assert rates[3:] == [(4, pytest.approx(0.01 / 4)), (5, pytest.approx(0.01 * 2 / 6)),
+                         (6, pytest.approx(0.01 / 6))]
 
 
 def test_flags_that_are_not_given_are_the_runs_own(copy, monkeypatch):
@@ -276,7 +286,8 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(copy, world, ca
     resume(world, copy)
 
 
-def test_numbers_that_are_not_finite_stop_the_run_and_name_their_prompts(world, tmp_path, capsys, monkeypatch):
+def test_numbers_that_are_not_finite_stop_the_run_and_name_their_prompts(world, tmp_path, capsys,
+                                                                         monkeypatch):
     """The fourth score of the training gives one nan."""
     real, calls = rloo.score, []
 
@@ -289,7 +300,8 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_their_prompts(world, 
 
     monkeypatch.setattr(rloo, "score", broken)
     with pytest.raises(SystemExit) as stopped:
-        rloo.main(rloo.Args(**flags_of("rloo", world, num_updates=9, eval_every=0), output=str(tmp_path / "run")))
+        rloo.main(rloo.Args(**flags_of("rloo", world, num_updates=9, eval_every=0),
+                            output=str(tmp_path / "run")))
     assert stopped.value.code == 1
     told = json.loads((tmp_path / "run" / "not_finite.json").read_text())
     assert told["not finite"] == "scores" and told["prompts"] == [calls[-1][4 // world.flags["k"]]]
@@ -299,11 +311,9 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_their_prompts(world, 
 
 
 def test_a_collapse_is_told_once(capsys):
-    metrics = lambda length, entropy, eos: {
-        "rollout/length": torch.tensor(length),
-        "objective/entropy": torch.tensor(entropy),
-        "rollout/eos_rate": torch.tensor(eos),
-    }
+    metrics = lambda length, entropy, eos: {"rollout/length": torch.tensor(length),
+                                            "objective/entropy": torch.tensor(entropy),
+                                            "rollout/eos_rate": torch.tensor(eos)}
     for values, words in [
         ((8.0, 9.0, 0.0), "no response has ended with EOS"),
         ((1.0, 0.5, 1.0), "every response is empty"),
@@ -322,13 +332,15 @@ def test_a_collapse_is_told_once(capsys):
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_are_killed_and_resume(shard, context, world, tmp_path):
-    """One of two processes gets SIGKILL: the run ends; resumed by two, sharded or not, it ends like a whole one."""
+    """One of two gets SIGKILL, and the run ends. Resumed by two, it ends like a whole one."""
     (tmp_path / "reward.py").write_text(
-        "import os\nimport signal\n\ncalls = []\n\n\ndef reward(completions, **_):\n    calls.append(1)\n"
+        "import os\nimport signal\n\ncalls = []\n\n\n"
+        "def reward(completions, **_):\n    calls.append(1)\n"
         "    if len(calls) == 6 and os.environ['RANK'] == '1' and os.environ.get('DIE'):\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n    return [float(len(text)) for text in completions]\n"
-    )
-    flags = flags_of("rloo", world, reward=(f"{tmp_path}/reward.py:reward",), eval_every=0, shard=shard, num_updates=5)
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return [float(len(text)) for text in completions]\n")
+    flags = flags_of("rloo", world, reward=(f"{tmp_path}/reward.py:reward",), eval_every=0,
+                     shard=shard, num_updates=5)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     def run(flags, **environment):

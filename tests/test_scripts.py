@@ -1,4 +1,4 @@
-"""sft.py, reward_model.py, evaluate.py and plot.py on tiny data, checked against other ways to get the numbers."""
+"""sft.py, reward_model.py, evaluate.py and plot.py on tiny data, checked in other ways."""
 
 import json
 import math
@@ -35,39 +35,37 @@ def test_sft_loss_is_the_models_own_on_responses_with_eos(world):
 
 
 def test_sft_learns_the_completions_and_to_end(world, tmp_path, capsys):
-    args = sft.Args(
-        model=world.policy,
-        dataset=world.data,
-        test_split="train",
-        num_updates=40,
-        batch_size=12,
-        lr=1e-2,
-        warmup_updates=0,
-        device="cpu",
-        output=str(tmp_path / "run"),
-    )
+    args = sft.Args(model=world.policy, dataset=world.data, test_split="train", num_updates=40,
+                    batch_size=12, lr=1e-2, warmup_updates=0, device="cpu",
+                    output=str(tmp_path / "run"))
     sft.main(args)
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     ids = tokenizer("a b c", return_tensors="pt")["input_ids"]
-    text = tokenizer.decode(policy.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 3:])
+    text = tokenizer.decode(policy.generate(ids, max_new_tokens=5, do_sample=False,
+                                            pad_token_id=0)[0, 3:])
     assert text == "a b <eos>"
-    told = re.search(r"held-out perplexity ([\d.]+); policy and logs are in (.*)", capsys.readouterr().out)
+    told = re.search(r"held-out perplexity ([\d.]+); policy and logs are in (.*)",
+                     capsys.readouterr().out)
     (*_, (step, perplexity)) = scalars(tmp_path / "run")["eval/perplexity"]
     assert step == 40 and told.groups() == (f"{perplexity:.3f}", str(tmp_path / "run"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # no longer to save a checkpoint
+    # Ctrl-C no longer saves a checkpoint.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sft_reports_the_perplexity_of_held_out_completions(world, tmp_path):
-    """Of 5 rows, EOS included, after an update that changes nothing: against the loss that transformers computes."""
-    flags = dict(model=world.policy, dataset=world.data, eval_rows=5, num_updates=1, lr=1e-30, warmup_updates=0)
+    """Of 5 rows, EOS included, against transformers' own loss. The update changes nothing."""
+    flags = dict(model=world.policy, dataset=world.data, eval_rows=5, num_updates=1, lr=1e-30,
+                 warmup_updates=0)
     policy = sft.main(sft.Args(**flags, device="cpu", output=str(tmp_path / "run")))
     total = 0.0
     for row in list(Dataset.from_json(world.data, cache_dir=str(tmp_path / "cache")))[:5]:
-        ids = torch.tensor([load_tokenizer(world.policy)(row["prompt"] + " a b <eos>")["input_ids"]])
+        ids = torch.tensor(
+            [load_tokenizer(world.policy)(row["prompt"] + " a b <eos>")["input_ids"]])
         labels = torch.where(torch.arange(ids.shape[1]) < ids.shape[1] - 3, -100, ids)
         total += 3 * policy(ids, labels=labels).loss.item()
-    assert scalars(tmp_path / "run")["eval/perplexity"] == [(1, pytest.approx(math.exp(total / 15), rel=1e-5))]
+    assert scalars(tmp_path / "run")["eval/perplexity"] == [
+        (1, pytest.approx(math.exp(total / 15), rel=1e-5))]
 
 
 def test_reward_loss_by_hand():
@@ -79,71 +77,43 @@ def test_reward_loss_by_hand():
 def test_spearman():
     x, y = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([10.0, 30.0, 20.0, 40.0])
     assert reward_model.spearman(x, y) == pytest.approx(0.8)
-    assert reward_model.spearman(x, x.exp()) == pytest.approx(1) and reward_model.spearman(x, -x) == pytest.approx(-1)
-    assert reward_model.spearman(torch.tensor([1.0, 1, 2]), torch.tensor([1.0, 2, 2])) == pytest.approx(0.5)
+    assert (reward_model.spearman(x, x.exp()) == pytest.approx(1)
+            and reward_model.spearman(x, -x) == pytest.approx(-1))
+    assert reward_model.spearman(torch.tensor([1.0, 1, 2]),
+                                 torch.tensor([1.0, 2, 2])) == pytest.approx(0.5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [20, 16384])
 def test_reward_model_learns_the_pairs(world, tmp_path, tokens):
-    (tmp_path / "length.py").write_text(
-        "def words(prompts, completions, **_):\n    return [len(c.split()) for c in completions]\n"
-    )
+    (tmp_path / "length.py").write_text("def words(prompts, completions, **_):\n"
+                                        "    return [len(c.split()) for c in completions]\n")
     args = reward_model.Args(
-        model=world.policy,
-        dataset=world.data,
-        test_split="train",
-        num_updates=30,
-        batch_size=12,
-        lr=1e-2,
-        warmup_updates=0,
-        gold=f"{tmp_path}/length.py:words",
-        device="cpu",
-        microbatch_tokens=tokens,
-        output=str(tmp_path / "run"),
-    )
+        model=world.policy, dataset=world.data, test_split="train", num_updates=30, batch_size=12,
+        lr=1e-2, warmup_updates=0, gold=f"{tmp_path}/length.py:words", device="cpu",
+        microbatch_tokens=tokens, output=str(tmp_path / "run"))
     reward_model.main(args)
     metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert metrics["accuracy"] == 1 and metrics["gold_accuracy"] == 1
     assert metrics["std"] == pytest.approx(1, abs=1e-3) and abs(metrics["mean"]) < 0.2
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-    good, bad = (
-        model(**tokenizer(text, return_tensors="pt")).logits.item() for text in ("a a b c <eos>", "a d e <eos>")
-    )
-    assert good > bad + 1  # plain transformers, without our reading of the last token, says the same
+    good, bad = (model(**tokenizer(text, return_tensors="pt")).logits.item()
+                 for text in ("a a b c <eos>", "a d e <eos>"))
+    assert good > bad + 1  # plain transformers says the same, without our reading of the last token
 
 
 def test_evaluate_table_and_json(world, tmp_path, capsys):
-    flags = dict(
-        reference=world.policy,
-        reward=(world.reward,),
-        gold="none",
-        judge="reward",
-        dataset=world.data,
-        test_split="train",
-        k=2,
-        max_new_tokens=5,
-        device="cpu",
-    )
-    results = evaluate.main(evaluate.Args(policies=(world.policy,), output=str(tmp_path / "a.json"), **flags))
+    flags = dict(reference=world.policy, reward=(world.reward,), gold="none", judge="reward",
+                 dataset=world.data, test_split="train", k=2, max_new_tokens=5, device="cpu")
+    results = evaluate.main(evaluate.Args(policies=(world.policy,), output=str(tmp_path / "a.json"),
+                                          **flags))
     metrics = results[world.policy]
     assert json.loads((tmp_path / "a.json").read_text())["policies"] == results
     assert abs(metrics["kl"]) < 1e-5 and metrics["variance"] > 0 and 0 <= metrics["win_rate"] <= 1
     table = capsys.readouterr().out
-    for name in (
-        "score",
-        "variance",
-        "win_rate",
-        "perplexity",
-        "diversity_1",
-        "diversity_2",
-        "distinct",
-        "entropy",
-        "length",
-        "eos_rate",
-        "kl",
-    ):
+    for name in ("score", "variance", "win_rate", "perplexity", "diversity_1", "diversity_2",
+                 "distinct", "entropy", "length", "eos_rate", "kl"):
         assert name in table and math.isfinite(metrics[name])
 
     policy, tokenizer = load_model(world.policy, CPU), load_tokenizer(world.policy)
@@ -154,22 +124,27 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
         losses.append(policy(ids, labels=labels).loss.item())
     assert metrics["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
 
-    flags |= {"against": world.policy}  # two samples of one policy: as good as each other, but not the same
-    results = evaluate.main(evaluate.Args(policies=(world.policy,), output=str(tmp_path / "even.json"), **flags))
-    assert results[world.policy]["score"] == metrics["score"] and results[world.policy]["win_rate+-"] > 0.01
+    flags |= {"against": world.policy}  # two samples of one policy: equally good, not the same
+    results = evaluate.main(evaluate.Args(policies=(world.policy,),
+                                          output=str(tmp_path / "even.json"), **flags))
+    assert (results[world.policy]["score"] == metrics["score"]
+            and results[world.policy]["win_rate+-"] > 0.01)
 
     flags |= {"greedy": True}
-    results = evaluate.main(evaluate.Args(policies=(world.policy,), output=str(tmp_path / "b.json"), **flags))
+    results = evaluate.main(evaluate.Args(policies=(world.policy,), output=str(tmp_path / "b.json"),
+                                          **flags))
     assert results[world.policy]["win_rate"] == 0.5 and "kl" not in results[world.policy]
 
 
 def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys):
     other = save_policy(tmp_path / "other", make_tokenizer("x y z".split()))
-    flags = dict(reference=world.policy, reward=(world.reward,), judge="reward", dataset=world.data, device="cpu")
+    flags = dict(reference=world.policy, reward=(world.reward,), judge="reward", dataset=world.data,
+                 device="cpu")
     for name, expected in ((str(tmp_path / "typo"), "no such file or folder"),
                            (other, "its vocabulary is not that of --reference")):
         with pytest.raises(SystemExit) as stopped:
-            evaluate.main(evaluate.Args(policies=(world.policy, name), output=str(tmp_path / "c.json"), **flags))
+            evaluate.main(evaluate.Args(policies=(world.policy, name),
+                                        output=str(tmp_path / "c.json"), **flags))
         captured = capsys.readouterr()
         assert stopped.value.code == 2 and name in captured.err and expected in captured.err
         assert captured.out == "" and not (tmp_path / "c.json").exists()
@@ -178,9 +153,10 @@ def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys):
 def test_pass_at_k_and_distinct_by_hand():
     correct = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
     assert evaluate.pass_at(correct, 1) == pytest.approx((1 / 4 + 3 / 4) / 3)
-    assert evaluate.pass_at(correct, 2) == pytest.approx((1 / 2 + 1) / 3)  # of two draws, one in 3 of 6 pairs; always
+    assert evaluate.pass_at(correct, 2) == pytest.approx((1 / 2 + 1) / 3)  # in 3 of 6 pairs; always
     assert evaluate.pass_at(correct, 4) == pytest.approx(2 / 3)
-    values = {name: torch.zeros(12) for name in ("length", "eos_rate", "kl")} | {"score": correct.flatten().float()}
+    values = ({name: torch.zeros(12) for name in ("length", "eos_rate", "kl")}
+              | {"score": correct.flatten().float()})
     metrics = evaluate.summarize(values, ["a", "b", "b", "b", *"cdef", *"gggg"], 4)
     assert metrics["distinct"] == pytest.approx((2 + 4 + 1) / 12)
     assert [name for name in metrics if name.startswith("pass@")] == ["pass@1", "pass@2", "pass@4"]
@@ -190,15 +166,18 @@ def test_pass_at_k_and_distinct_by_hand():
 
 
 def test_summary_by_hand():
-    """Three prompts with two responses: the variance is that within a prompt, the error that between prompts."""
-    values = {"score": [1.0, 3, 10, 10, -2, 2], "gold": [6.0, 0, 0, 0, 0, 0], "win_rate": [1.0, 1, 0, 0.5, 0, 0],
-              "kl": [0.0, 6, 0, 0, 0, 0], "length": [1.0, 2, 3, 4, 5, 9], "eos_rate": [1.0, 1, 1, 0, 0, 0],
+    """Three prompts with two responses: variance is within a prompt, the error between prompts."""
+    values = {"score": [1.0, 3, 10, 10, -2, 2], "gold": [6.0, 0, 0, 0, 0, 0],
+              "win_rate": [1.0, 1, 0, 0.5, 0, 0], "kl": [0.0, 6, 0, 0, 0, 0],
+              "length": [1.0, 2, 3, 4, 5, 9], "eos_rate": [1.0, 1, 1, 0, 0, 0],
               "entropy": [2.0] * 6}
-    metrics = evaluate.summarize({name: torch.tensor(row) for name, row in values.items()}, ["a a", "b"] * 3, 2)
+    metrics = evaluate.summarize({name: torch.tensor(row) for name, row in values.items()},
+                                 ["a a", "b"] * 3, 2)
     assert metrics == pytest.approx({
-        "score": 4, "variance": (2 + 0 + 8) / 3, "distinct": 1, "gold": 1, "win_rate": (1 + 0.25 + 0) / 3,
-        "win_rate+-": math.sqrt(((7 / 12) ** 2 + (2 / 12) ** 2 + (5 / 12) ** 2) / 2 / 3), "diversity_1": 0.75,
-        "diversity_2": 1, "entropy": 2, "length": 4, "eos_rate": 0.5, "kl": 1})
+        "score": 4, "variance": (2 + 0 + 8) / 3, "distinct": 1, "gold": 1,
+        "win_rate": (1 + 0.25 + 0) / 3,
+        "win_rate+-": math.sqrt(((7 / 12) ** 2 + (2 / 12) ** 2 + (5 / 12) ** 2) / 2 / 3),
+        "diversity_1": 0.75, "diversity_2": 1, "entropy": 2, "length": 4, "eos_rate": 0.5, "kl": 1})
 
 
 def test_each_policy_is_evaluated_by_its_own_numbers(world, tmp_path):
@@ -209,10 +188,11 @@ def test_each_policy_is_evaluated_by_its_own_numbers(world, tmp_path):
     load_tokenizer(world.policy).save_pretrained(tmp_path / "uniform")
     names, output = (str(tmp_path / "uniform"), world.policy), str(tmp_path / "new" / "a.json")
     results = evaluate.main(evaluate.Args(
-        names, world.policy, (world.reward,), gold="none", judge="reward", dataset=world.data, eval_prompts=3, k=2,
-        max_new_tokens=5, device="cpu", output=output))
+        names, world.policy, (world.reward,), gold="none", judge="reward", dataset=world.data,
+        eval_prompts=3, k=2, max_new_tokens=5, device="cpu", output=output))
     V = policy.config.vocab_size
-    assert results[names[0]]["entropy"] == pytest.approx(math.log(V), rel=1e-5) != results[names[1]]["entropy"]
+    assert (results[names[0]]["entropy"] == pytest.approx(math.log(V), rel=1e-5)
+            != results[names[1]]["entropy"])
     assert results[names[0]]["perplexity"] == pytest.approx(V, rel=1e-4)
     assert results[names[0]]["kl"] > 0.1 > abs(results[names[1]]["kl"])
 
@@ -225,8 +205,10 @@ def test_entropy_is_that_of_the_whole_vocabulary_at_each_token(world, max_tokens
     found = evaluate.entropies(policy, batch, 0.7, max_tokens)
     for prompt, text, value in zip(prompts, texts, found.tolist()):
         ids = torch.tensor([tokenizer(f"{prompt} {text}")["input_ids"]])
-        probs = (policy(ids).logits[0, len(prompt.split()) - 1 :] / 0.7).softmax(-1)  # one for each token and EOS
-        assert value == pytest.approx(torch.distributions.Categorical(probs).entropy().mean().item(), rel=1e-5)
+        # One distribution for each token and EOS.
+        probs = (policy(ids).logits[0, len(prompt.split()) - 1 :] / 0.7).softmax(-1)
+        assert value == pytest.approx(
+            torch.distributions.Categorical(probs).entropy().mean().item(), rel=1e-5)
 
 
 def test_diversity_by_hand():
@@ -246,32 +228,43 @@ def write_run(folder, settings, **metrics):
 
 
 def test_plotted_curves_by_hand(tmp_path, monkeypatch):
-    """Two seeds are one curve, their mean, with a band of a standard deviation of y; another flag is another curve."""
-    runs = [write_run(tmp_path / name, {"k": k, "seed": seed, "output": name, "nproc_per_node": seed},
-                      eval_score={0: 1.0, 5: score, 9: 4.0}, eval_kl={0: 0.0, 5: kl, 9: 3.0}, policy_loss={5: 9.0},
-                      time_samples={n: 4.0 * n * k for n in range(1, 10)}, time_seconds={5: 10.0 * seed, 9: 20.0})
-            for name, k, seed, score, kl in (("a", 2, 1, 2.0, 1.0), ("b", 2, 2, 6.0, 2.0), ("c", 3, 1, 8.0, 5.0))]
+    """Two seeds are one curve, their mean with a band of one std; another flag is another curve."""
+    runs = [write_run(tmp_path / name,
+                      {"k": k, "seed": seed, "output": name, "nproc_per_node": seed},
+                      eval_score={0: 1.0, 5: score, 9: 4.0}, eval_kl={0: 0.0, 5: kl, 9: 3.0},
+                      policy_loss={5: 9.0}, time_samples={n: 4.0 * n * k for n in range(1, 10)},
+                      time_seconds={5: 10.0 * seed, 9: 20.0})
+            for name, k, seed, score, kl in (("a", 2, 1, 2.0, 1.0), ("b", 2, 2, 6.0, 2.0),
+                                             ("c", 3, 1, 8.0, 5.0))]
     figures, real = [], plot.plt.subplots
-    monkeypatch.setattr(plot.plt, "subplots", lambda *args, **kwargs: figures.append(real(*args, **kwargs)) or figures[0])
-    plot.main(plot.Args(runs=tuple(runs), y=("eval/score", "eval/none"), output=f"{tmp_path}/a.png"))
+    monkeypatch.setattr(plot.plt, "subplots",
+                        lambda *args, **kwargs: figures.append(real(*args, **kwargs)) or figures[0])
+    plot.main(plot.Args(runs=tuple(runs), y=("eval/score", "eval/none"),
+                        output=f"{tmp_path}/a.png"))
     (figure, ((*axes,),)) = figures[0]
-    assert [axis.get_xlabel() for axis in axes] == ["updates", "samples", "training seconds", "KL to the reference"]
+    assert [axis.get_xlabel() for axis in axes] == ["updates", "samples", "training seconds",
+                                                    "KL to the reference"]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["rloo --k 2 (2 seeds)", "rloo --k 3 (1 seed)"]
-    xs = [[0, 5, 9], [0, 40, 72], [0, 15, 20], [0, 1.5, 3]], [[0, 5, 9], [0, 60, 108], [0, 10, 20], [0, 5, 3]]
+    xs = ([[0, 5, 9], [0, 40, 72], [0, 15, 20], [0, 1.5, 3]],
+          [[0, 5, 9], [0, 60, 108], [0, 10, 20], [0, 5, 3]])
     for number, (mean, std) in enumerate((([1, 4, 4], [0, 2, 0]), ([1, 8, 4], [0, 0, 0]))):
         for axis, x in zip(axes, xs[number], strict=True):
-            assert axis.lines[number].get_xdata().tolist() == x and axis.lines[number].get_ydata().tolist() == mean
+            assert (axis.lines[number].get_xdata().tolist() == x
+                    and axis.lines[number].get_ydata().tolist() == mean)
             if x[-1] != 3:  # not against the KL
-                band = {tuple(point) for point in axis.collections[number].get_paths()[0].vertices.tolist()}
-                assert band == {(a, m + sign * s) for a, m, s in zip(x, mean, std) for sign in (-1, 1)}
+                band = {tuple(point) for point
+                        in axis.collections[number].get_paths()[0].vertices.tolist()}
+                assert band == {(a, m + sign * s)
+                                for a, m, s in zip(x, mean, std) for sign in (-1, 1)}
     assert not axes[3].collections
 
 
 @pytest.mark.slow
 def test_plot_groups_seeds_and_draws_every_axis(world, tmp_path, capsys):
     for k, seed in ((2, 1), (2, 2), (3, 1)):
-        rloo.main(rloo.Args(**world.flags | {"k": k}, seed=seed, output=str(tmp_path / f"k{k}-{seed}")))
+        rloo.main(rloo.Args(**world.flags | {"k": k}, seed=seed,
+                            output=str(tmp_path / f"k{k}-{seed}")))
     runs = tuple(str(path) for path in sorted(tmp_path.iterdir()))
     settings, curves = plot.read_run(runs[0])
     assert plot.label(settings, [settings, settings | {"k": 3}]) == "rloo --k 2"
@@ -284,13 +277,16 @@ def test_plot_groups_seeds_and_draws_every_axis(world, tmp_path, capsys):
 
 
 def test_plot_says_what_it_cannot_draw(tmp_path, capsys):
-    run, empty, output = write_run(tmp_path / "run", {"k": 2}, eval_score={1: 1.0}), write_run(tmp_path / "empty", {}), str(tmp_path / "a.png")
+    run, empty, output = (write_run(tmp_path / "run", {"k": 2}, eval_score={1: 1.0}),
+                          write_run(tmp_path / "empty", {}), str(tmp_path / "a.png"))
     for flags, message in [
         ({"runs": ()}, "name at least one run folder"),
         ({"runs": (str(tmp_path),)}, f"{tmp_path}: is not a run folder (it has no args.json)"),
         ({"runs": (run, empty)}, f"{empty}: its TensorBoard log holds no scalars"),
-        ({"runs": (run,), "y": ("eval/gold", "eval/kl")}, "--y eval/gold eval/kl: no run has any of these metrics"),
-        ({"runs": (run,), "x": ("updates", "steps")}, "--x steps: unknown; choose from updates, samples, seconds, kl"),
+        ({"runs": (run,), "y": ("eval/gold", "eval/kl")},
+         "--y eval/gold eval/kl: no run has any of these metrics"),
+        ({"runs": (run,), "x": ("updates", "steps")},
+         "--x steps: unknown; choose from updates, samples, seconds, kl"),
         ({"runs": (run,), "output": "a.pdf"}, "--output a.pdf: must be a .png file"),
     ]:
         with pytest.raises(SystemExit):

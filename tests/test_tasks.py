@@ -17,29 +17,26 @@ from runs import load_reward
 from tasks import mini_tldr, rouge
 
 ROOT = Path(__file__).parent.parent
-FACTS = dict(who="sister", did="sold", thing="bike", where="party", when="week", feeling="sad", question="help")
+FACTS = dict(who="sister", did="sold", thing="bike", where="party", when="week", feeling="sad",
+             question="help")
 FULL = "my sister sold my bike at the party last week , i feel sad , should i help them ?"
 
 
-@pytest.mark.parametrize(
-    "summary, gold, parts",
-    [
-        (FULL, 7, {"covered": 7}),
-        ("my sister sold my bike .", 3, {"covered": 3}),
-        ("last week , my sister sold my bike at the party and now i am sad . should i help them ?", 7, {"covered": 7}),
-        ("my sister sold my laptop .", 1, {"covered": 2, "hallucinated": 1}),
-        ("my sister sold my bike", 2, {"covered": 3, "no_end": 1}),
-        ("basically my sister sold my bike .", 2.75, {"covered": 3, "redundant": 1}),
-        ("so yeah my sister sold my bike sold my bike .", 1.5, {"covered": 3, "redundant": 4, "joints": 1}),
-        ("sister bike .", 1, {"covered": 2, "joints": 2}),
-        (
-            " ".join([FULL] * 2),
-            7 - 7 * 0.25 - 0.5 - 16 * 0.1,
-            {"covered": 7, "redundant": 7, "joints": 1, "overlength": 16},
-        ),
-        ("", -1, {"no_end": 1}),
-    ],
-)
+@pytest.mark.parametrize("summary, gold, parts", [
+    (FULL, 7, {"covered": 7}),
+    ("my sister sold my bike .", 3, {"covered": 3}),
+    ("last week , my sister sold my bike at the party and now i am sad . should i help them ?",
+     7, {"covered": 7}),
+    ("my sister sold my laptop .", 1, {"covered": 2, "hallucinated": 1}),
+    ("my sister sold my bike", 2, {"covered": 3, "no_end": 1}),
+    ("basically my sister sold my bike .", 2.75, {"covered": 3, "redundant": 1}),
+    ("so yeah my sister sold my bike sold my bike .",
+     1.5, {"covered": 3, "redundant": 4, "joints": 1}),
+    ("sister bike .", 1, {"covered": 2, "joints": 2}),
+    (" ".join([FULL] * 2),
+     7 - 7 * 0.25 - 0.5 - 16 * 0.1, {"covered": 7, "redundant": 7, "joints": 1, "overlength": 16}),
+    ("", -1, {"no_end": 1}),
+])
 def test_gold_reward_by_hand(summary, gold, parts):
     counted = mini_tldr.gold_parts(summary, FACTS)
     assert {name: count for name, count in counted.items() if count} == parts
@@ -48,12 +45,14 @@ def test_gold_reward_by_hand(summary, gold, parts):
 
 
 def test_rouge_l_by_hand():
-    texts = ["police killed the gunman", "police kill the gunman", "the gunman kill police", "The  Cat", "", "a b c d"]
+    texts = ["police killed the gunman", "police kill the gunman", "the gunman kill police",
+             "The  Cat", "", "a b c d"]
     references = ["police killed the gunman"] * 3 + ["the cat sat", "a", ""]
     expected = [1, 3 / 4, 2 / 4, 4 / 5, 0, 0]  # the first three are the example of Lin 2004
     assert rouge.rouge_l(["p"] * 6, texts, references, other=[1] * 6) == pytest.approx(expected)
-    assert rouge.rouge_l(["p"], [[{"role": "assistant", "content": "b a c"}]], ["a b c"]) == pytest.approx([2 / 3])
-    once = rouge.rouge_l(["p"] * 2, ["the", "the the"], ["the the", "the"])  # a word matches one word
+    assert rouge.rouge_l(["p"], [[{"role": "assistant", "content": "b a c"}]],
+                         ["a b c"]) == pytest.approx([2 / 3])
+    once = rouge.rouge_l(["p"] * 2, ["the", "the the"], ["the the", "the"])  # a word matches one
     assert once == pytest.approx([2 / 3, 2 / 3])
     assert rouge.rouge_l(["p"] * 2, ["the cat", "THE CAT"], ["The CAT", "the cat"]) == [1, 1]
 
@@ -68,17 +67,17 @@ def test_posts_are_deterministic_and_hold_their_facts():
     for row in test.select(range(200)):
         facts = [row[slot] for slot in mini_tldr.SLOTS]
         assert set(facts) <= set(row["prompt"].split()) and row["prompt"].endswith(" TL;DR:")
-        parts = mini_tldr.gold_parts(row["completion"], {slot: row[slot] for slot in mini_tldr.SLOTS})
-        assert parts["covered"] >= 3 and sum(parts.values()) == parts["covered"]  # a reference has no faults
+        parts = mini_tldr.gold_parts(row["completion"],
+                                     {slot: row[slot] for slot in mini_tldr.SLOTS})
+        # A reference has no faults.
+        assert parts["covered"] >= 3 and sum(parts.values()) == parts["covered"]
 
 
 def test_demonstrations_are_worse_than_references():
     rows = [mini_tldr.example("train", i) for i in range(2000)]
     columns = {slot: [row[slot] for row in rows] for slot in mini_tldr.SLOTS}
-    gold = {
-        kind: torch.tensor(mini_tldr.gold_reward(None, [row[kind] for row in rows], **columns))
-        for kind in ("reference", "demonstration")
-    }
+    gold = {kind: torch.tensor(mini_tldr.gold_reward(None, [row[kind] for row in rows], **columns))
+            for kind in ("reference", "demonstration")}
     assert 5.2 < gold["reference"].mean() < 5.6 and 3.3 < gold["demonstration"].mean() < 4.0
     assert (gold["demonstration"] > gold["reference"]).float().mean() < 0.2
 
@@ -98,7 +97,8 @@ def test_an_edit_changes_one_fact_word():
     for i in range(100):
         post = mini_tldr.example("train", i)
         facts = {slot: post[slot] for slot in mini_tldr.SLOTS}
-        before, after = post["demonstration"].split(), mini_tldr.edit(post["demonstration"], facts, rng).split()
+        before, after = (post["demonstration"].split(),
+                         mini_tldr.edit(post["demonstration"], facts, rng).split())
         changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
         ((old, new),) = changed
         assert mini_tldr.SLOT_OF[old] == mini_tldr.SLOT_OF[new]
@@ -108,14 +108,15 @@ def test_an_edit_changes_one_fact_word():
 def test_posts_are_those_that_the_shipped_weights_have_seen():
     posts = [mini_tldr.example(split, i) for split in ("train", "test") for i in range(1000)]
     assert posts[1000]["reference"] == "my friend cracked my lamp . i am hurt ."
-    assert posts[1000]["demonstration"] == "my mother cracked my lamp at the church , should i ignore them ?"
+    assert (posts[1000]["demonstration"]
+            == "my mother cracked my lamp at the church , should i ignore them ?")
     digest = hashlib.sha256(json.dumps(posts).encode()).hexdigest()
     assert digest == "8b60df1839e780a813c6a52c1d5ac74e821f27718b1c7b91603ee0ecbd060745"
 
 
 @pytest.fixture
 def pairs(monkeypatch):
-    """2000 preferences on 900 posts: (post, first summary, the other, which kind it is, whether the first is chosen).
+    """2000 preferences on 900 posts: (post, first summary, other, its kind, is the first chosen).
 
     The policy's two samples are fixed: the first has 3 facts, and the second is as good as none.
     """
@@ -129,7 +130,8 @@ def pairs(monkeypatch):
         return rows
 
     monkeypatch.setattr("common.rollout", rollout)
-    monkeypatch.setattr("common.decode", lambda _, rows: [text for post in posts[rows] for text in (first(post), ".")])
+    monkeypatch.setattr("common.decode", lambda _, rows: [text for post in posts[rows]
+                                                          for text in (first(post), ".")])
     monkeypatch.setitem(mini_tldr.PAIRS, "test", 2000)
     monkeypatch.setitem(mini_tldr.POSTS, "test", 900)
     state = torch.get_rng_state()
@@ -153,13 +155,14 @@ def within(count, probabilities):
 
 
 def test_preferences_are_a_noisy_annotators(pairs):
-    """Of a sample over another sample (3 in 8), the post's reference (1) or the sample with a changed word (4)."""
+    """Of a sample over another (3 in 8), the reference (1) or one with a changed word (4)."""
     for kind, share in (("sample", 3 / 8), ("reference", 1 / 8), ("edit", 4 / 8)):
         rows = [row for row in pairs if row[3] == kind]
         assert within(len(rows), [share] * 2000)
         chances = []
         for post, *texts, _, _ in rows:
-            good, bad = mini_tldr.gold_reward(None, texts, **{slot: [post[slot]] * 2 for slot in mini_tldr.SLOTS})
+            good, bad = mini_tldr.gold_reward(None, texts, **{slot: [post[slot]] * 2
+                                                              for slot in mini_tldr.SLOTS})
             chances.append(1 / (1 + math.exp(2 * (bad - good))))
         assert within(sum(ours for *_, ours in rows), chances)
     for _, ours, other, kind, _ in pairs:
@@ -168,7 +171,8 @@ def test_preferences_are_a_noisy_annotators(pairs):
 
 def test_comparisons_are_the_first_preferences(monkeypatch):
     monkeypatch.setattr(mini_tldr, "preferences", lambda *given: given)
-    assert [mini_tldr.comparisons(split) for split in ("train", "test")] == [("train", 8000), ("test", 1000)]
+    assert [mini_tldr.comparisons(split)
+            for split in ("train", "test")] == [("train", 8000), ("test", 1000)]
 
 
 def test_the_task_prints_posts_with_their_gold_reward(capsys):
@@ -195,7 +199,8 @@ def test_shipped_policy_and_reward_model_are_what_the_readme_says():
     torch.manual_seed(0)
     batch = rollout(policy, tokenizer, token_ids(tokenizer, columns["prompt"]), 2, 0.7, 32)
     scores, golds = reward(batch, columns).view(-1, 2), gold(batch, columns).view(-1, 2)
-    references = gold(encode(tokenizer, token_ids(tokenizer, columns["prompt"]), columns["completion"], CPU), columns)
+    references = gold(encode(tokenizer, token_ids(tokenizer, columns["prompt"]),
+                             columns["completion"], CPU), columns)
     wins = (golds > references[:, None]).float() + 0.5 * (golds == references[:, None])
     assert 0.18 < wins.mean() < 0.28 and batch.ended.float().mean() > 0.99
     differ = golds[:, 0] != golds[:, 1]

@@ -44,7 +44,7 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (".", "plumbing", "lab", "tools", "tasks", "exercises")
+FOLDERS = (".", "plumbing", "lab", "tools", "tasks", "exercises", "exercises/mistakes")
 FILES = tuple(sorted(str(path.relative_to(ROOT)) for folder in FOLDERS
                      for path in (ROOT / folder).glob("*.py")
                      if path != Path(__file__).resolve()))

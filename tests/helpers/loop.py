@@ -1,7 +1,8 @@
-"""Run a script's own `main`, on given rollouts where it has any, and record every gradient, weight and logged number.
+"""Run a script's own `main` on given rollouts, and record its gradients, weights and numbers.
 
-Nothing of the script is retyped, and little of it is touched: its `rollout` is replaced, models, data and rewards are
-named by its ordinary flags, gradients are read where its optimizers step, and numbers where TensorBoard gets them.
+Nothing of the script is retyped, and little of it is touched: its `rollout`, if any, is replaced,
+models, data and rewards are named by its ordinary flags, gradients are read where its optimizers
+step, and numbers where TensorBoard gets them.
 """
 
 import dataclasses
@@ -31,12 +32,13 @@ def token_logprobs(model, prompt, response, temperature):
 
 
 def random_responses(policy, words, eos, k, temperature, length, seed, prompt_ids):
-    """k Rows for each prompt: they end at the first token, early, late (at the last one possible) or never."""
+    """k Rows for each prompt: they end at once, early, late, at the very last token or never."""
     rows = []
     for number, prompt in enumerate(prompt_ids):
         choose = random.Random(f"{seed} {number}")
         for sample in range(k):
-            ends = choose.choice([1, 2, length - 1, length, None]) if (number, sample) != (0, 0) else None
+            ends = (choose.choice([1, 2, length - 1, length, None])
+                    if (number, sample) != (0, 0) else None)
             body = [choose.choice(words) for _ in range((ends or length + 1) - 1)]
             response = body + [eos] * (ends is not None)
             logprobs = token_logprobs(policy, prompt, response, temperature)
@@ -54,8 +56,7 @@ def as_batch(rows, pad_id):
         torch.tensor([row.response + [pad_id] * n for row, n in zip(rows, after)]),
         torch.tensor([[True] * (T - n) + [False] * n for n in after]),
         torch.tensor([row.ended for row in rows]),
-        torch.tensor([[*row.old_logprobs, *[0.0] * n] for row, n in zip(rows, after)]),
-    )
+        torch.tensor([[*row.old_logprobs, *[0.0] * n] for row, n in zip(rows, after)]))
 
 
 def as_rows(batch):
@@ -65,13 +66,14 @@ def as_rows(batch):
         mask = batch.response_mask[i]
         prompt = batch.prompts[i][batch.prompt_mask[i]].tolist()
         logprobs = batch.old_logprobs[i][mask].tolist()
-        rows.append(Row(prompt, batch.responses[i][mask].tolist(), bool(batch.ended[i]), logprobs, {}))
+        rows.append(Row(prompt, batch.responses[i][mask].tolist(), bool(batch.ended[i]), logprobs,
+                        {}))
     return rows
 
 
 @contextmanager
 def float64():
-    """Make new tensors float64 (the scripts' own, that of the scores for instance), as the models are."""
+    """Make new tensors float64, as the models are: the scripts' own, such as that of the scores."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -82,43 +84,51 @@ def float64():
 
 def clone(tensors):
     return [None if tensor is None else getattr(tensor, "full_tensor", lambda t=tensor: t)().clone()
-            for tensor in tensors]  # fmt: skip
+            for tensor in tensors]
 
 
 def record(script, output, rollout=None, frozen=False, **flags):
     """Run `main` of a script with these flags in float64.
 
-    Args: script (path, or name of a file of the project); output (run folder); rollout (a function (update, prompt_ids,
-    args, greedy) -> Rows that replaces sampling; update counts from 0); frozen (True: the weights stay what they are in
-    the beginning, so that every update's gradient is taken there); flags.
-    Returns: a namespace of args; steps (for each optimizer, in the order of its first step, a list with the gradients
-    of each step); metrics (one dict per update); evaluations (dict update -> dict); models (the trained ones'
-    parameters at the end, as in steps); rollouts (for each update the prompts that it asked for); samples (the Batches
-    of the evaluations); orders (what torch.randperm returned, in turn); draws (what torch.randn returned, in turn); texts (dict update -> the sampled responses'
-    table in TensorBoard, a list of rows of cells); returned (the weights of the model that main returned).
+    Args: script (path, or name of a file of the project); output (run folder); rollout (a function
+    (update, prompt_ids, args, greedy) -> Rows that replaces sampling; update counts from 0); frozen
+    (True: the weights stay what they are in the beginning, so that every update's gradient is taken
+    there); flags.
+    Returns: a namespace of args; steps (for each optimizer, in the order of its first step, a list
+    with the gradients of each step); metrics (one dict per update); evaluations (dict update ->
+    dict); models (the trained ones' parameters at the end, as in steps); rollouts (for each update
+    the prompts that it asked for); samples (the Batches of the evaluations); orders (what
+    torch.randperm returned, in turn); draws (what torch.randn returned, in turn); texts (dict
+    update -> the sampled responses' table in TensorBoard, a list of rows of cells); returned (the
+    weights of the model that main returned).
     """
     path = str(script) if str(script).endswith(".py") else str(ROOT / f"{script}.py")
     module = load_module(path)
     names = {field.name for field in dataclasses.fields(module.Args)}
-    args = module.Args(**{name: value for name, value in flags.items() if name in names}, output=str(output))
-    seen = SimpleNamespace(args=args, steps=[], metrics={}, evaluations={}, rollouts=[], samples=[], orders=[],
-                           draws=[], texts={})
+    args = module.Args(**{name: value for name, value in flags.items() if name in names},
+                       output=str(output))
+    seen = SimpleNamespace(args=args, steps=[], metrics={}, evaluations={}, rollouts=[], samples=[],
+                           orders=[], draws=[], texts={})
     optimizers = []
 
-    def given(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None, greedy=False):
+    def given(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, at_once=None,
+              greedy=False):
         expected = (1 if greedy else args.k, args.temperature, args.max_new_tokens)
         assert (k, temperature, max_new_tokens) == expected, "the rollout is not what the flags say"
-        assert next(policy.parameters()).requires_grad, "the rollout is not from the policy that is trained"
+        assert next(policy.parameters()).requires_grad, (
+            "the rollout is not from the policy that is trained")
         if not greedy:
             seen.rollouts.append(prompt_ids)
-        return as_batch(rollout(len(seen.rollouts) - 1, prompt_ids, args, greedy), tokenizer.pad_token_id)
+        return as_batch(rollout(len(seen.rollouts) - 1, prompt_ids, args, greedy),
+                        tokenizer.pad_token_id)
 
     def hook(optimizer, *_):
         if optimizer not in optimizers:
             optimizers.append(optimizer)
             seen.steps.append([])
         parameters = optimizer.param_groups[0]["params"]
-        seen.steps[optimizers.index(optimizer)].append(clone(parameter.grad for parameter in parameters))
+        seen.steps[optimizers.index(optimizer)].append(clone(parameter.grad
+                                                             for parameter in parameters))
         if frozen:
             for parameter in parameters:
                 parameter.grad.zero_()  # Adam does not move without a gradient

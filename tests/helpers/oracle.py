@@ -1,10 +1,10 @@
 """A slow, plain second implementation of the algorithms, to check the real training loops against.
 
-Everything is written one row and one token at a time, as in the papers: no padding, no masks, no batches.
-Numbers that need a gradient are scalar tensors, all other numbers are floats.
+Everything is written one row and one token at a time, as in the papers: no padding, no masks, no
+batches. Numbers that need a gradient are scalar tensors, all other numbers are floats.
 
-Notation: row i is one response y_i, t runs over its tokens, s_i is its score, kl_t = log pi_old - log pi_ref
-of token t, R_i = s_i - beta sum_t kl_t, and k is the number of responses to each prompt.
+Notation: row i is one response y_i, t runs over its tokens, s_i is its score, k is the number of
+responses to each prompt, kl_t = log pi_old - log pi_ref of token t, R_i = s_i - beta sum_t kl_t.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-CLIPPED = ("grpo", "reinforce_pp", "reinforce_pp_baseline", "ppo")  # several epochs and mini-batches
+CLIPPED = ("grpo", "reinforce_pp", "reinforce_pp_baseline", "ppo")  # several epochs, mini-batches
 WITH_CRITIC = ("vanilla_pg", "ppo")
 SUPERVISED = ("sft", "reward_model")  # trained with AdamW
 
@@ -29,8 +29,7 @@ class Row:
     noise: float = 0.0  # on its score
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 def mean(values):
@@ -63,8 +62,7 @@ def flatten(lists):
     return [x for values in lists for x in values]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What the models say about one row
+# ---------------------------------------------------------------- what the models say about one row
 
 
 def token_logprobs(model, row, temperature):
@@ -79,7 +77,7 @@ def token_logprobs(model, row, temperature):
 
 
 def token_values(critic, row):
-    """V_t for every response token, read one position before it: the state does not contain the action."""
+    """V_t for every response token, read one position before it: V must not see the action."""
     ids = torch.tensor([row.prompt + row.response])
     hidden = critic.base_model(input_ids=ids).last_hidden_state[0]
     return [critic.score(hidden[len(row.prompt) + t - 1])[0] for t in range(len(row.response))]
@@ -115,15 +113,15 @@ def row_score(row, flags):
     return score
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The optimizer
+# ------------------------------------------------------------------------------------ the optimizer
 
 
 class Adam:
     """Adam (Kingma & Ba 2015); with weight_decay, AdamW (Loshchilov & Hutter 2019).
 
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
-    p <- p - lr * m_hat / (sqrt(v_hat) + eps), with m_hat = m / (1 - b1^n) and v_hat = v / (1 - b2^n)
+    p <- p - lr * m_hat / (sqrt(v_hat) + eps)
+    with m_hat = m / (1 - b1^n) and v_hat = v / (1 - b2^n)
     """
 
     def __init__(self, model, weight_decay=0.0):
@@ -134,12 +132,16 @@ class Adam:
         self.n = 0
 
     def step(self, loss, lr, max_grad_norm):
-        """One step down the gradient of the loss. Returns the clipped gradients and their norm before clipping."""
+        """One step down the gradient of the loss.
+
+        Returns: the clipped gradients, and their norm before clipping.
+        """
         for p in self.parameters:
             p.grad = None
         loss.backward()
         unused = [p.grad is None for p in self.parameters]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                     for p in self.parameters]
         norm = math.sqrt(sum((g * g).sum().item() for g in gradients))
         gradients = [g * min(1.0, max_grad_norm / (norm + 1e-6)) for g in gradients]
 
@@ -159,7 +161,7 @@ class Adam:
 
 
 def schedule(flags, u):
-    """The factor on the learning rate after u updates, as transformers' get_scheduler defines it."""
+    """The factor on the learning rate after u updates, as in transformers' get_scheduler."""
     warmup, total = flags.warmup_updates, flags.num_updates
     if flags.lr_schedule == "constant":
         return 1.0
@@ -173,7 +175,7 @@ def schedule(flags, u):
 
 
 def cut(order, pieces):
-    """Cut a permutation into consecutive parts whose sizes differ by at most 1, the larger ones first."""
+    """Cut a permutation into consecutive parts, equal up to one element, the larger ones first."""
     parts, start = [], 0
     for i in range(pieces):
         size = len(order) // pieces + (1 if i < len(order) % pieces else 0)
@@ -182,8 +184,7 @@ def cut(order, pieces):
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The rollout
+# -------------------------------------------------------------------------------------- the rollout
 
 
 class Rollout:
@@ -226,8 +227,8 @@ def whole_response(rollout, values):
     return [[value] * len(row.response) for value, row in zip(values, rollout.rows)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Advantages. Each function returns A_t for every token of every row: a list of lists of floats.
+# --------------------------------------------------------------------------------------- advantages
+# Each function returns A_t for every token of every row: a list of lists of floats.
 
 
 def rloo_advantages(rollout):
@@ -259,7 +260,8 @@ def remax_advantages(rollout, flags, greedy_scores):
     advantages = []
     for i, kl in enumerate(rollout.kl):
         greedy = greedy_scores[i // rollout.k]
-        advantages.append([rollout.scores[i] - flags.beta * kl_to_go(kl, t) - greedy for t in range(len(kl))])
+        advantages.append([rollout.scores[i] - flags.beta * kl_to_go(kl, t) - greedy
+                           for t in range(len(kl))])
     return advantages
 
 
@@ -276,7 +278,7 @@ def grpo_advantages(rollout, flags):
 
 
 def reinforce_pp_shaped(rollout, flags, group_baseline):
-    """The shaped score of every row in REINFORCE++ (Hu 2024) and in its variant with a group baseline."""
+    """Every row's shaped score in REINFORCE++ (Hu 2024) and its variant with a group baseline."""
     scores = rollout.scores
     if group_baseline:
         return [score - mean(group) for group in groups(scores, rollout.k) for score in group]
@@ -289,7 +291,7 @@ def reinforce_pp_shaped(rollout, flags, group_baseline):
 
 
 def reinforce_pp_advantages(rollout, flags, shaped, group_baseline):
-    """G_t = shaped_i - beta sum_{u >= t} kl_u, whitened: A_t = (G_t - mean) / sqrt(max(var, 1e-8))"""
+    """A_t = (G_t - mean) / sqrt(max(var, 1e-8)), with G_t = shaped_i - beta sum_{u >= t} kl_u."""
     returns = []
     for i, kl in enumerate(rollout.kl):
         beta = 0.0 if group_baseline else flags.beta
@@ -329,7 +331,8 @@ def ppo_advantages(rollout, flags, old_values):
             deltas.append(reward + flags.gamma * next_value - values[t])
         row = []
         for t in range(length):
-            row.append(sum((flags.gamma * flags.lam) ** m * deltas[t + m] for m in range(length - t)))
+            row.append(sum((flags.gamma * flags.lam) ** m * deltas[t + m]
+                           for m in range(length - t)))
         advantages.append(row)
         returns.append([row[t] + values[t] for t in range(length)])
     if flags.whiten:
@@ -342,8 +345,7 @@ def ppo_advantages(rollout, flags, old_values):
     return advantages, returns
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Losses of one row
+# -------------------------------------------------------------------------------- losses of one row
 
 
 def gradient_loss(logprobs, advantages):
@@ -352,7 +354,7 @@ def gradient_loss(logprobs, advantages):
 
 
 def clipped_terms(logprobs, row, advantages, clip):
-    """PPO's min(ratio_t A_t, clip(ratio_t, 1-c, 1+c) A_t) for every token, and how many tokens are clipped."""
+    """PPO's min(ratio_t A_t, clip(ratio_t, 1-c, 1+c) A_t) for every token; how many are clipped."""
     terms, count = [], 0
     for logprob, old, a in zip(logprobs, row.old_logprobs, advantages, strict=True):
         ratio = torch.exp(logprob - old)
@@ -365,7 +367,10 @@ def clipped_terms(logprobs, row, advantages, clip):
 
 
 def clipped_row_loss(kind, flags, row, logprobs, ref, advantages):
-    """The row's loss in GRPO, REINFORCE++ (kind "reinforce_pp" or "group") and PPO; also the tokens clipped."""
+    """The row's loss in GRPO, REINFORCE++ (kind "reinforce_pp" or "group") and PPO.
+
+    Returns: the loss, and the number of tokens that are clipped.
+    """
     terms, count = clipped_terms(logprobs, row, advantages, flags.clip)
     loss = 0.0
     for t in range(len(terms)):
@@ -393,7 +398,7 @@ def critic_row_loss(name, flags, values, old_values, returns):
 
 
 def best_rows(rollout, flags):
-    """RAFT (Dong et al. 2023): for every prompt the index of the first row with the highest reward or score."""
+    """RAFT (Dong et al. 2023): the index of each prompt's first row with the highest value."""
     values = {"reward": rollout.R, "score": rollout.scores}[flags.rank_by]
     kept = []
     for start in range(0, len(values), rollout.k):
@@ -429,14 +434,14 @@ def pair_loss(chosen, rejected, center=0.0):
     return total / len(chosen)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Training
+# ----------------------------------------------------------------------------------------- training
 
 
 def train(name, flags, updates, policy, reference=None, critic=None):
-    """Train the policy (and critic) in place. Returns one dict per optimizer step and one of metrics per update.
+    """Train the policy (and critic) in place.
 
-    For the online algorithms an update's last step also has "samples": score, KL and first advantage of each row.
+    Returns: one dict per optimizer step, and one of metrics per update. For the online algorithms
+    an update's last step also has "samples": score, KL and first advantage of each row.
     """
     adam = Adam(policy, flags.weight_decay if name in SUPERVISED else 0.0)
     critic_adam = Adam(critic) if name in WITH_CRITIC else None
@@ -446,13 +451,13 @@ def train(name, flags, updates, policy, reference=None, critic=None):
     for u, update in enumerate(updates):
         factor = schedule(flags, u)
         if name in ("dpo", "sft", "reward_model"):
-            new_steps, numbers = pairs_or_sft_update(name, flags, update, policy, reference, adam, factor)
+            new_steps, numbers = pairs_or_sft_update(name, flags, update, policy, reference, adam,
+                                                     factor)
             samples += 2 * len(update.get("pairs", []))
         else:
             rollout = Rollout(update, flags, reference)
-            new_steps, numbers = rl_update(
-                name, flags, update, rollout, policy, critic, adam, critic_adam, factor, past
-            )
+            new_steps, numbers = rl_update(name, flags, update, rollout, policy, critic, adam,
+                                           critic_adam, factor, past)
             past.append(mean(rollout.R))
             samples += len(rollout.rows) + len(rollout.greedy)
         if name not in SUPERVISED:
@@ -467,7 +472,7 @@ def train(name, flags, updates, policy, reference=None, critic=None):
 
 
 def pairs_or_sft_update(name, flags, update, policy, reference, adam, factor):
-    """One update, of one step, of DPO (Rafailov et al. 2023), SFT or a reward model (Bradley & Terry 1952)."""
+    """One update (one step) of DPO (Rafailov et al. 2023), SFT or a Bradley-Terry reward model."""
     numbers = {}
     if name == "sft":
         loss = nll_loss(policy, update["rows"], 1.0)
@@ -493,7 +498,7 @@ def pairs_or_sft_update(name, flags, update, policy, reference, adam, factor):
 
 
 def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, factor, past):
-    """One update of an online algorithm: the advantages first, then one or several optimizer steps."""
+    """One update of an online algorithm: the advantages, then one or several optimizer steps."""
     rows = rollout.rows
     numbers = rollout_metrics(rollout)
     rewards = rollout.R  # what the shaped rewards of each row sum to
@@ -516,7 +521,8 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
         advantages = grpo_advantages(rollout, flags)
         rewards = rollout.scores
     elif name in ("reinforce_pp", "reinforce_pp_baseline"):
-        group_baseline = name == "reinforce_pp_baseline" or getattr(flags, "baseline", "none") == "group"
+        group_baseline = (name == "reinforce_pp_baseline"
+                          or getattr(flags, "baseline", "none") == "group")
         kind = "group" if group_baseline else "reinforce_pp"
         shaped = reinforce_pp_shaped(rollout, flags, group_baseline)
         advantages = reinforce_pp_advantages(rollout, flags, shaped, group_baseline)
@@ -544,7 +550,8 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
         firsts = [float(i in kept) for i in range(len(rows))]
     else:
         firsts = [row_advantages[0] for row_advantages in advantages]
-    samples = [(score, sum(kl), first) for score, kl, first in zip(rollout.scores, rollout.kl, firsts)]
+    samples = [(score, sum(kl), first)
+               for score, kl, first in zip(rollout.scores, rollout.kl, firsts)]
 
     steps, clipped_tokens = [], 0
     for part in parts:
@@ -555,9 +562,8 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
             for i in part:
                 logprobs = token_logprobs(policy, rows[i], flags.temperature)
                 if name in CLIPPED:
-                    row_loss, count = clipped_row_loss(
-                        kind, flags, rows[i], logprobs, rollout.ref[i], advantages[i]
-                    )
+                    row_loss, count = clipped_row_loss(kind, flags, rows[i], logprobs,
+                                                       rollout.ref[i], advantages[i])
                     clipped_tokens += count
                 else:
                     row_loss = gradient_loss(logprobs, advantages[i])
@@ -570,7 +576,8 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
             loss = 0.0
             for i in part:
                 values = token_values(critic, rows[i])
-                loss = loss + critic_row_loss(name, flags, values, old_values[i], returns[i]) / len(part)
+                loss = (loss + critic_row_loss(name, flags, values, old_values[i], returns[i])
+                        / len(part))
             gradients, norm = critic_adam.step(loss, flags.critic_lr * factor, flags.max_grad_norm)
             numbers["value/loss"] = loss.item()
             step["critic"] = gradients
@@ -581,12 +588,12 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
     if name in CLIPPED:
         numbers["policy/clipfrac"] = clipped_tokens / (flags.epochs * rollout.tokens)
     if name in WITH_CRITIC:
-        numbers["value/explained_variance"] = explained_variance(flatten(returns), flatten(old_values))
+        numbers["value/explained_variance"] = explained_variance(flatten(returns),
+                                                                 flatten(old_values))
     return steps, numbers
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Metrics and evaluation
+# --------------------------------------------------------------------------- metrics and evaluation
 
 
 def rollout_metrics(rollout):
@@ -595,11 +602,14 @@ def rollout_metrics(rollout):
     numbers = {
         "objective/scores": mean(rollout.scores),
         "objective/scores_std": sample_std(rollout.scores),
-        "objective/best_of_k": mean([max(group) for group in groups(rollout.true_scores, rollout.k)]),
+        "objective/best_of_k": mean([max(group)
+                                     for group in groups(rollout.true_scores, rollout.k)]),
         "objective/kl": mean([sum(kl) for kl in rollout.kl]),
-        "objective/frac_reward_zero_std": mean([float(all_equal(g)) for g in groups(rollout.scores, rollout.k)]),
+        "objective/frac_reward_zero_std": mean([float(all_equal(g))
+                                                for g in groups(rollout.scores, rollout.k)]),
         "objective/entropy": mean([-sum(row.old_logprobs) for row in rows]),
-        "rollout/distinct": len({(i // rollout.k, *row.response) for i, row in enumerate(rows)}) / len(rows),
+        "rollout/distinct": len({(i // rollout.k, *row.response)
+                                 for i, row in enumerate(rows)}) / len(rows),
         "rollout/length": mean([len(row.response) for row in rows]),
         "rollout/eos_rate": mean([float(row.ended) for row in rows]),
     }
@@ -631,7 +641,8 @@ def evaluation(policy, reference, rows, flags, scores, opponents=None):
         "eos_rate": mean([float(row.ended) for row in rows]),
     }
     if opponents is not None:
-        wins = [1.0 if s > o else 0.5 if s == o else 0.0 for s, o in zip(scores, opponents, strict=True)]
+        wins = [1.0 if s > o else 0.5 if s == o else 0.0
+                for s, o in zip(scores, opponents, strict=True)]
         numbers["win_rate"] = mean(wins)
     return numbers
 
@@ -649,13 +660,10 @@ def classifier_score(model, row):
 
 
 def pair_metrics(rewards, golds=None):
-    """How well the rewards (c, r) of chosen and rejected responses order the pairs, and agree with gold scores."""
+    """How well rewards (c, r) of chosen and rejected order the pairs, and agree with gold ones."""
     both = flatten(rewards)
-    numbers = {
-        "accuracy": mean([float(c > r) for c, r in rewards]),
-        "mean": mean(both),
-        "std": sample_std(both),
-    }
+    numbers = {"accuracy": mean([float(c > r) for c, r in rewards]), "mean": mean(both),
+               "std": sample_std(both)}
     if golds is not None:
         agree = []
         for (c, r), (gold_c, gold_r) in zip(rewards, golds, strict=True):

@@ -1,7 +1,7 @@
-"""Policy, reference, critic, rewards and data for tests of whole scripts, in float64, named by the ordinary flags.
+"""Models, rewards and data for tests of whole scripts, in float64, named by the ordinary flags.
 
-For example --model tests/helpers/small_world.py:policy. Every call of a function returns the same weights again. The
-models are GPT-2s, since Llama's RMSNorm computes in float32 whatever the weights are.
+For example --model tests/helpers/small_world.py:policy. Every call of a function returns the same
+weights again. The models are GPT-2s: Llama's RMSNorm computes in float32 whatever the weights are.
 """
 
 import copy
@@ -42,7 +42,7 @@ def reference():
 
 @functools.cache
 def old_policy():
-    """What the given rollouts are sampled from: not the policy that is trained, so that ratios differ from 1."""
+    """What the rollouts are sampled from: not the trained policy, so that ratios differ from 1."""
     model, tokens = policy()
     torch.manual_seed(5)
     with torch.no_grad():
@@ -67,11 +67,10 @@ def steep_critic():
 
 
 def reward(prompts, completions, bonus, **_):
-    """A score that depends on the prompt, on the response's words and their order, and on the row's own column."""
-    return [
-        number + sum(VALUE[word] / (1 + place) for place, word in enumerate(text.split())) + 0.3 * len(prompt)
-        for prompt, text, number in zip(prompts, completions, bonus)
-    ]
+    """A score that depends on the prompt, the words, their order and the row's own column."""
+    return [number + sum(VALUE[word] / (1 + place) for place, word in enumerate(text.split()))
+            + 0.3 * len(prompt)
+            for prompt, text, number in zip(prompts, completions, bonus)]
 
 
 def brevity(completions, **_):
@@ -83,8 +82,10 @@ def constant(completions, **_):
 
 
 def prompts(split):
-    rows = {"prompt": PROMPTS, "bonus": [0.5, -1.0, 2.0, 0.0, 1.5], "completion": ["a", "b c", "d d", "e", "f a b"]}
-    return Dataset.from_dict(rows if split == "train" else {name: values[:3] for name, values in rows.items()})
+    rows = {"prompt": PROMPTS, "bonus": [0.5, -1.0, 2.0, 0.0, 1.5],
+            "completion": ["a", "b c", "d d", "e", "f a b"]}
+    return Dataset.from_dict(rows if split == "train"
+                             else {name: values[:3] for name, values in rows.items()})
 
 
 def pairs(split):
@@ -94,7 +95,8 @@ def pairs(split):
 
 def tied_pairs(split):
     """Every second pair has the same response twice: neither is better."""
-    return pairs(split).map(lambda row, i: {"rejected": row["chosen"] if i % 2 else row["rejected"]}, with_indices=True)
+    return pairs(split).map(
+        lambda row, i: {"rejected": row["chosen"] if i % 2 else row["rejected"]}, with_indices=True)
 
 
 def long_prompt(split):

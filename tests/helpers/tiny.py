@@ -1,4 +1,4 @@
-"""Small models and data for the tests: everything is made on the spot, nothing is downloaded. And small processes."""
+"""Small models, data and processes for the tests: all made on the spot, nothing is downloaded."""
 
 import importlib
 import os
@@ -12,34 +12,29 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import (AutoConfig, AutoModelForSequenceClassification, GPT2Config,
+                          GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig,
+                          LlamaForCausalLM, PreTrainedTokenizerFast)
 
 from common import reward_scores
 from plumbing import load_reward
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-UNSAVED = {"architectures", "dtype", "_name_or_path"}  # parts of a model's config that are set when it is saved
+UNSAVED = {"architectures", "dtype", "_name_or_path"}  # of a config, what is set when it is saved
 
 
 def data_args(dataset, **more):
     """What load_rows reads from a script's args."""
-    flags = dict(dataset=dataset, dataset_config=None, chat=False, system_prompt=None, truncate_prompts=False)
+    flags = dict(dataset=dataset, dataset_config=None, chat=False, system_prompt=None,
+                 truncate_prompts=False)
     return SimpleNamespace(**flags | more)
 
 
 def reward_args(max_tokens=1000, **more):
     """What load_reward and load_rewards read from a script's args."""
-    flags = dict(dtype="float32", shard=False, plain=False, microbatch_tokens=max_tokens, gold="none", dataset="")
+    flags = dict(dtype="float32", shard=False, plain=False, microbatch_tokens=max_tokens,
+                 gold="none", dataset="")
     return SimpleNamespace(**flags | more)
 
 
@@ -66,33 +61,25 @@ def make_policy(vocab_size, eos_token_id, seed=0, dtype=torch.float32, hidden=16
     """A random Llama whose next-token distributions are far from uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.5,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=eos_token_id,
-        pad_token_id=None,
-    )
+        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=layers, num_attention_heads=2, max_position_embeddings=128,
+        initializer_range=0.5, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=eos_token_id, pad_token_id=None)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def make_float64_policy(vocab_size, seed):
     """A random GPT-2 in float64. (Llama's RMSNorm computes in float32 whatever the weights are.)"""
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=vocab_size, n_embd=8, n_layer=1, n_head=2, n_positions=16, initializer_range=0.5)
+    config = GPT2Config(vocab_size=vocab_size, n_embd=8, n_layer=1, n_head=2, n_positions=16,
+                        initializer_range=0.5)
     return GPT2LMHeadModel(config).double().eval()
 
 
 def make_float64_critic(vocab_size, seed):
     torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=vocab_size, n_embd=8, n_layer=1, n_head=2, n_positions=16, initializer_range=0.5, num_labels=1
-    )
+    config = GPT2Config(vocab_size=vocab_size, n_embd=8, n_layer=1, n_head=2, n_positions=16,
+                        initializer_range=0.5, num_labels=1)
     return GPT2ForSequenceClassification(config).double().eval()
 
 
@@ -124,11 +111,12 @@ def save_classifier(folder, policy_folder, tokenizer, labels=1):
 def scalars(folder):
     """The curves in a run folder's TensorBoard log: dict name -> list of (step, value)."""
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {name: [(event.step, event.value) for event in log.Scalars(name)] for name in log.Tags()["scalars"]}
+    return {name: [(event.step, event.value) for event in log.Scalars(name)]
+            for name in log.Tags()["scalars"]}
 
 
 def wait_for(condition, process, seconds=120):
-    """Look again and again until condition() holds; fail if the process ends before, or time is up."""
+    """Look until condition() holds; fail if the process ends before, or time is up."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended with exit code {process.poll()}"
@@ -137,7 +125,7 @@ def wait_for(condition, process, seconds=120):
 
 
 class Child:
-    """A process of a multiprocessing context that runs function(*args), used like one of subprocess.
+    """A process of a multiprocessing context that runs function(*args), used like a Popen.
 
     It writes its output to two files, since it shares those of its parent.
     """
@@ -199,18 +187,17 @@ def call_script(script, flags, positional=()):
 
 
 def start_two(context, folder, function, *args, **environment):
-    """function(*args) in two processes that know each other: like torchrun --nproc-per-node 2, without its imports."""
+    """function(*args) in two processes that know each other: like torchrun, without its imports."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    return [
-        Child(context, folder / f"rank{rank}", function, *args, RANK=rank, LOCAL_RANK=rank, **address, **environment)
-        for rank in ("0", "1")
-    ]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]),
+                   "WORLD_SIZE": "2"}
+    return [Child(context, folder / f"rank{rank}", function, *args, RANK=rank, LOCAL_RANK=rank,
+                  **address, **environment) for rank in ("0", "1")]
 
 
 def end_two(both, seconds=120):
-    """Wait for both; where one fails, the other is ended. Returns: returncode, and stdout and stderr of both."""
+    """Wait for both; where one fails, the other is ended. Returns: returncode, stdout, stderr."""
     end, ending = time.monotonic() + seconds, False
     while any(process.poll() is None for process in both):
         time.sleep(0.02)
@@ -224,8 +211,7 @@ def end_two(both, seconds=120):
     return SimpleNamespace(
         returncode=next((process.poll() for process in both if process.poll()), 0),
         stdout="".join(process.stdout for process in both),
-        stderr="".join(process.stderr for process in both),
-    )
+        stderr="".join(process.stderr for process in both))
 
 
 def run_two(*args, **environment):

@@ -1,4 +1,4 @@
-"""A right exercises/estimators.py with einsum, for test_exercises.py. Not for those who take the course."""
+"""A right exercises/estimators.py with einsum. Not for those who take the course."""
 
 import torch
 from torch import einsum
@@ -108,8 +108,8 @@ def raft_best(rewards, k):
 
 
 def dpo_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs, beta):
-    policy, reference = torch.stack([chosen_logprobs, rejected_logprobs]), torch.stack(
-        [chosen_ref_logprobs, rejected_ref_logprobs])
+    policy = torch.stack([chosen_logprobs, rejected_logprobs])
+    reference = torch.stack([chosen_ref_logprobs, rejected_ref_logprobs])
     rewards = beta * einsum("cnt->cn", policy - reference)
     margin = einsum("c,cn->n", torch.tensor([1.0, -1.0]), rewards)
     return torch.logaddexp(torch.zeros_like(margin), -margin).sum(), *rewards.detach()

@@ -1,4 +1,4 @@
-"""A right exercises/estimators.py in plain loops, for test_exercises.py. Not for those who take the course."""
+"""A right exercises/estimators.py in plain loops. Not for those who take the course."""
 
 import math
 
@@ -61,7 +61,8 @@ def reinforce_baseline(history, kind, window, decay):
     if not history or kind == "none":
         return 0
     if kind == "moving-average":
-        recent = [reward for i, reward in enumerate(history) if not window or i >= len(history) - window]
+        first = len(history) - window if window else 0
+        recent = [reward for i, reward in enumerate(history) if i >= first]
         return sum(recent) / len(recent)
     average = None
     for reward in history:
@@ -90,7 +91,8 @@ def ppo_advantages(rewards, values, response_mask, gamma, lam):
 
 
 def whiten_advantages(advantages, response_mask):
-    real = [a for row, keep in zip(advantages.tolist(), response_mask.tolist()) for a, k in zip(row, keep) if k]
+    rows = zip(advantages.tolist(), response_mask.tolist())
+    real = [a for row, keep in rows for a, is_real in zip(row, keep) if is_real]
     mean = sum(real) / len(real)
     if all(a == real[0] for a in real):
         return torch.zeros(advantages.shape)
@@ -151,7 +153,8 @@ def raft_best(rewards, k):
 
 def dpo_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs, beta):
     loss, chosen, rejected = 0.0, [], []
-    for c, r, cr, rr in zip(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs):
+    pairs = zip(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs)
+    for c, r, cr, rr in pairs:
         good, bad = beta * (c.sum() - cr.sum()), beta * (r.sum() - rr.sum())
         loss = loss + torch.nn.functional.softplus(bad - good)
         chosen.append(good.item())

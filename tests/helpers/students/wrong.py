@@ -1,6 +1,7 @@
-"""Wrong solutions of the exercises as people write them: for each function, those of catalogue.py in the same order.
+"""Wrong solutions as people write them: those of exercises/mistakes/, in the same order.
 
-The catalogue gives the right functions other inputs. Here every mistake is written out, so that both can be compared.
+There the right functions get other inputs. Here every mistake is written out, so that both can be
+compared.
 """
 
 import torch
@@ -56,6 +57,10 @@ def total(groups):
     return groups.sum(1, keepdim=True)
 
 
+def others_subtracted(groups, k):
+    return groups - (total(groups) - groups) / (k - 1)
+
+
 def mean(history, window):
     last = history[-window:] if window else history
     return sum(last) / len(last)
@@ -69,13 +74,19 @@ def decayed(value, rewards, decay):
 
 def past(moving=mean, ema=lambda history, decay: decayed(history[0], history[1:], decay),
          none=lambda history, window: 0.0, history=lambda history: history):
-    """A reinforce_baseline in which one kind is another function of history and window, or of history and decay."""
+    """A reinforce_baseline in which one kind is another function."""
     def baseline(rewards, kind, window, decay):
         rewards = history(rewards)
         if not rewards:
             return 0.0
-        return ema(rewards, decay) if kind == "ema" else (none if kind == "none" else moving)(rewards, window)
+        if kind == "ema":
+            return ema(rewards, decay)
+        return none(rewards, window) if kind == "none" else moving(rewards, window)
     return baseline
+
+
+def probabilities(logprobs):
+    return torch.where(logprobs == 0, 0, logprobs.exp())
 
 
 def to_go(rewards):
@@ -103,7 +114,8 @@ def backwards(deltas, decay):
     return torch.stack(found, 1)
 
 
-def gae(deltas=lambda r, v, mask, gamma, lam: r + gamma * following(v) - v, decay=lambda gamma, lam: gamma * lam,
+def gae(deltas=lambda r, v, mask, gamma, lam: r + gamma * following(v) - v,
+        decay=lambda gamma, lam: gamma * lam,
         returns=lambda advantages, r, v, gamma: advantages + v, accumulate=backwards):
     def advantages(rewards, values, mask, gamma, lam):
         found = accumulate(deltas(rewards, values, mask, gamma, lam), decay(gamma, lam)) * mask
@@ -129,18 +141,22 @@ def whitened(formula):
     return lambda advantages, mask: formula(advantages, advantages[mask]) * mask
 
 
+def standard(advantages, real, **correction):
+    return (advantages - real.mean()) / (real.std(**correction) + 1e-8)
+
+
 def by_itself(advantages, mask):
-    rows = [(row - row[real].mean()) / (row[real].std() + 1e-8) * real for row, real in zip(advantages, mask)]
-    return torch.stack(rows)
+    return torch.stack([standard(row, row[real]) * real for row, real in zip(advantages, mask)])
 
 
 def zeros_counted(advantages, mask):
     filled = advantages * mask
-    return (filled - filled.mean()) / (filled.std() + 1e-8) * mask
+    return standard(filled, filled) * mask
 
 
-def clipping(loss=lambda free, bounded: -torch.min(free, bounded).sum(), ratio=lambda new, old: (new - old).exp(),
-             bounds=lambda clip: (1 - clip, 1 + clip), count=None):
+def clipping(loss=lambda free, bounded: -torch.min(free, bounded).sum(),
+             ratio=lambda new, old: (new - old).exp(), bounds=lambda clip: (1 - clip, 1 + clip),
+             count=None):
     def ppo_loss(logprobs, old_logprobs, advantages, clip):
         ratios = ratio(logprobs, old_logprobs)
         free, bounded = ratios * advantages, ratios.clamp(*bounds(clip)) * advantages
@@ -155,11 +171,12 @@ def pessimistic(free, bounded):
 
 def errors(loss=lambda free, bounded: torch.max(free, bounded).sum() / 2,
            bounded=lambda values, old, clip: torch.clamp(values, old - clip, old + clip)):
-    return lambda values, old, returns, clip: loss((values - returns) ** 2, (bounded(values, old, clip) - returns) ** 2)
+    return lambda values, old, returns, clip: loss(
+        (values - returns) ** 2, (bounded(values, old, clip) - returns) ** 2)
 
 
 def scaled(formula):
-    """A grpo_advantages from a function of the centred rewards and the rewards (B, k), if scale_std."""
+    """A grpo_advantages that, if scale_std, is a function of centred rewards and rewards (B, k)."""
     def advantages(rewards, k, scale_std=True):
         groups = rewards.view(-1, k)
         centred = groups - groups.mean(1, keepdim=True)
@@ -171,13 +188,17 @@ def deviation(groups, **correction):
     return groups.std(1, keepdim=True, **correction)
 
 
+def right_scale(centred, groups):
+    return centred / (deviation(groups) + 1e-4)
+
+
 def whole_batch(rewards, k, scale_std=True):
     return (rewards - rewards.mean()) / (rewards.std() + 1e-4 if scale_std else 1)
 
 
 def left_out(rewards, k, scale_std=True):
     groups = rewards.view(-1, k)
-    found = groups - (total(groups) - groups) / (k - 1)
+    found = others_subtracted(groups, k)
     return (found / (deviation(groups) + 1e-4) if scale_std else found).flatten()
 
 
@@ -187,12 +208,17 @@ def other_order(rewards, k, scale_std=True):
     return (found / (groups.std(0) + 1e-4) if scale_std else found).flatten()
 
 
+def count(rewards, k):
+    return len(rewards) // k
+
+
 def prompts(rewards, k):
-    return torch.arange(len(rewards) // k)
+    return torch.arange(count(rewards, k))
 
 
 def pairs(loss=lambda chosen, rejected, beta: -logsigmoid(chosen - rejected).sum(),
-          reward=lambda logprobs, ref, beta: beta * (logprobs - ref).sum(1), logged=torch.Tensor.detach):
+          reward=lambda logprobs, ref, beta: beta * (logprobs - ref).sum(1),
+          logged=torch.Tensor.detach):
     def dpo_loss(chosen, rejected, chosen_ref, rejected_ref, beta):
         good, bad = reward(chosen, chosen_ref, beta), reward(rejected, rejected_ref, beta)
         return loss(good, bad, beta), logged(good), logged(bad)
@@ -254,7 +280,7 @@ WRONG = {
         grouped(lambda groups, k: (total(groups) - groups) / (k - 1) - groups),
         lambda rewards, k: rewards - (rewards.sum() - rewards) / (len(rewards) - 1),
         grouped(lambda groups, k: (total(groups) - groups) / (k - 1)),
-        grouped(lambda groups, k: (groups - (total(groups) - groups) / (k - 1)) / deviation(groups)),
+        grouped(lambda groups, k: others_subtracted(groups, k) / deviation(groups)),
         grouped(lambda groups, k: groups),
     ],
     "rloo_loss": [
@@ -264,7 +290,7 @@ WRONG = {
         lambda logprobs, advantages: -(advantages * logprobs.sum(1)).mean(),
         lambda logprobs, advantages: -(advantages * logprobs.detach().sum(1)).sum(),
         lambda logprobs, advantages: -sum(a * row.sum() for a in advantages for row in logprobs),
-        lambda logprobs, advantages: -(advantages * torch.where(logprobs == 0, 0, logprobs.exp()).sum(1)).sum(),
+        lambda logprobs, advantages: -(advantages * probabilities(logprobs).sum(1)).sum(),
     ],
     "reinforce_baseline": [
         past(moving=lambda history, window: sum(history[-window:] if window else history)),
@@ -304,15 +330,15 @@ WRONG = {
         lambda *given: gae()(*given)[::-1],
     ],
     "whiten_advantages": [
-        whitened(lambda advantages, real: (advantages - real.mean()) / (real.std(correction=0) + 1e-8)),
-        whitened(lambda advantages, real: (advantages - advantages.mean()) / (advantages.std() + 1e-8)),
+        whitened(lambda advantages, real: standard(advantages, real, correction=0)),
+        whitened(lambda advantages, real: standard(advantages, advantages)),
         zeros_counted,
         by_itself,
         whitened(lambda advantages, real: advantages / (real.std() + 1e-8)),
         whitened(lambda advantages, real: advantages - real.mean()),
         whitened(lambda advantages, real: (advantages - real.mean()) / (real.std() ** 2 + 1e-8)),
-        lambda advantages, mask: (advantages - advantages[mask].mean()) / (advantages[mask].std() + 1e-8),
-        whitened(lambda advantages, real: (advantages - real.mean()) / (real.std() + 1e-8)),
+        lambda advantages, mask: standard(advantages, advantages[mask]),
+        whitened(standard),
     ],
     "first_step_loss": [
         lambda logprobs, advantages: -((logprobs - logprobs).exp() * advantages).sum(),
@@ -334,7 +360,7 @@ WRONG = {
         clipping(ratio=lambda new, old: (new.sum(1) - old.sum(1)).exp().unsqueeze(1)),
         clipping(lambda free, bounded: -pessimistic(free, bounded).sum().detach()),
         clipping(ratio=lambda new, old: (new - new.detach()).exp()),
-        clipping(count=lambda ratio, new, free, bounded, clip: ((ratio < 1 - clip) | (ratio > 1 + clip)).sum()),
+        clipping(count=lambda ratio, new, free, bounded, clip: (abs(ratio - 1) > clip).sum()),
         clipping(count=lambda ratio, new, free, bounded, clip: (free != bounded).sum()),
         clipping(count=lambda ratio, new, free, bounded, clip: (bounded < free).float().mean()),
     ],
@@ -355,19 +381,17 @@ WRONG = {
         scaled(lambda centred, groups: centred / deviation(groups)),
         scaled(lambda centred, groups: centred / (deviation(groups) + 1e-8)),
         scaled(lambda centred, groups: centred),
-        lambda rewards, k, scale_std=True: scaled(lambda centred, groups: centred / (deviation(groups) + 1e-4))(
-            rewards, k),
+        lambda rewards, k, scale_std=True: scaled(right_scale)(rewards, k),
         scaled(lambda centred, groups: centred / (deviation(groups) ** 2 + 1e-4)),
-        lambda rewards, k, scale_std=True: -scaled(lambda centred, groups: centred / (deviation(groups) + 1e-4))(
-            rewards, k, scale_std),
+        lambda rewards, k, scale_std=True: -scaled(right_scale)(rewards, k, scale_std),
     ],
     "raft_best": [
         lambda rewards, k: rewards.view(-1, k).argmax(1),
         lambda rewards, k: rewards.view(-1, k).argmin(1) + k * prompts(rewards, k),
-        lambda rewards, k: rewards.view(k, -1).argmax(0) * (len(rewards) // k) + prompts(rewards, k),
+        lambda rewards, k: rewards.view(k, -1).argmax(0) * count(rewards, k) + prompts(rewards, k),
         lambda rewards, k: rewards.view(-1, k).amax(1),
-        lambda rewards, k: rewards.argsort(descending=True)[: len(rewards) // k].sort().values,
-        lambda rewards, k: rewards.argsort(descending=True)[: len(rewards) // k],
+        lambda rewards, k: rewards.argsort(descending=True)[: count(rewards, k)].sort().values,
+        lambda rewards, k: rewards.argsort(descending=True)[: count(rewards, k)],
     ],
     "dpo_loss": [
         pairs(reward=lambda logprobs, ref, beta: beta * logprobs.sum(1)),

@@ -1,0 +1,151 @@
+"""The right functions, which are the scripts' own, and inputs to call them with."""
+
+from types import SimpleNamespace
+
+import torch
+
+import common
+import dpo
+import grpo
+import ppo
+import raft
+import reinforce
+import reinforce_pp_baseline
+import remax
+import rloo
+from exercises.questions import World
+
+INF = float("inf")
+
+
+# ------------------------------------------------------------------------------ the right functions
+
+
+def response_mask(responses, eos):
+    """As common.sample builds it."""
+    lengths = [row.index(eos) + 1 if eos in row else len(row) for row in responses.tolist()]
+    return torch.arange(responses.shape[1]) < torch.tensor(lengths).unsqueeze(1)  # (N, T)
+
+
+def token_kl(logprobs, ref_logprobs, response_mask, estimator="k1"):
+    """The scripts have k1 by token. k2 and k3 are terms of two losses, called for one token."""
+    if estimator == "k1":
+        return common.token_kl(logprobs, ref_logprobs, response_mask)
+    loss = {"k2": reinforce_pp_baseline.compute_kl_loss, "k3": k3}[estimator]
+    tokens = zip(logprobs.view(-1, 1, 1), ref_logprobs.view(-1, 1, 1))
+    return torch.stack([loss(*pair) for pair in tokens]).view_as(logprobs) * response_mask
+
+
+def k3(logprob, ref_logprob):
+    """GRPO's loss for one token with an advantage of 0. Args: (1, 1) each."""
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    return grpo.compute_loss(logprob, logprob, ref_logprob, torch.zeros(1), mask, INF, 1.0)[0]
+
+
+def first_step_loss(logprobs, advantages):
+    return ppo.compute_loss(logprobs, logprobs.detach(), advantages, INF)[0]
+
+
+right = SimpleNamespace(
+    response_mask=response_mask,
+    token_kl=token_kl,
+    sequence_rewards=common.sequence_rewards,
+    token_rewards=common.token_rewards,
+    rloo_advantages=rloo.compute_advantages,
+    rloo_loss=rloo.compute_loss,
+    reinforce_baseline=reinforce.compute_baseline,
+    remax_advantages=remax.compute_advantages,
+    ppo_advantages=ppo.compute_advantages,
+    whiten_advantages=ppo.whiten_advantages,
+    first_step_loss=first_step_loss,
+    ppo_loss=ppo.compute_loss,
+    value_loss=ppo.compute_value_loss,
+    grpo_advantages=grpo.compute_advantages,
+    raft_best=raft.select_best,
+    dpo_loss=dpo.compute_loss)
+OUTPUTS = {  # where a function returns several
+    "ppo_advantages": ("advantages", "returns"),
+    "ppo_loss": ("the loss", "the number of clipped tokens"),
+    "dpo_loss": ("the loss", "the chosen responses' rewards", "the rejected responses' rewards"),
+}
+
+
+# ------------------------------------------------------------------------------------------- inputs
+
+
+def cases(seed=1):
+    """Inputs for each function: dict name -> list of arguments.
+
+    The first that a mistake changes gives it away. 12 rows are 3 prompts with 4 responses, of 2 to
+    6 tokens. The last case of three functions is the whole world of questions.py, so that the
+    expected gradient can be computed from what they return (see `expected_gradient`).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(*shape, generator=generator)
+    lengths = torch.tensor([6, 2, 3, 5, 2, 4, 6, 3, 2, 5, 3, 4])
+    mask = torch.arange(6) < lengths.unsqueeze(1)  # (12, 6)
+    short = torch.arange(6) < lengths.sub(1).unsqueeze(1)  # (12, 6), with responses of one token
+    responses = padded_responses(lengths, mask, generator)  # (12, 6)
+    scores, kl, baseline, values = random(12), random(12, 6) * mask, random(12), random(12, 6)
+    rewards = random(12) + torch.tensor([0.0, 2.0, -1.0]).repeat_interleave(4)
+    similar = torch.cat([rewards[:4], 1 + 0.01 * random(4), torch.full((4,), 0.5)])  # little std
+    logprobs, ref_logprobs, old_logprobs = (-random(12, 6).abs() for _ in range(3))
+    trained = (logprobs * mask).requires_grad_()
+    other = (ref_logprobs * mask).requires_grad_()
+    unlikely = (trained.detach() - 200 * mask).requires_grad_()
+    advantages = random(12, 6)
+    history = random(5).add(1).tolist()
+    near_values = values + 0.5 * random(12, 6)
+    world = world_cases(World(seed))
+    return {
+        "response_mask": [(responses, 2)],
+        "token_kl": [(logprobs, ref_logprobs, mask, kind) for kind in ("k1", "k2", "k3")],
+        "sequence_rewards": [(scores, kl, 0.3)],
+        "token_rewards": [(scores, kl, 0.3, mask), (scores, kl * short, 0.3, short)],
+        "rloo_advantages": [(rewards, 4), world["rloo_advantages"]],
+        "rloo_loss": [(trained, baseline)],
+        "reinforce_baseline": [
+            *[(history, "moving-average", window, 0.9) for window in (0, 2, 9)],
+            (history, "ema", 0, 0.7), (history, "none", 0, 0.9),
+            *[([], kind, 3, 0.9) for kind in ("none", "moving-average", "ema")]],
+        "remax_advantages": [(kl, baseline, mask), world["remax_advantages"]],
+        "ppo_advantages": [(kl, values * mask, mask, 0.9, 0.8),
+                           (kl * short, values * short, short, 1.0, 0.95),
+                           world["ppo_advantages"]],
+        "whiten_advantages": [(advantages, mask), (advantages[:1, :1], mask[:1, :1])],
+        "first_step_loss": [(trained, advantages * mask)],
+        "ppo_loss": [(trained, old_logprobs, advantages * mask, 0.2)],
+        "value_loss": [(values.clone().requires_grad_(), near_values, advantages, 0.2)],
+        "grpo_advantages": [(similar, 4), (rewards, 4, False)],
+        "raft_best": [(rewards, 4), (rewards, 3)],
+        "dpo_loss": [(trained, other, old_logprobs * mask, logprobs.flip(0) * mask, 0.5),
+                     (unlikely, other, old_logprobs * mask, logprobs * mask, 1.0)],
+    }
+
+
+def padded_responses(lengths, mask, generator):
+    """Token ids (12, 6). The first response has no EOS, and what follows the others differs."""
+    responses = torch.randint(3, 9, mask.shape, generator=generator)  # 2 is EOS
+    responses[torch.arange(12), lengths - 1] = torch.tensor([8, *[2] * 11])
+    after = torch.tensor([[2], [0], [7]]).repeat(4, 1)  # EOS again, 0, or more tokens
+    responses = torch.where(mask, responses, after)
+    responses[2, 5] = responses[5, 5] = 2  # and another EOS
+    return responses
+
+
+def world_cases(world):
+    """The questions' world as a case of each function that returns advantages."""
+    draws = world.scores[world.draws(2)[0]].flatten().float()  # (98,)
+    greedy = world.scores[world.probs.argmax()].float().repeat(7)  # (7,)
+    rewards = world.token_rewards().float()  # (7, 2)
+    values = (world.values[world.states] * world.mask).float()  # (7, 2)
+    return {"rloo_advantages": (draws, 2),
+            "remax_advantages": (rewards, greedy, world.mask),
+            "ppo_advantages": (rewards, values, world.mask, 1.0, 1.0)}
+
+
+def expected_gradient(name, advantages, world):
+    """The exact expectation of the gradient that advantages for the world's case give."""
+    if name == "rloo_advantages":
+        return world.draws(2)[1] @ world.estimates(advantages.double(), 2)
+    return world.token_gradient(advantages)
