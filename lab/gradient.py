@@ -405,7 +405,7 @@ def draw(results, path):
     for number, (angles, noises) in enumerate(found.values(), 1):
         angle, noise = statistics.median(angles), statistics.median(noises)
         biased = max(angles) > 1e-3
-        places[biased].setdefault((angle, noise), []).append(str(number))
+        places[biased].setdefault((angle, noise), []).append(number)
         axes.hlines(noise, min(angles), max(angles), colors[biased], alpha=0.3)
         axes.vlines(angle, min(noises), max(noises), colors[biased], alpha=0.3)
     for biased, marker, name in ((False, "o", "no bias"), (True, "^", "biased")):
@@ -418,22 +418,28 @@ def draw(results, path):
     axes.text(1.02, 0.9, key, transform=axes.transAxes, va="top", fontsize=9, linespacing=1.5)
     figure.draw_without_rendering()  # now pixels are known
     for biased, side, align in ((False, -1, "right"), (True, 1, "left")):
-        for place, numbers in labels(axes, places[biased]):
-            axes.annotate(", ".join(numbers), place, xytext=(7 * side, 0), ha=align, va="center",
-                          textcoords="offset points", fontsize=9)
+        for place, numbers in labels(places[biased], axes.transData.transform):
+            axes.annotate(", ".join(map(str, numbers)), place, xytext=(7 * side, 0), ha=align,
+                          va="center", textcoords="offset points", fontsize=9)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
 
 
-def labels(axes, places):
-    """Place and numbers of each label: points that would hide each other share one."""
-    found = []  # pixel, place and numbers
-    for place, numbers in places.items():
-        pixel = axes.transData.transform(place)
-        near = [label for label in found if abs(label[0] - pixel).max() < 14]
-        near[0][2].extend(numbers) if near else found.append((pixel, place, numbers))
-    return [(place, numbers) for _, place, numbers in found]
+def labels(places, pixel):
+    """Place and numbers of each label: points that would hide each other's numbers share one.
+
+    Args: places (dict place -> numbers); pixel (function (place) -> x and y).
+    """
+    found = []  # lists: x of the last point, y of the first, place of the last, numbers
+    for place, numbers in sorted(places.items()):
+        x, y = pixel(place)
+        near = [label for label in found if x - label[0] < 25 and abs(y - label[1]) < 14]
+        if near:
+            near[0][:] = x, near[0][1], place, near[0][3] + numbers
+        else:
+            found.append([x, y, place, numbers])
+    return [(place, sorted(numbers)) for _, _, place, numbers in found]
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -563,6 +563,14 @@ def test_the_pictures_points():
     assert one == {"a.py": ((0.0,), (2.0,)), "b.py": ((pytest.approx(60),), (0.5,))}
 
 
+def test_labels_of_near_points_are_one():
+    """Points are near in a chain to the right, but not up or down. Their order is not the key's."""
+    places = {(40, 5): [2, 7], (0, 0): [9], (20, 10): [3], (65, 0): [1], (40, 40): [4],
+              (45, 14): [5]}
+    assert gradient.labels(places, lambda place: place) == [
+        ((40, 5), [2, 3, 7, 9]), ((40, 40), [4]), ((45, 14), [5]), ((65, 0), [1])]
+
+
 def test_redrawn_worlds_differ_in_weights_scores_and_critic():
     with loop.float64():
         first, again, other = (gradient.make_world(SMALL, toy) for toy in (0, 0, 1))
