@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers.tiny import CPU, new_config, saved_config, token_ids
 
-from common import decode, encode, rollout
-from plumbing import load_model, load_tokenizer
-from runs import find_gold, load_reward
+from common import decode, encode, reward_scores, rollout
+from plumbing import find_gold, load_model, load_reward, load_tokenizer
+from rloo import Args
 from tasks import mini_math
 
 ROOT = Path(__file__).parent.parent
@@ -44,9 +44,9 @@ def test_reward_and_gold_reward_are_found_and_judge_tokens():
     wrong = encode(tokenizer, token_ids(tokenizer, columns["prompt"]),
                    [text + " 0" for text in columns["completion"]], CPU)
     for name in (gold, "tasks/mini_math.py:accuracy"):
-        reward = load_reward(name, tokenizer, CPU, "float32", 8192)
-        assert reward(right, columns).tolist() == [1.0] * 20  # (20,)
-        assert reward(wrong, columns).tolist() == [0.0] * 20  # (20,)
+        reward = load_reward(name, Args(), CPU)
+        assert reward_scores(reward, tokenizer, right, columns).tolist() == [1.0] * 20  # (20,)
+        assert reward_scores(reward, tokenizer, wrong, columns).tolist() == [0.0] * 20  # (20,)
 
 
 def test_problems_are_deterministic_right_and_disjoint():

@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers.tiny import CPU, new_config, saved_config, token_ids
 
-from common import decode, encode, rollout
-from plumbing import load_model, load_tokenizer
-from runs import load_reward
+from common import decode, encode, reward_scores, rollout
+from plumbing import load_model, load_reward, load_tokenizer
+from rloo import Args
 from tasks import mini_tldr, rouge
 
 ROOT = Path(__file__).parent.parent
@@ -192,15 +192,17 @@ def test_shipped_policy_and_reward_model_are_what_the_readme_says():
     policy, tokenizer = load_model(folder, CPU), load_tokenizer(folder)
     assert sum(parameter.numel() for parameter in policy.parameters()) == 223_104
     assert new_config(mini_tldr) == saved_config(folder)
-    reward = load_reward(str(ROOT / "tasks" / "mini_tldr-reward"), tokenizer, CPU, "float32", 16384)
-    gold = load_reward("tasks/mini_tldr.py:gold_reward", tokenizer, CPU, "float32", 16384)
+    args = Args(microbatch_tokens=16384)
+    reward, gold = (load_reward(name, args, CPU) for name in ("tasks/mini_tldr-reward",
+                                                              "tasks/mini_tldr.py:gold_reward"))
     posts = mini_tldr.prompts("test").select(range(500))
     columns = posts[:]
     torch.manual_seed(0)
     batch = rollout(policy, tokenizer, token_ids(tokenizer, columns["prompt"]), 2, 0.7, 32)
-    scores, golds = reward(batch, columns).view(-1, 2), gold(batch, columns).view(-1, 2)
-    references = gold(encode(tokenizer, token_ids(tokenizer, columns["prompt"]),
-                             columns["completion"], CPU), columns)
+    scores, golds = (reward_scores(which, tokenizer, batch, columns).view(-1, 2)
+                     for which in (reward, gold))  # (500, 2)
+    texts = encode(tokenizer, token_ids(tokenizer, columns["prompt"]), columns["completion"], CPU)
+    references = reward_scores(gold, tokenizer, texts, columns)  # (500,)
     wins = (golds > references[:, None]).float() + 0.5 * (golds == references[:, None])
     assert 0.18 < wins.mean() < 0.28 and batch.ended.float().mean() > 0.99
     differ = golds[:, 0] != golds[:, 1]

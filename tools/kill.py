@@ -106,13 +106,17 @@ def differences(a, b, name="run"):
     return [] if (torch.equal(a, b) if tensors else a == b) else [name]
 
 
-def compare(context, script, flags, folder, kills, seed=0):
+def draw_moments(script, updates, kills, seed=0):
+    """When to kill a run of so many updates: 3.7 is within update 4."""
+    rng = random.Random(f"{script} {seed}")
+    return sorted(rng.uniform(0, updates) for _ in range(kills))
+
+
+def compare(context, script, flags, folder, moments):
     """What differs between an uninterrupted run and a killed one, and how often that was killed."""
     begin, updates = time.monotonic(), flags["num_updates"]
     run(context, script, flags, folder / "whole")
     seconds = (time.monotonic() - begin) / updates  # per update, startup and shutdown included
-    rng = random.Random(f"{script} {seed}")
-    moments = sorted(rng.uniform(0, updates) for _ in range(kills))
     killed = [run(context, script, flags, folder / "killed", moment, seconds) for moment in moments]
     run(context, script, flags, folder / "killed")
     return differences(outcome(folder / "whole"), outcome(folder / "killed")), sum(killed)
@@ -141,7 +145,8 @@ def main(args):
             flags["dataset"] = "tasks/mini_tldr.py:comparisons"
         if script in FAMILY:
             flags["eval_prompts"] = 16
-        found, kills = compare(context, script, flags, output / script, args.kills)
+        moments = draw_moments(script, args.updates, args.kills)
+        found, kills = compare(context, script, flags, output / script, moments)
         said = f"differs in {', '.join(found[:3])}" if found else "the same"
         print(f"{script:<14} killed {kills} times: {said}", flush=True)
         bad += found
