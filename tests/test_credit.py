@@ -110,6 +110,12 @@ def rewards_of(script):
     return common.sequence_rewards(script.scores, script.kl, script.args.beta)
 
 
+def original(name):
+    """The script of which this one is a copy under another name; else itself."""
+    stem = name.split(".py")[0]
+    return f"{FAMILY[stem].formula}.py" if stem in FAMILY and FAMILY[stem].formula else name
+
+
 def expected(name, script):
     """What multiplies the gradients, (N,) or (N, T), by functions of the script and common.py."""
     batch, beta = script.batch, script.args.beta
@@ -145,9 +151,8 @@ def expected(name, script):
 
 @pytest.mark.parametrize("name", sorted({*SCRIPTS} - {"grpo.py", "reinforce_pp_baseline.py"}))
 def test_multipliers_are_those_of_the_scripts_own_functions(shown, name):
-    script, stem = shown.scripts[name], name.split(".py")[0]
-    formula = FAMILY[stem].formula if stem in FAMILY else None  # of a copy under another name
-    wanted = expected(f"{formula}.py" if formula else name, script)
+    script = shown.scripts[name]
+    wanted = expected(original(name), script)
     wanted = wanted.view(len(script.batch), -1) * script.batch.response_mask
     assert script.weights.abs().sum() > 0
     torch.testing.assert_close(script.weights, wanted, atol=1e-5, rtol=1e-4)
@@ -200,9 +205,9 @@ def test_baselines_values_and_advantages(shown):
     with_baseline = ("rloo.py", "reinforce.py", "remax.py", "lab/rloo_token.py")
     for name, responses in shown.page.sections.items():
         for numbers in (response.numbers for response in responses):
-            assert ("baseline" in numbers) == (name in with_baseline)
-            assert ("value" in numbers) == (name in ("vanilla_pg.py", "ppo.py"))
-            assert ("advantage" in numbers) == (name != "raft.py")
+            assert ("baseline" in numbers) == (original(name) in with_baseline)
+            assert ("value" in numbers) == (original(name) in ("vanilla_pg.py", "ppo.py"))
+            assert ("advantage" in numbers) == (original(name) != "raft.py")
     for name in ("rloo.py", "reinforce.py"):
         for numbers in (response.numbers for response in shown.page.sections[name]):
             reward = float(numbers["score"]) - 0.05 * float(numbers["KL"])
@@ -234,10 +239,11 @@ def told_missing(text):
 def test_the_page_says_which_numbers_a_script_has_no_variable_for(shown):
     no_baseline = "No baseline is shown: there is no variable baseline or old_values."
     no_advantage = "No advantage is shown: there is no variable advantages."
-    wanted = dict.fromkeys(SCRIPTS, no_baseline)
-    wanted |= dict.fromkeys(("rloo.py", "reinforce.py", "remax.py", "vanilla_pg.py", "ppo.py",
-                             "lab/rloo_token.py"), "")
-    assert told_missing(shown.text) == wanted | {"raft.py": f"{no_baseline} {no_advantage}"}
+    told = dict.fromkeys(("rloo.py", "reinforce.py", "remax.py", "vanilla_pg.py", "ppo.py",
+                          "lab/rloo_token.py"), "")
+    told |= {"raft.py": f"{no_baseline} {no_advantage}"}
+    assert told_missing(shown.text) == {name: told.get(original(name), no_baseline)
+                                        for name in SCRIPTS}
 
 
 def test_a_runs_flags_are_for_its_own_script(shown):
