@@ -85,7 +85,7 @@ def test_spearman():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [20, 16384])
-def test_reward_model_learns_the_pairs(world, tmp_path, tokens):
+def test_reward_model_learns_the_pairs(world, tmp_path, tokens, capsys):
     (tmp_path / "length.py").write_text(
         "def words(prompts, completions, **_):\n    return [len(c.split()) for c in completions]\n"
     )
@@ -105,6 +105,8 @@ def test_reward_model_learns_the_pairs(world, tmp_path, tokens):
     reward_model.main(args)
     metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert metrics["accuracy"] == 1 and metrics["gold_accuracy"] == 1
+    told = re.findall(r"^(\w+) +(-?[\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert told == [(name, f"{value:.3f}") for name, value in metrics.items()]
     assert metrics["std"] == pytest.approx(1, abs=1e-3) and abs(metrics["mean"]) < 0.2
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

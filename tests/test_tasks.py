@@ -59,7 +59,7 @@ def test_rouge_l_by_hand():
 def test_posts_are_deterministic_and_hold_their_facts():
     train, test = mini_tldr.prompts("train"), mini_tldr.prompts("test")
     assert train[17] == mini_tldr.prompts("train")[17]
-    assert not set(train["prompt"]) & set(test["prompt"])
+    assert (len(train), len(test)) == (20_000, 1000) and not set(train["prompt"]) & set(test["prompt"])
     assert train.column_names == ["prompt", "completion", *mini_tldr.SLOTS]
     assert mini_tldr.demonstrations("test").column_names == ["prompt", "completion"]
     for row in test.select(range(200)):
