@@ -57,8 +57,7 @@ class World:
     logits of policy and reference); critic_error (standard deviation of the critic's error).
     """
 
-    def __init__(self, words, length, prompts, temperature, beta, penalty, constant=0.0, spread=0.0, peaked=1.0,
-                 critic_error=0.0):
+    def __init__(self, words, length, prompts, temperature, beta, penalty, constant, spread, peaked, critic_error):
         self.temperature, self.beta, self.penalty, self.critic_error = temperature, beta, penalty, critic_error
         self.tokenizer = make_tokenizer(words)
         self.prompts = self.tokenizer.batch_decode(self.tokenizer(PROMPTS[:prompts])["input_ids"])

@@ -155,6 +155,8 @@ UNKNOWN = [
     ("rloo_loss", lambda *given: right.rloo_loss(*given)[None], "the result has shape (1,), should have ()"),
     ("rloo_loss", lambda logprobs, advantages: right.rloo_loss(2 * logprobs, advantages) - right.rloo_loss(
         logprobs.detach(), advantages), "the value is right, but its gradient with respect to logprobs[0, 0] is"),
+    ("dpo_loss", lambda chosen, rejected, *given: right.dpo_loss(chosen, rejected.detach(), *given),
+     "the value is right, but its gradient with respect to rejected_logprobs is missing"),
     ("reinforce_baseline", lambda *given: 7, "the result is 7, should be"),
 ]
 

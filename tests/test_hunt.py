@@ -176,6 +176,20 @@ def test_other_damage_is_named(change, check):
     assert not mended and DAMAGE[change] in message and "\n" not in message
 
 
+@pytest.mark.slow
+def test_a_flag_more_is_no_damage(check):
+    more = ("    k: int = 4\n", "    more: int = 1\n    k: int = 4\n")
+    assert check(hunt.edit(script(RLOO), [more], "rloo.py"), RLOO)[0]
+
+
+@pytest.mark.slow
+def test_every_optimizer_step_is_compared():
+    """Two updates of two mini-batches are four steps of each of two models."""
+    numbers = hunt_check.observe(str(ROOT / "ppo.py"), hunt_check.BASE | hunt_check.SETTINGS[0]).numbers
+    assert [name for name in numbers if "gradient" in name] == [
+        f"the gradient of the {model} in optimizer step {step}" for step in "1234" for model in ("policy", "critic")]
+
+
 def test_an_endless_loop_is_one_line(tmp_path, monkeypatch):
     stop, file = tmp_path / "stop", tmp_path / "endless.py"
     loop = f"    import os, time\n    while not os.path.exists({str(stop)!r}):\n        time.sleep(0.01)\n"
@@ -251,7 +265,7 @@ def test_bugs_of_your_own(tmp_path, here, capsys):
 ])  # fmt: skip
 def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("wrong.json").write_text('[{"script": "rloo.py"}]')
+    Path("wrong.json").write_text(json.dumps([BUGS[0], {"script": "rloo.py"}]))
     with pytest.raises(SystemExit) as stopped:
         hunt.main(hunt.Args(**flags))
     error = capsys.readouterr().err

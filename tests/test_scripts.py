@@ -124,6 +124,7 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
         judge="reward",
         dataset=world.data,
         test_split="train",
+        eval_batch_size=5,
         k=2,
         max_new_tokens=5,
         device="cpu",
@@ -161,7 +162,7 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
     assert results[world.policy]["win_rate"] == 0.5 and "kl" not in results[world.policy]
 
 
-def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys):
+def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys, monkeypatch):
     other = save_policy(tmp_path / "other", make_tokenizer("x y z".split()))
     flags = dict(reference=world.policy, reward=(world.reward,), judge="reward", dataset=world.data, device="cpu")
     for name, expected in ((str(tmp_path / "typo"), "no such file or folder"),
@@ -171,6 +172,11 @@ def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys):
         captured = capsys.readouterr()
         assert stopped.value.code == 2 and name in captured.err and expected in captured.err
         assert captured.out == "" and not (tmp_path / "c.json").exists()
+    flags |= {"policies": (world.policy,), "max_new_tokens": 125}  # the model has 128 positions
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(**flags, output=str(tmp_path / "c.json")))
+    assert "128" in capsys.readouterr().err
 
 
 def test_pass_at_k_and_distinct_by_hand():

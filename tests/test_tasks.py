@@ -116,6 +116,7 @@ def pairs(monkeypatch):
 
     The policy's two samples are fixed: the first has 3 facts, and the second is as good as none.
     """
+    assert mini_tldr.PAIRS == {"train": 96_000, "test": 2000}  # on which the shipped reward model was trained
     posts, calls = [mini_tldr.example("test", i % 900) for i in range(2000)], []
     first = lambda post: "my {who} {did} my {thing} .".format(**post)
 
@@ -127,7 +128,6 @@ def pairs(monkeypatch):
 
     monkeypatch.setattr("common.rollout", rollout)
     monkeypatch.setattr("common.decode", lambda _, rows: [text for post in posts[rows] for text in (first(post), ".")])
-    monkeypatch.setitem(mini_tldr.PAIRS, "test", 2000)
     monkeypatch.setitem(mini_tldr.POSTS, "test", 900)
     state = torch.get_rng_state()
     rows = mini_tldr.preferences("test")
