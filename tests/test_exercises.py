@@ -231,13 +231,13 @@ def test_one_function_harms_no_other(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(check.subprocess, "Popen", start)
     path, results = tmp_path / "unruly.py", tmp_path / "results.json"
     path.write_text((STUDENTS / "loops.py").read_text() + UNRULY)
-    ok, lines = run(capsys, "--file", path, "--json", results, "--seconds", 5)
+    ok, lines = run(capsys, "--file", path, "--json", results, "--seconds", 2)
     assert not ok and lines[-1] == "12 of 16 right"
     tests = {test["name"]: test for test in json.loads(results.read_text())["tests"]}
     wrong = {name: test["output"].splitlines()[0] for name, test in tests.items() if test["status"] == "failed"}
     assert wrong.pop("value_loss").startswith("raises RecursionError")
     assert wrong == {
-        "token_kl": "no answer within 5 s", "raft_best": "it ended the process",
+        "token_kl": "no answer within 2 s", "raft_best": "it ended the process",
         "dpo_loss": f"raises ValueError: two lines (line {path.read_text().count(chr(10))}) (beta = 0.5)"}
     assert json.loads(results.read_text())["score"] == 12
     assert len(processes) == 3 and None not in [process.poll() for process in processes]  # none is left
