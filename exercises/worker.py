@@ -60,8 +60,8 @@ def call(function, arguments, path=""):
     """Call a function once. Returns its outcome: a dict.
 
     error: one line, or None. outputs: list of tensors or words. gradients: of the first output with respect to the
-    arguments that require one, None where there is none. grads: whether each output carries gradients. changed: names
-    of arguments that were changed in place. printed: what it wrote to standard output.
+    arguments that require one, None where it does not depend on one; [] if it carries none. grads: whether each output
+    carries gradients. changed: names of arguments that were changed in place. printed: what it wrote to standard output.
     """
     given, printed = [copied(value) for value in arguments], io.StringIO()
     outcome = dict(error=None, outputs=[], gradients=[], grads=[], changed=[])
@@ -73,8 +73,6 @@ def call(function, arguments, path=""):
         leaves = [value for value in given if torch.is_tensor(value) and value.requires_grad]
         if leaves and outcome["grads"][:1] == [True] and outputs[0].numel() == 1 and outputs[0].device.type == "cpu":
             outcome["gradients"] = list(torch.autograd.grad(outputs[0].sum(), leaves, allow_unused=True))
-        else:
-            outcome["gradients"] = [None] * len(leaves)
         outcome["outputs"] = [plain(output) for output in outputs]
         names = inspect.signature(function).parameters
         outcome["changed"] = [name for name, before, after in zip(names, arguments, given) if differs(before, after)]

@@ -50,10 +50,12 @@ def test_models_are_policy_reference_rewards_and_critic(script, reward, number):
 
 def test_the_table_by_hand(tmp_path, capsys):
     """Mean ± the standard deviation of 1 and 2, which is 0.5; no decimals from 100 on; a dash where nothing is known."""
-    rows = {"rloo": [{"score": 1.0, "samples": 100, "gold": None}, {"score": 2.0, "samples": 100, "gold": None}],
+    rows = {"raft": [{"score": 0.5, "samples": 7, "gold": 1.0}],
+            "rloo": [{"score": 1.0, "samples": 100, "gold": None}, {"score": 2.0, "samples": 100, "gold": None}],
             "dpo": [{"score": -150.0, "samples": 99.0, "gold": 3.0}, {"score": -150.0, "samples": 99.0, "gold": None}]}
     compare.table(tmp_path / "table.md", rows)
     table = ("| algorithm | score | samples | gold |\n| --- | --- | --- | --- |\n"
+             "| raft | 0.50 ± 0.00 | 7.00 ± 0.00 | 1.00 ± 0.00 |\n"
              "| rloo | 1.50 ± 0.50 | 100 ± 0 | – |\n| dpo | -150 ± 0 | 99.00 ± 0.00 | 3.00 ± 0.00 |\n")
     assert (tmp_path / "table.md").read_text() == table == capsys.readouterr().out
 
@@ -106,8 +108,9 @@ def test_every_algorithm_runs_with_every_seed_and_is_drawn(processes, tmp_path, 
     monkeypatch.setattr(compare, "measure", lambda folder, memory: {"seed": int(folder.name[-1]), "peak MB": memory})
     monkeypatch.setattr(compare.plot, "main", drawn.append)
     names = "reinforce, no baseline", "dpo"
-    compare.main(compare.Args(("mini_tldr", "mini_math"), names, seeds=2, output=str(tmp_path / "new" / "runs")))
     base = tmp_path / "new" / "runs"
+    args = compare.Args(("mini_tldr", "mini_math"), names, seeds=2, output=str(base))
+    compare.main(args)
     found = {command[-1]: command[:-4] for command in processes.commands}
     assert found == {
         f"{base}/mini_{task}/{name}-{seed}": [f"{script}.py", *more, "--seed", str(seed)] for seed in (1, 2)
@@ -122,3 +125,5 @@ def test_every_algorithm_runs_with_every_seed_and_is_drawn(processes, tmp_path, 
     for task, picture in zip(("tldr", "math"), drawn):
         assert sorted(picture.runs) == sorted(folder for folder in found if f"mini_{task}" in folder)
         assert picture.x == ("updates", "samples", "seconds")
+    compare.main(args)
+    assert len(processes.commands) == 8  # none is made again

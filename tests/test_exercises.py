@@ -141,6 +141,8 @@ UNKNOWN = [
      "the result has dtype torch.float16, should have torch.float32"),
     ("rloo_advantages", lambda rewards, k: rewards / 0 * 0, "the result[0] is nan, should be"),
     ("rloo_advantages", lambda rewards, k: rewards.sub_(1), "it changes its argument rewards in place: copy first"),
+    ("reinforce_baseline", lambda history, *how: history.append(0) or right.reinforce_baseline(history[:-1], *how),
+     "it changes its argument history in place: copy first"),
     ("rloo_advantages", lambda rewards: rewards, "raises TypeError: "),
     ("rloo_advantages", lambda rewards, k: 1 / 0, "raises ZeroDivisionError: division by zero (k = 4)"),
     ("rloo_advantages", lambda rewards, k: sys.exit("bye"), "raises SystemExit: bye (k = 4)"),
@@ -153,6 +155,8 @@ UNKNOWN = [
     ("rloo_loss", lambda *given: right.rloo_loss(*given)[None], "the result has shape (1,), should have ()"),
     ("rloo_loss", lambda logprobs, advantages: right.rloo_loss(2 * logprobs, advantages) - right.rloo_loss(
         logprobs.detach(), advantages), "the value is right, but its gradient with respect to logprobs[0, 0] is"),
+    ("dpo_loss", lambda chosen, rejected, *given: right.dpo_loss(chosen, rejected.detach(), *given),
+     "the value is right, but its gradient with respect to rejected_logprobs is missing"),
     ("reinforce_baseline", lambda *given: 7, "the result is 7, should be"),
 ]
 
@@ -171,6 +175,8 @@ def test_what_is_printed_is_shown_and_allowed():
 
     ok, lines = verdict("rloo_advantages", function)
     assert ok and lines[-1] == "it prints: hello"
+    ok, lines = verdict("rloo_advantages", lambda *given: print() or right.rloo_advantages(*given))
+    assert ok and not any(line.startswith("it prints") for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------ whole files
@@ -225,13 +231,13 @@ def test_one_function_harms_no_other(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(check.subprocess, "Popen", start)
     path, results = tmp_path / "unruly.py", tmp_path / "results.json"
     path.write_text((STUDENTS / "loops.py").read_text() + UNRULY)
-    ok, lines = run(capsys, "--file", path, "--json", results, "--seconds", 5)
+    ok, lines = run(capsys, "--file", path, "--json", results, "--seconds", 2)
     assert not ok and lines[-1] == "12 of 16 right"
     tests = {test["name"]: test for test in json.loads(results.read_text())["tests"]}
     wrong = {name: test["output"].splitlines()[0] for name, test in tests.items() if test["status"] == "failed"}
     assert wrong.pop("value_loss").startswith("raises RecursionError")
     assert wrong == {
-        "token_kl": "no answer within 5 s", "raft_best": "it ended the process",
+        "token_kl": "no answer within 2 s", "raft_best": "it ended the process",
         "dpo_loss": f"raises ValueError: two lines (line {path.read_text().count(chr(10))}) (beta = 0.5)"}
     assert json.loads(results.read_text())["score"] == 12
     assert len(processes) == 3 and None not in [process.poll() for process in processes]  # none is left

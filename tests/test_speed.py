@@ -11,7 +11,7 @@ import pytest
 import speed
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
 TINY = dict(vocab_size=10, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
 
@@ -53,6 +53,12 @@ def test_operations_are_those_counted_by_hand():
                       "optimizer": 0}
     more = speed.operations(model, [3, 3, 3], [2, 2, 2])
     assert more == {phase: 3 * number for phase, number in needed.items()}
+
+
+def test_operations_of_a_model_without_head_dim():
+    """Weights: 2 x (8 x 24 + 8 x 8 + 2 x 8 x 16) = 1024. Width, as above: 16."""
+    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**TINY))
+    assert speed.operations(model, [3], [2])["forward"] == 4 * 2 * 1024 + 10 * 4 * 16 + 2 * 2 * 8 * 10 == 9152
 
 
 def test_operations_are_those_that_torch_counts():
@@ -97,10 +103,16 @@ def test_every_character_is_one_token_also_where_texts_are_joined(small):
 def test_the_loop_runs_through_every_phase(small, dtype, monkeypatch):
     args, folder = small
     monkeypatch.setattr(speed, "matmul_speed", {dtype: 1e9}.get)
-    adam = Mock(side_effect=torch.optim.Adam)
+    optimizers = []
+
+    def adam(parameters, lr, adam=torch.optim.Adam):
+        optimizers.append(adam(parameters, lr))
+        return optimizers[0]
+
     monkeypatch.setattr(torch.optim, "Adam", adam)
     result = speed.measure_ours(speed.replace(args, dtype=dtype), folder)
-    assert result["limit"] == 1e9 and adam.call_args.kwargs == {"lr": 1e-6}
+    assert result["limit"] == 1e9 and optimizers[0].defaults["lr"] == 1e-6
+    assert {state["step"].item() for state in optimizers[0].state.values()} == {4}  # with the warm-up; with gradients
     assert len(result["updates"]) == 2
     for update in result["updates"]:
         assert list(update["seconds"]) == speed.PHASES
@@ -137,8 +149,8 @@ def test_contenders_are_measured_by_turns_in_fresh_processes(small, monkeypatch)
     args, _ = small
     calls, remedy = [], "without room in the cache"
 
-    def process(command, env, **_):
-        assert env["OMP_NUM_THREADS"] == "1"
+    def process(command, env, capture_output, text):
+        assert env["OMP_NUM_THREADS"] == "1" and capture_output and text
         code = command[2]
         what = next(name for name in ("make", "trl default", "trl tuned", "ours", remedy) if repr(name) in code)
         calls.append((command[0], what))
