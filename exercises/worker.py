@@ -67,9 +67,9 @@ def call(function, arguments, path=""):
     """Call a function once. Returns its outcome: a dict.
 
     error: one line, or None. outputs: list of tensors or words. gradients: of the first output with
-    respect to the arguments that require one, None where there is none. grads: whether each output
-    carries gradients. changed: names of arguments that were changed in place. printed: what it
-    wrote to standard output.
+    respect to the arguments that require one, None where it does not depend on one; [] if it carries
+    none. grads: whether each output carries gradients. changed: names of arguments that were
+    changed in place. printed: what it wrote to standard output.
     """
     given, printed = [copied(value) for value in arguments], io.StringIO()
     outcome = dict(error=None, outputs=[], gradients=[], grads=[], changed=[])
@@ -96,7 +96,7 @@ def gradients(outputs, given):
     loss = outputs[0] if outputs else None
     is_number = torch.is_tensor(loss) and loss.numel() == 1 and loss.device.type == "cpu"
     if not (leaves and is_number and loss.requires_grad):
-        return [None] * len(leaves)
+        return []
     return list(torch.autograd.grad(loss.sum(), leaves, allow_unused=True))
 
 

@@ -62,8 +62,8 @@ class World:
     toy (another number draws other weights and scores).
     """
 
-    def __init__(self, words, length, prompts, temperature, beta, penalty, constant=0.0,
-                 spread=0.0, peaked=1.0, critic_error=0.0, at_optimum=False, toy=0):
+    def __init__(self, words, length, prompts, temperature, beta, penalty, constant, spread, peaked,
+                 critic_error, at_optimum=False, toy=0):
         self.temperature, self.beta, self.penalty = temperature, beta, penalty
         self.critic_error, self.seed = critic_error, 10 * toy
         self.tokenizer = make_tokenizer(words)

@@ -63,10 +63,12 @@ def test_the_table_by_hand(tmp_path, capsys):
     No decimals from 100 on; a dash where nothing is known.
     """
     row = lambda score, samples, gold: {"score": score, "samples": samples, "gold": gold}
-    rows = {"rloo": [row(1.0, 100, None), row(2.0, 100, None)],
+    rows = {"raft": [row(0.5, 7, 1.0)],
+            "rloo": [row(1.0, 100, None), row(2.0, 100, None)],
             "dpo": [row(-150.0, 99.0, 3.0), row(-150.0, 99.0, None)]}
     compare.table(tmp_path / "table.md", rows)
     table = ("| algorithm | score | samples | gold |\n| --- | --- | --- | --- |\n"
+             "| raft | 0.50 ± 0.00 | 7.00 ± 0.00 | 1.00 ± 0.00 |\n"
              "| rloo | 1.50 ± 0.50 | 100 ± 0 | – |\n"
              "| dpo | -150 ± 0 | 99.00 ± 0.00 | 3.00 ± 0.00 |\n")
     assert (tmp_path / "table.md").read_text() == table == capsys.readouterr().out
@@ -122,7 +124,8 @@ def test_every_algorithm_runs_with_every_seed_and_is_drawn(processes, tmp_path, 
         "seed": int(folder.name[-1]), "peak MB": memory})
     monkeypatch.setattr(compare.plot, "main", drawn.append)
     names = "reinforce, no baseline", "dpo"
-    compare.main(compare.Args(("mini_tldr", "mini_math"), names, seeds=2, output=str(base)))
+    args = compare.Args(("mini_tldr", "mini_math"), names, seeds=2, output=str(base))
+    compare.main(args)
     found = {command[-1]: command[:-4] for command in processes.commands}
     wanted, none = {}, ["--baseline", "none"]
     for seed in (1, 2):
@@ -142,3 +145,5 @@ def test_every_algorithm_runs_with_every_seed_and_is_drawn(processes, tmp_path, 
         assert picture.output == f"{base}/compare-{task}.png"
         assert sorted(picture.runs) == sorted(folder for folder in found if task in folder)
         assert picture.x == ("updates", "samples", "seconds")
+    compare.main(args)
+    assert len(processes.commands) == 8  # none is made again

@@ -265,6 +265,25 @@ def test_nothing_comes_from_elsewhere_and_text_is_text(shown):
     assert not re.search(r"\$\w", filled)
 
 
+def test_a_script_is_introduced_by_its_docstrings(shown):
+    """By the first line without its sources, and what the estimator is without its arguments."""
+    assert "<code>rloo.py</code> RLOO, REINFORCE leave-one-out</h2>" in shown.text
+    assert "<code>lab/rloo_token.py</code> RLOO with tokens as actions: a copy of" in shown.text
+    assert '<p class="quiet">A_i = R_i - mean of the other k - 1 rewards' in shown.text
+    assert "Args:" not in shown.text
+
+
+def test_the_prompt_with_the_median_range_of_scores_is_shown(shown, tmp_path):
+    output = tmp_path / "page.html"
+    credit.main(credit.Args(("rloo.py",), str(shown.run), k=K, prompts_per_step=PROMPTS,
+                            output=str(output)))
+    script = shown.scripts["rloo.py"]  # which has the same responses
+    ranges = [max(group) - min(group) for group in script.scores.view(PROMPTS, K).tolist()]
+    median = ranges.index(sorted(ranges)[(PROMPTS - 1) // 2])
+    assert len(set(ranges)) == PROMPTS
+    assert Page(output.read_text()).prompt == script.examples["prompt"][median]
+
+
 def test_numbers_in_short():
     for values, text in (([1.0], "1.000"), ([1.0, 1.0004], "1.000"),
                          ([1.0, 1.0006], "1.000 … 1.001"),

@@ -162,6 +162,9 @@ UNKNOWN = [
     ("rloo_advantages", lambda rewards, k: rewards / 0 * 0, "the result[0] is nan, should be"),
     ("rloo_advantages", lambda rewards, k: rewards.sub_(1),
      "it changes its argument rewards in place: copy first"),
+    ("reinforce_baseline",
+     lambda history, *how: history.append(0) or right.reinforce_baseline(history[:-1], *how),
+     "it changes its argument history in place: copy first"),
     ("rloo_advantages", lambda rewards: rewards, "raises TypeError: "),
     ("rloo_advantages", lambda rewards, k: 1 / 0,
      "raises ZeroDivisionError: division by zero (k = 4)"),
@@ -181,6 +184,8 @@ UNKNOWN = [
      "the result has shape (1,), should have ()"),
     ("rloo_loss", another_gradient,
      "the value is right, but its gradient with respect to logprobs[0, 0] is"),
+    ("dpo_loss", lambda chosen, rejected, *more: right.dpo_loss(chosen, rejected.detach(), *more),
+     "the value is right, but its gradient with respect to rejected_logprobs is missing"),
     ("reinforce_baseline", lambda *given: 7, "the result is 7, should be"),
 ]
 
@@ -199,6 +204,8 @@ def test_what_is_printed_is_shown_and_allowed():
 
     ok, lines = verdict("rloo_advantages", function)
     assert ok and lines[-1] == "it prints: hello"
+    ok, lines = verdict("rloo_advantages", lambda *given: print() or right.rloo_advantages(*given))
+    assert ok and not any(line.startswith("it prints") for line in lines)
 
 
 # -------------------------------------------------------------------------------------- whole files
@@ -253,14 +260,14 @@ def test_one_function_harms_no_other(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(check.subprocess, "Popen", start)
     path, results = tmp_path / "unruly.py", tmp_path / "results.json"
     path.write_text((STUDENTS / "loops.py").read_text() + UNRULY)
-    ok, lines = run(capsys, "--file", path, "--json", results, "--seconds", 5)
+    ok, lines = run(capsys, "--file", path, "--json", results, "--seconds", 2)
     assert not ok and lines[-1] == "12 of 16 right"
     tests = {test["name"]: test for test in json.loads(results.read_text())["tests"]}
     wrong = {name: test["output"].splitlines()[0] for name, test in tests.items()
              if test["status"] == "failed"}
     assert wrong.pop("value_loss").startswith("raises RecursionError")
     last = len(path.read_text().splitlines())
-    assert wrong == {"token_kl": "no answer within 5 s", "raft_best": "it ended the process",
+    assert wrong == {"token_kl": "no answer within 2 s", "raft_best": "it ended the process",
                      "dpo_loss": f"raises ValueError: two lines (line {last}) (beta = 0.5)"}
     assert json.loads(results.read_text())["score"] == 12
     assert len(processes) == 3

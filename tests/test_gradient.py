@@ -3,7 +3,9 @@
 import itertools
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_exact as exact
@@ -384,6 +386,47 @@ def test_another_order_keeps_each_prompts_responses():
     assert other != draw and sorted(other[:4]) == [0, 1, 2, 3] and sorted(other[4:]) == [4, 5, 6, 7]
 
 
+class Rows(list):
+    """Instead of a Batch: the numbers of its rows."""
+
+    def __getitem__(self, rows):
+        return list(rows)
+
+
+@pytest.mark.parametrize("gradient_of, same", [
+    (lambda rows, update: sum(rows), True),
+    (lambda rows, update: rows[0] + rows[2], False),
+    # of the order that is checked last
+    (lambda rows, update: rows[2] if max(rows) == 9 else sum(rows), False),
+    (lambda rows, update: sum(rows) + update, True),  # main remembers something: it is started anew
+    (lambda rows, update: rows[0] + rows[2] + update, False),
+])
+def test_draws_are_run_as_updates(gradient_of, same, monkeypatch):
+    """In their order, with the greedy rows where those are asked for; the warm-up comes before."""
+    def run(command, given, count, warmup, **flags):
+        assert (command, warmup, flags) == ("my.py", gradient.WARMUP, {"flag": 1})
+        before = [given(update, None, 2, False) for update in range(-warmup, 0)]
+        assert before == [[i, i] for i in range(warmup)]
+        assert given(0, None, 1, True) == [5, 6]
+        rows = [given(update, None, 2, False) for update in range(count)]
+        found = [1.0 + gradient_of(row, update) for update, row in enumerate(rows)]
+        return [SimpleNamespace(batch=row, generated=4, gradient=torch.tensor([number]))
+                for row, number in zip(rows, found, strict=True)]
+
+    monkeypatch.setattr(blackbox, "run", run)
+    draws = [(i, i + 1, i + 2, i + 3) for i in range(8)]  # k 2, two prompts
+    warmup = [(i, i) for i in range(gradient.WARMUP)]
+    found = gradient.run_draws("my.py", Rows(), draws, 2, [5, 6], warmup, {"flag": 1})
+    assert found[0].tolist() == [[1.0 + gradient_of(draw, 0)] for draw in draws]
+    assert found[1:] == (4, same)
+
+
+def test_angles_of_cosines_that_are_rounded_past_1():
+    result = gradient.Result(1.0, 1.0, 0.0, 0.0, 1.0, 1)
+    for cosine, angle in ((1.0 + 1e-12, 0.0), (0.5, 60.0), (-1.0 - 1e-12, 180.0)):
+        assert replace(result, cosine=cosine).angle == pytest.approx(angle)
+
+
 # ---------------------------------------------------------------------------------------- the world
 
 
@@ -455,6 +498,18 @@ def test_the_weights_of_tokens_make_the_gradient(command):
     assert update.generated == 2
 
 
+def test_updates_are_counted_from_the_warm_up(tmp_path):
+    """A script whose advantages grow with run.step: each update after one to warm up is the second."""
+    command = str(edited(tmp_path, "rloo.py", (ADVANTAGES, f"{ADVANTAGES} * run.step")))
+    with loop.float64():
+        world = gradient.make_world(SMALL)
+        run = lambda count, warmup: blackbox.run(command, lambda *_: world.batch[[0, 2]], count,
+                                                 warmup, **gradient.settings(SMALL))
+        (first,), (second, another) = run(1, 0), run(2, 1)
+    torch.testing.assert_close(second.gradient, 2 * first.gradient)
+    torch.testing.assert_close(another.gradient, second.gradient)
+
+
 def test_a_script_that_does_not_fit_gets_one_line(tmp_path):
     again = ("rollout(policy, tokenizer, examples['prompt_ids'], args.k, args.temperature, "
              "args.max_new_tokens)")
@@ -513,9 +568,15 @@ def test_updates_get_the_first_rows_of_the_data_or_the_chosen_ones(monkeypatch):
     ({"words": 6, "length": 4},
      "--words 6 --length 4: 1555 responses to a prompt are too many; 200 are possible"),
     ({"prompts": 5}, "--prompts 5: must be between 1 and 4"),
-    ({"temperature": 0.0}, "--temperature 0.0: must be positive and finite"),
-    ({"critic_error": -1.0}, "--critic-error -1.0: must be 0 or more, and finite"),
+    ({"prompts": 0}, "--prompts 0: must be between 1 and 4"),
+    ({"k": 0}, "--k 0: must be between 1 and 8"),
+    ({"words": 0}, "--words 0: must be between 1 and 6"),
+    ({"length": 0}, "--length 0: must be between 1 and 6"),
     ({"draws": 0}, "--draws 0: must be between 1 and 1000000"),
+    ({"beta": -0.1}, "--beta -0.1: must be 0 or more, and finite"),
+    ({"peaked": 0.0}, "--peaked 0.0: must be positive and finite"),
+    ({"critic_error": -1.0}, "--critic-error -1.0: must be 0 or more, and finite"),
+    ({"temperature": 0.0}, "--temperature 0.0: must be positive and finite"),
     ({"at_optimum": True, "beta": 0.0}, "--at-optimum --beta 0.0: without a KL there is no optimum "
                                         "inside; give a positive --beta"),
     ({"output": "a.pdf"}, "--output a.pdf: must be the name of a PNG file"),
@@ -614,7 +675,7 @@ def test_flags_at_their_limits():
 
 def test_table_and_picture(tmp_path, capsys):
     args = gradient.Args(scripts=("rloo.py", "dpo.py", "nothing.py"), length=2, prompts=1,
-                         output=f"{tmp_path}/a.png")
+                         output=f"{tmp_path}/new/a.png")
     with loop.float64():
         gradient.main(args)
         likely = gradient.make_world(args).logprobs(args.temperature).exp().prod(1).max()
@@ -623,7 +684,7 @@ def test_table_and_picture(tmp_path, capsys):
                               f"{likely:.2f}; ")
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| `")]
     assert [row[-1] for row in rows][0] == "unbiased to 1e-6 |" and "no such file" in rows[2][-1]
-    assert rows[1][-1].startswith("biased") and (tmp_path / "a.png").stat().st_size > 10_000
+    assert rows[1][-1].startswith("biased") and (tmp_path / "new" / "a.png").stat().st_size > 10_000
 
 
 def test_the_page_has_todays_numbers():

@@ -29,6 +29,7 @@ DATA = Path(__file__).parent.parent.parent / "shared" / "data"
     ("The answer is 18%", "18"),
     ("The answer is 5. No, wait. The answer is 6.", "6"),
     ("#### 5\nIs that right? \\boxed{6}", "6"),
+    ("#### 5 of 7\nThe answer is unknown to me", "5"),
     ("The answer is 18. It takes 3 steps.", "18"),
     ("The answer is 2 * 9 = 36 / 2 = 18", "18"),
     ("The answer is 18 or 19 = all of them", "18"),

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
 from unittest.mock import patch
@@ -14,7 +15,7 @@ import pytest
 import tyro
 
 from exercises import hunt, hunt_check
-from plumbing import load_module
+from plumbing import RunArgs, load_module
 
 ROOT = Path(__file__).parent.parent
 BUGS = hunt.load_bugs(ROOT / "exercises" / "bugs.txt")
@@ -139,6 +140,18 @@ def test_another_mend_of_the_same_bug_passes(check):
     assert check(mended, bug)[0]
 
 
+@pytest.mark.parametrize("script", sorted({bug["script"] for bug in BUGS}))
+def test_each_flag_of_an_algorithm_has_two_values(script):
+    """But for those of the world, and the window of past steps: after two updates there is one."""
+    own = {field.name: field.default for field in fields(load_module(str(ROOT / script)).Args)
+           if field.name not in vars(RunArgs())}
+    values = {name: {str((hunt_check.BASE | setting).get(name, default))
+                     for setting in hunt_check.SETTINGS} for name, default in own.items()}
+    same = {name for name in values if len(values[name]) == 1}
+    assert same - {*hunt_check.BASE, "lr_schedule", "warmup_updates", "seed"} <= {"window"}
+    assert not {"lr", "critic_lr", "max_grad_norm"} & same
+
+
 # ------------------------------------------------------------------------------------- other damage
 
 RLOO = next(bug for bug in BUGS if bug["script"] == "rloo.py")
@@ -178,6 +191,22 @@ def test_other_damage_is_named(old, new, said, check):
     assert not mended and said in message and "\n" not in message
 
 
+@pytest.mark.slow
+def test_a_flag_more_is_no_damage(check):
+    more = ("    k: Count = 4\n", "    more: int = 1\n    k: Count = 4\n")
+    assert check(hunt.edit(script(RLOO), [more], "rloo.py"), RLOO)[0]
+
+
+@pytest.mark.slow
+def test_every_optimizer_step_is_compared():
+    """Two updates of two mini-batches are four steps of each of two models."""
+    settings = hunt_check.BASE | hunt_check.SETTINGS[0]
+    numbers = hunt_check.observe(str(ROOT / "ppo.py"), settings).numbers
+    assert [name for name in numbers if "gradient" in name] == [
+        f"the gradient of the {model} in optimizer step {step}"
+        for step in "1234" for model in ("policy", "critic")]
+
+
 def test_an_endless_loop_is_one_line(tmp_path, monkeypatch):
     stop, file = tmp_path / "stop", tmp_path / "endless.py"
     loop = (f"    import os, time\n    while not os.path.exists({str(stop)!r}):\n"
@@ -186,8 +215,10 @@ def test_an_endless_loop_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(hunt, "SECONDS", 0.5)
     before = set(threading.enumerate())
     mended, message = hunt.check(file, RLOO)
+    left = set(threading.enumerate()) - before
+    assert len(left) == 1 and all(thread.daemon for thread in left)  # so that the command can end
     stop.touch()
-    for thread in set(threading.enumerate()) - before:
+    for thread in left:
         thread.join()
     assert not mended and "still running after 0.5 seconds" in message
 
@@ -259,7 +290,7 @@ def test_bugs_of_your_own(tmp_path, here, capsys):
 ])
 def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("wrong.json").write_text('[{"script": "rloo.py"}]')
+    Path("wrong.json").write_text(json.dumps([BUGS[0], {"script": "rloo.py"}]))
     with pytest.raises(SystemExit) as stopped:
         hunt.main(hunt.Args(**flags))
     error = capsys.readouterr().err

@@ -155,7 +155,7 @@ def fake(tmp_path, monkeypatch):
 
 def test_runs_that_experiments_share_are_made_once(fake, tmp_path):
     papers.sweep(["first", "second"], {"rloo.py": "0.1"},
-                 papers.Args(output=str(tmp_path / "runs")))
+                 papers.Args(output=str(tmp_path / "new" / "runs")))
     assert len(fake.done) == len(set(fake.done)) == 6
     runs = papers.read("second")["3"]["runs"]
     assert runs["2"]["command"] == f"rloo.py --k 3 --lr 0.1 {papers.EVERY_RUN} --seed 2"

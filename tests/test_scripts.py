@@ -85,7 +85,7 @@ def test_spearman():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [20, 16384])
-def test_reward_model_learns_the_pairs(world, tmp_path, tokens):
+def test_reward_model_learns_the_pairs(world, tmp_path, tokens, capsys):
     (tmp_path / "length.py").write_text("def words(prompts, completions, **_):\n"
                                         "    return [len(c.split()) for c in completions]\n")
     args = reward_model.Args(
@@ -95,6 +95,8 @@ def test_reward_model_learns_the_pairs(world, tmp_path, tokens):
     reward_model.main(args)
     metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert metrics["accuracy"] == 1 and metrics["gold_accuracy"] == 1
+    told = re.findall(r"^(\w+) +(-?[\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert told == [(name, f"{value:.3f}") for name, value in metrics.items()]
     assert metrics["std"] == pytest.approx(1, abs=1e-3) and abs(metrics["mean"]) < 0.2
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
@@ -136,7 +138,7 @@ def test_evaluate_table_and_json(world, tmp_path, capsys):
     assert results[world.policy]["win_rate"] == 0.5 and "kl" not in results[world.policy]
 
 
-def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys):
+def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys, monkeypatch):
     other = save_policy(tmp_path / "other", make_tokenizer("x y z".split()))
     flags = dict(reference=world.policy, reward=(world.reward,), judge="reward", dataset=world.data,
                  device="cpu")
@@ -148,6 +150,11 @@ def test_evaluate_looks_at_everything_before_it_starts(world, tmp_path, capsys):
         captured = capsys.readouterr()
         assert stopped.value.code == 2 and name in captured.err and expected in captured.err
         assert captured.out == "" and not (tmp_path / "c.json").exists()
+    flags |= {"policies": (world.policy,), "max_new_tokens": 125}  # the model has 128 positions
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(**flags, output=str(tmp_path / "c.json")))
+    assert "128" in capsys.readouterr().err
 
 
 def test_pass_at_k_and_distinct_by_hand():

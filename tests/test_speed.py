@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
 from plumbing import fast
 from tools import speed
@@ -62,6 +62,13 @@ def test_operations_are_those_counted_by_hand():
     assert more == {phase: 3 * number for phase, number in needed.items()}
 
 
+def test_operations_of_a_model_without_head_dim():
+    """Weights: 2 x (8 x 24 + 8 x 8 + 2 x 8 x 16) = 1024. Width, as above: 16."""
+    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**TINY))
+    assert speed.operations(model, [3], [2])["forward"] == (
+        4 * 2 * 1024 + 10 * 4 * 16 + 2 * 2 * 8 * 10)
+
+
 def test_operations_are_those_that_torch_counts():
     """Eager attention also multiplies for the tokens to come: n (n - 1) / 2 more pairs."""
     model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY, attn_implementation="eager"))
@@ -104,10 +111,17 @@ def test_every_character_is_one_token_also_where_texts_are_joined(small):
 def test_the_loop_runs_through_every_phase(small, dtype, monkeypatch):
     args, folder = small
     monkeypatch.setattr(speed, "matmul_speed", {dtype: 1e9}.get)
-    adam = Mock(side_effect=torch.optim.Adam)
+    optimizers = []
+
+    def adam(parameters, lr, adam=torch.optim.Adam):
+        optimizers.append(adam(parameters, lr))
+        return optimizers[0]
+
     monkeypatch.setattr(torch.optim, "Adam", adam)
     result = speed.measure_ours(speed.replace(args, dtype=dtype), folder)
-    assert result["limit"] == 1e9 and adam.call_args.kwargs == {"lr": 1e-6}
+    assert result["limit"] == 1e9 and optimizers[0].defaults["lr"] == 1e-6
+    steps = {state["step"].item() for state in optimizers[0].state.values()}
+    assert steps == {4}  # with the warm-up; each with gradients
     assert len(result["updates"]) == 2
     for update in result["updates"]:
         assert list(update["seconds"]) == speed.PHASES
@@ -151,8 +165,9 @@ def test_contenders_are_measured_by_turns_in_fresh_processes(small, monkeypatch)
     args, _ = small
     calls, remedy = [], "without room in the cache"
 
-    def process(command, env, **_):
-        assert env["OMP_NUM_THREADS"] == "1" and command[1] == "-c"
+    def process(command, env, capture_output, text):
+        assert env["OMP_NUM_THREADS"] == "1" and capture_output and text
+        assert command[1] == "-c"
         calls.append([command[0]])
         exec(command[2])
         return SimpleNamespace(returncode=0, stderr="")

@@ -61,6 +61,7 @@ def test_rouge_l_by_hand():
 def test_posts_are_deterministic_and_hold_their_facts():
     train, test = mini_tldr.prompts("train"), mini_tldr.prompts("test")
     assert train[17] == mini_tldr.prompts("train")[17]
+    assert (len(train), len(test)) == (20_000, 1000)
     assert not set(train["prompt"]) & set(test["prompt"])
     assert train.column_names == ["prompt", "completion", *mini_tldr.SLOTS]
     assert mini_tldr.demonstrations("test").column_names == ["prompt", "completion"]
@@ -120,6 +121,8 @@ def pairs(monkeypatch):
 
     The policy's two samples are fixed: the first has 3 facts, and the second is as good as none.
     """
+    # on which the shipped reward model was trained
+    assert mini_tldr.PAIRS == {"train": 96_000, "test": 2000}
     posts, calls = [mini_tldr.example("test", i % 900) for i in range(2000)], []
     first = lambda post: "my {who} {did} my {thing} .".format(**post)
 
@@ -132,7 +135,6 @@ def pairs(monkeypatch):
     monkeypatch.setattr("common.rollout", rollout)
     monkeypatch.setattr("common.decode", lambda _, rows: [text for post in posts[rows]
                                                           for text in (first(post), ".")])
-    monkeypatch.setitem(mini_tldr.PAIRS, "test", 2000)
     monkeypatch.setitem(mini_tldr.POSTS, "test", 900)
     state = torch.get_rng_state()
     rows = mini_tldr.preferences("test")
