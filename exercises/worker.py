@@ -67,9 +67,9 @@ def call(function, arguments, path=""):
     """Call a function once. Returns its outcome: a dict.
 
     error: one line, or None. outputs: list of tensors or words. gradients: of the first output with
-    respect to the arguments that require one, None where it does not depend on one; [] if it carries
-    none. grads: whether each output carries gradients. changed: names of arguments that were
-    changed in place. printed: what it wrote to standard output.
+    respect to the arguments that require one, None where it does not depend on one; [] if it
+    carries none. grads: whether each output carries gradients. changed: names of arguments that
+    were changed in place. printed: what it wrote to standard output.
     """
     given, printed = [copied(value) for value in arguments], io.StringIO()
     outcome = dict(error=None, outputs=[], gradients=[], grads=[], changed=[])

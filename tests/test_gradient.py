@@ -499,7 +499,7 @@ def test_the_weights_of_tokens_make_the_gradient(command):
 
 
 def test_updates_are_counted_from_the_warm_up(tmp_path):
-    """A script whose advantages grow with run.step: each update after one to warm up is the second."""
+    """A script whose advantages grow with run.step: after one to warm up, it is 2."""
     command = str(edited(tmp_path, "rloo.py", (ADVANTAGES, f"{ADVANTAGES} * run.step")))
     with loop.float64():
         world = gradient.make_world(SMALL)
