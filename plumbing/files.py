@@ -1,6 +1,5 @@
 """What a user names: paths, hub names, and functions in python files."""
 
-import functools
 import importlib.util
 import os
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 from plumbing.errors import one_line, require, stop
 
 BESIDE = Path(__file__).resolve().parent.parent  # where the scripts are, and the folder tasks
+LOADED = {}  # absolute path of a python file -> (when it was last changed, its module)
 
 
 def find(name):
@@ -38,11 +38,18 @@ def check_tasks(name):
             "--reward and --dataset")
 
 
-@functools.cache
 def load_module(path):
-    """Import the python file at `path`, once."""
+    """Import the python file at `path`; again only if it has been changed since (in a notebook)."""
     check_tasks(path)
     require(os.path.isfile(path), f"{path}: no such file")
+    key, changed = os.path.abspath(path), os.stat(path).st_mtime_ns
+    if LOADED.get(key, (None, None))[0] != changed:
+        LOADED[key] = changed, import_file(path)
+    return LOADED[key][1]
+
+
+def import_file(path):
+    """A new module from the python file at `path`."""
     spec = importlib.util.spec_from_file_location(path, path)
     module = sys.modules[path] = importlib.util.module_from_spec(spec)
     try:

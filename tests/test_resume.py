@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,14 +30,6 @@ def flags_of(script, world, **more):
     return {name: value for name, value in flags.items() if name in fields}
 
 
-@pytest.fixture(scope="module")
-def killed(context, world, tmp_path_factory):
-    """A result of kill.compare to come for each script; two at a time."""
-    folder, two = tmp_path_factory.mktemp("killed"), ThreadPoolExecutor(2)
-    return {script: two.submit(kill.compare, context, script, flags_of(script, world),
-                               folder / script, moments_of(script)) for script in kill.SCRIPTS}
-
-
 def moments_of(script):
     """The first draw of two with both before update 4 of 6, and one at least after a checkpoint.
 
@@ -50,8 +41,10 @@ def moments_of(script):
 
 
 @pytest.mark.parametrize("script", kill.SCRIPTS)
-def test_killed_at_random_moments_and_resumed_is_the_same_bit_for_bit(script, killed):
-    found, kills = killed[script].result()
+def test_killed_at_random_moments_and_resumed_is_the_same_bit_for_bit(
+        script, context, world, tmp_path):
+    found, kills = kill.compare(context, script, flags_of(script, world), tmp_path / "runs",
+                                moments_of(script))
     assert found == [] and kills == 2
 
 

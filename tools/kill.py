@@ -27,6 +27,7 @@ from lab.family import FAMILY, SCRIPTS
 from plumbing import checkpoints, require
 
 ROOT = Path(__file__).resolve().parent.parent
+MODEL = "transformers.models.llama.modeling_llama"  # imported late, when such a model is loaded
 
 
 def train(script, flags, folder, resume):
@@ -48,7 +49,7 @@ def processes():
     """
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*SCRIPTS, EventAccumulator.__module__])
+    context.set_forkserver_preload([*SCRIPTS, EventAccumulator.__module__, MODEL])
     first = context.Process(target=int)  # waits for the imports
     first.start()
     first.join()
