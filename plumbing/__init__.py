@@ -4,7 +4,7 @@ Not needed to understand an algorithm. Nothing in here calls a script's code, or
 """
 
 from plumbing.checkpoints import checkpoints, read_settings
-from plumbing.data import batches, load_dataset, load_rows, prompt_tokens
+from plumbing.data import batches, load_rows, prompt_tokens
 from plumbing.errors import one_line, require, stop
 from plumbing.files import find, load_function, load_module
 from plumbing.flags import (Between, Count, CountOrZero, DataArgs, EvaluationArgs, Limit,
@@ -18,3 +18,4 @@ from plumbing.processes import (clip_gradients, equal_share, everywhere, gather,
 from plumbing.rewards import (Reward, Rewards, as_text, call_function, find_gold, load_reward,
                               load_rewards, shares_ids)
 from plumbing.run import Run
+from plumbing.sources import load_dataset
