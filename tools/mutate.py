@@ -369,7 +369,7 @@ def run_tests(folder, job):
     if "mutant" not in job:
         threading.settrace(watch.trace)
         sys.settrace(watch.trace)
-    flags = ["-q", "-p", "no:cacheprovider", "--assert=plain", "--basetemp",
+    flags = ["-q", "-n0", "-p", "no:cacheprovider", "--assert=plain", "--basetemp",
              str(folder / "pytest")]
     code = int(pytest.main([*job["tests"], *job["flags"], *flags], plugins=[watch]))
     sys.settrace(None)
