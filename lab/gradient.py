@@ -265,7 +265,7 @@ def all_pairs(command, world, args, batch, scores):
             f"{command}: there are {weights.numel()} pairs, more than --draws")
     flags = settings(args) | {"dataset": f"{WORLD}:pairs"}
     updates = blackbox.run(command, None, weights.numel(), rows=lambda update: [update],
-                           replace={"encode": load_module(WORLD).encode}, **flags)
+                           replace={"make_batch": load_module(WORLD).make_batch}, **flags)
     return torch.stack([update.gradient for update in updates]), weights.flatten(), 2, True
 
 
