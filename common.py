@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import (call_function, eos_ids, equal_share, everywhere, fast, gather, isolated_rng,
-                      my_parts, own_rng, prompt_tokens, shares_ids, sum_over_ranks, try_out)
+                      my_parts, own_ids, own_rng, shares_ids, sum_over_ranks, try_out)
 
 # -------------------------------------------------------------------------------------------- batch
 
@@ -46,16 +46,14 @@ def pad(rows, pad_id, side, device):
     return ids.to(device), mask.bool().to(device)
 
 
-def encode(tokenizer, prompt_ids, completions, device, ended=None):
-    """A Batch of given texts, as if they had been sampled.
+def make_batch(tokenizer, prompt_ids, response_ids, device, ended=None):
+    """A Batch of given responses, as if they had been sampled.
 
-    Args: tokenizer; prompt_ids (N lists of token ids); completions (N str); device; ended (N bools:
-    which completions get an EOS; default: all).
+    Args: tokenizer; prompt_ids and response_ids (N lists of token ids each; see load_rows); device;
+    ended (N bools: which responses end in EOS; default: all).
     """
-    ended = ended or [True] * len(completions)
-    responses = tokenizer(completions, add_special_tokens=False)["input_ids"]
-    responses = [ids + [tokenizer.eos_token_id] * end for ids, end in zip(responses, ended)]
-    responses, response_mask = pad(responses, tokenizer.pad_token_id, "right", device)
+    ended = ended or [True] * len(response_ids)
+    responses, response_mask = pad(response_ids, tokenizer.pad_token_id, "right", device)
     prompts = pad(prompt_ids, tokenizer.pad_token_id, "left", device)
     unknown = torch.zeros(responses.shape, device=device)
     return Batch(*prompts, responses, response_mask, torch.tensor(ended, device=device), unknown)
@@ -297,16 +295,16 @@ def reward_scores(reward, tokenizer, batch, examples):
     """What one reward (see load_reward) says of each response. Returns (N,).
 
     A classifier gets the rollout's token ids if it shares the policy's tokenizer. Otherwise the
-    text is tokenized again (messages by its own chat template), with an EOS if the response has
-    one. `examples` holds the dataset's B rows of the N = B * k rows of `batch`, as columns.
+    text is tokenized again (messages by its own chat template), with what ends it if the response
+    has ended. `examples` holds the dataset's B rows of the N = B * k rows of `batch`, as columns.
     """
     scores, texts = torch.zeros_like(batch.old_logprobs[:, 0]), decode(tokenizer, batch)  # (N,)
     if reward.function:
         return sum_over_ranks(call_function(reward, examples, texts).to(scores))
     if not shares_ids(reward, tokenizer, batch.responses):
-        ids = prompt_tokens(reward.tokenizer, examples["prompt"], f"reward {reward.name}")
-        batch = encode(reward.tokenizer, repeat(ids, len(batch) // len(ids)), texts, scores.device,
-                       batch.ended.tolist())
+        ended = batch.ended.tolist()
+        batch = make_batch(reward.tokenizer, *own_ids(reward, examples, texts, ended),
+                           scores.device, ended)
     for rows in microbatches(reward.model, reward.max_tokens, batch):
         scores[rows] = classifier_scores(reward.model, batch[rows]).to(scores)
     return sum_over_ranks(scores)
@@ -342,8 +340,9 @@ def dry_run(policy, tokenizer, datasets, rewards, args):
     """
     try_out(policy, datasets, args)
     examples = datasets[0][:2]
-    texts = examples.get("completion", ["text"] * len(examples["prompt"]))
-    batch = encode(tokenizer, examples["prompt_ids"], texts, policy.device)
+    texts = tokenizer(["text"] * len(examples["prompt"]))["input_ids"]
+    batch = make_batch(tokenizer, examples["prompt_ids"], examples.get("completion_ids", texts),
+                       policy.device)
     all_scores(rewards, tokenizer, batch, examples)
 
 
@@ -371,9 +370,9 @@ def evaluate(policy, reference, tokenizer, rewards, dataset, args, k=1, greedy=F
                         args.max_new_tokens, args.eval_batch_size, greedy)
         values = all_scores(rewards, tokenizer, batch, examples)  # name -> (N,)
         if "completion" in examples:
-            texts = encode(tokenizer, examples["prompt_ids"], examples["completion"],
-                           policy.device)  # B rows
-            theirs = all_scores(rewards, tokenizer, texts, examples)[rewards.judge]  # (B,)
+            given = make_batch(tokenizer, examples["prompt_ids"], examples["completion_ids"],
+                               policy.device)  # B rows
+            theirs = all_scores(rewards, tokenizer, given, examples)[rewards.judge]  # (B,)
             values["win_rate"] = wins(values[rewards.judge], theirs.repeat_interleave(k))
         ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
                                         args.microbatch_tokens)  # (N, T)

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from transformers import get_scheduler
 
 try:
-    from common import (dry_run, encode, evaluate, microbatches, no_grad_logprobs, token_logprobs)
+    from common import (dry_run, evaluate, make_batch, microbatches, no_grad_logprobs,
+                        token_logprobs)
     from plumbing import (Count, CountOrZero, DataArgs, EvaluationArgs, NotNegative, Positive, Run,
                           Seed, SystemArgs, clip_gradients, leave, load_policy, load_reference,
                           load_rewards, load_rows, load_tokenizer, parse, setup, sum_gradients,
@@ -123,8 +124,8 @@ def main(args):
     for examples in run.updates(train, args.batch_size):
         # 1. instead of a rollout: preference pairs
         prompt_ids = examples["prompt_ids"]
-        chosen = encode(tokenizer, prompt_ids, examples["chosen"], device)  # N rows each
-        rejected = encode(tokenizer, prompt_ids, examples["rejected"], device)
+        chosen = make_batch(tokenizer, prompt_ids, examples["chosen_ids"], device)  # N rows each
+        rejected = make_batch(tokenizer, prompt_ids, examples["rejected_ids"], device)
 
         # 2. score, 3. shape: only the reference's log-probs are needed
         chosen_ref_logprobs = no_grad_logprobs(reference, chosen, args.temperature,

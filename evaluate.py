@@ -35,11 +35,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common import (dry_run, encode, evaluate, log_softmax, microbatches, model_inputs,
+from common import (dry_run, evaluate, log_softmax, make_batch, microbatches, model_inputs,
                     no_grad_logprobs, wins)
 from plumbing import (Count, Positive, Seed, check_ranges, find_gold, is_first, leave, load_model,
                       load_reference, load_reward, load_rewards, load_rows, load_tokenizer,
-                      pick_device, require, sum_over_ranks)
+                      pick_device, reply_tokens, require, sum_over_ranks)
 
 
 @dataclass
@@ -126,7 +126,10 @@ def perplexity(policy, tokenizer, dataset, column, args):
     total = tokens = 0
     for start in range(0, len(dataset), args.eval_batch_size):
         examples = dataset[start : start + args.eval_batch_size]
-        batch = encode(tokenizer, examples["prompt_ids"], examples[column], policy.device)
+        prompt_ids, prompts = examples["prompt_ids"], examples["prompt"]
+        response_ids = examples.get(f"{column}_ids") or reply_tokens(
+            tokenizer, prompts, prompt_ids, examples[column], f"column {column}")
+        batch = make_batch(tokenizer, prompt_ids, response_ids, policy.device)
         total += no_grad_logprobs(policy, batch, 1.0, args.microbatch_tokens).sum().item()
         tokens += batch.response_mask.sum().item()
     return math.exp(-total / tokens)

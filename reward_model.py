@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from transformers import get_scheduler
 
 try:
-    from common import (classifier_scores, encode, microbatches, reward_scores)
+    from common import classifier_scores, make_batch, microbatches, reward_scores
     from plumbing import (Count, CountOrZero, DataArgs, NotNegative, Positive, Reward, Run, Seed,
                           SystemArgs, clip_gradients, find_gold, is_first, leave, load_classifier,
                           load_reward, load_rows, load_tokenizer, parse, setup, sum_gradients,
@@ -103,7 +103,8 @@ def evaluate_pairs(model, tokenizer, pairs, gold, args):
     examples, rewards, golds = pairs[:], [], []
     own = Reward("own", model=model, tokenizer=tokenizer, max_tokens=args.microbatch_tokens)
     for name in ("chosen", "rejected"):
-        batch = encode(tokenizer, examples["prompt_ids"], examples[name], model.device)
+        batch = make_batch(tokenizer, examples["prompt_ids"], examples[f"{name}_ids"],
+                           model.device)
         rewards.append(reward_scores(own, tokenizer, batch, examples).cpu())
         if gold:
             golds.append(reward_scores(gold, tokenizer, batch, examples).cpu())
@@ -137,8 +138,9 @@ def main(args):
 
     run = Run(__file__, args, tokenizer, reward=(model, optimizer, scheduler))
     for examples in run.updates(train, args.batch_size):
-        chosen = encode(tokenizer, examples["prompt_ids"], examples["chosen"], device)
-        rejected = encode(tokenizer, examples["prompt_ids"], examples["rejected"], device)
+        prompt_ids = examples["prompt_ids"]
+        chosen = make_batch(tokenizer, prompt_ids, examples["chosen_ids"], device)
+        rejected = make_batch(tokenizer, prompt_ids, examples["rejected_ids"], device)
         loss = 0.0
         optimizer.zero_grad()
         for rows in microbatches(model, args.microbatch_tokens, chosen, rejected):

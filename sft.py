@@ -15,7 +15,7 @@ import torch
 from transformers import get_scheduler
 
 try:
-    from common import (encode, microbatches, no_grad_logprobs, token_logprobs)
+    from common import make_batch, microbatches, no_grad_logprobs, token_logprobs
     from plumbing import (Count, CountOrZero, DataArgs, NotNegative, Positive, Run, Seed,
                           SystemArgs, clip_gradients, is_first, leave, load_policy, load_rows,
                           load_tokenizer, parse, setup, sum_gradients, sum_over_ranks, try_out)
@@ -75,13 +75,13 @@ def main(args):
     held_out = load_rows(args, args.test_split, tokenizer, names, args.max_length, args.eval_rows)
     try_out(policy, [train, held_out], args)
     held_out = held_out[:]
-    test = encode(tokenizer, held_out["prompt_ids"], held_out["completion"], device)
+    test = make_batch(tokenizer, held_out["prompt_ids"], held_out["completion_ids"], device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
 
     run = Run(__file__, args, tokenizer, policy=(policy, optimizer, scheduler))
     for examples in run.updates(train, args.batch_size):
-        batch = encode(tokenizer, examples["prompt_ids"], examples["completion"], device)
+        batch = make_batch(tokenizer, examples["prompt_ids"], examples["completion_ids"], device)
         num_tokens = batch.response_mask.sum()
         loss = 0.0
         optimizer.zero_grad()

@@ -264,9 +264,14 @@ def all_pairs(command, world, args, batch, scores):
     require(weights.numel() <= args.draws,
             f"{command}: there are {weights.numel()} pairs, more than --draws")
     flags = settings(args) | {"dataset": f"{WORLD}:pairs"}
-    updates = blackbox.run(command, None, weights.numel(), rows=lambda update: [update],
-                           replace={"encode": load_module(WORLD).encode}, **flags)
-    return torch.stack([update.gradient for update in updates]), weights.flatten(), 2, True
+    # Pairs of a response with itself have no gradient; load_rows drops them.
+    differ = ~torch.eye(world.M, dtype=torch.bool).expand(weights.shape).flatten()  # (B * M * M,)
+    updates = blackbox.run(command, None, int(differ.sum()), rows=lambda update: [update],
+                           replace={"make_batch": load_module(WORLD).make_batch}, **flags)
+    found = torch.stack([update.gradient for update in updates])
+    gradients = found.new_zeros(len(differ), found.shape[1])
+    gradients[differ] = found
+    return gradients, weights.flatten(), 2, True
 
 
 def measure(command, world, args):

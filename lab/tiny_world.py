@@ -205,7 +205,8 @@ def pairs(split):
     return Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*rows)))))
 
 
-def encode(tokenizer, prompt_ids, completions, device):
-    """Like common.encode, but a response that was cut off gets no EOS."""
+def make_batch(tokenizer, prompt_ids, response_ids, device):
+    """Like common.make_batch, but a response that was cut off has no EOS."""
     prompts = tokenizer.batch_decode(prompt_ids)
-    return world.batch[[world.texts.index(pair) for pair in zip(prompts, completions)]]
+    texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+    return world.batch[[world.texts.index(pair) for pair in zip(prompts, texts)]]

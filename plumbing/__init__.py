@@ -3,8 +3,9 @@
 Not needed to understand an algorithm. Nothing in here calls a script's code, or common.py's.
 """
 
+from plumbing.chat import prompt_tokens, reply_tokens
 from plumbing.checkpoints import checkpoints, read_settings
-from plumbing.data import batches, load_rows, prompt_tokens
+from plumbing.data import batches, load_rows
 from plumbing.errors import one_line, require, stop
 from plumbing.files import find, load_function, load_module
 from plumbing.flags import (Between, Count, CountOrZero, DataArgs, EvaluationArgs, Limit,
@@ -16,6 +17,6 @@ from plumbing.processes import (clip_gradients, equal_share, everywhere, gather,
                                 isolated_rng, leave, my_parts, own_rng, pick_device,
                                 random_states, set_random_states, sum_gradients, sum_over_ranks)
 from plumbing.rewards import (Reward, Rewards, as_text, call_function, find_gold, load_reward,
-                              load_rewards, shares_ids)
+                              load_rewards, own_ids, shares_ids)
 from plumbing.run import Run
 from plumbing.sources import load_dataset

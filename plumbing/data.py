@@ -11,11 +11,13 @@ import numpy
 import torch
 from datasets.fingerprint import Hasher
 
+from plumbing.chat import is_conversation, prompt_tokens, reply_tokens, template_options
 from plumbing.errors import one_line, require, stop
 from plumbing.processes import is_first
 from plumbing.sources import load_dataset
 
 RESPONSES = {"completion", "chosen", "rejected"}  # columns that hold responses
+EMPTY, IDENTICAL = "an empty prompt", "the same response twice"  # why a row is dropped
 
 
 # ---------------------------------------------------------------------------------- from row to row
@@ -24,58 +26,50 @@ RESPONSES = {"completion", "chosen", "rejected"}  # columns that hold responses
 def split_row(row, sources):
     """Find a row's prompt, and its completion, chosen and rejected if it has them.
 
-    A conversation ("messages") is a prompt and a final reply. Chosen and rejected texts without a
-    prompt have an implicit one: their common prefix, up to the last "Assistant:" if there is one.
+    Of conversations, a reply is all that follows the prompt. "messages" are a prompt and a last
+    turn. Chosen and rejected without a prompt have an implicit one, which both begin with: whole
+    turns, or text up to the last "Assistant:" if there is one. So they have beside a prompt that is
+    text, if they are conversations.
 
     Args: row (dict of columns); sources (dict target -> column that the flags name for it).
     """
-    named = {target: row[sources[target]] for target in ("prompt", "chosen", "rejected")
-             if target in sources}
-    row = row | named
-    if "prompt" not in row and "messages" in row:
+    row = row | {target: row[column] for target, column in sources.items()
+                 if target != "completion"}
+    pair = row.get("chosen"), row.get("rejected")
+    is_bare = "prompt" not in sources and not is_conversation(row.get("prompt"))
+    if is_bare and is_conversation(row.get("messages")) and "completion" not in row:
         row["prompt"], row["completion"] = row["messages"][:-1], row.pop("messages")[-1:]
-    if "prompt" not in row and "chosen" in row and "rejected" in row:
-        shared = common_prefix(row["chosen"], row["rejected"])
-        row["prompt"] = shared
-        row["chosen"], row["rejected"] = row["chosen"][len(shared):], row["rejected"][len(shared):]
+    elif is_bare and all(map(is_conversation, pair)) or "prompt" not in row and None not in pair:
+        row["prompt"] = common_prefix(*pair)
+        row["chosen"], row["rejected"] = (whole[len(row["prompt"]) :] for whole in pair)
     if "prompt" not in row and "question" in row:
         row["prompt"] = row["question"]
     if "completion" in sources:  # after the split: it may be the chosen response
         row["completion"] = row[sources["completion"]]
-    for name in row.keys() & RESPONSES:
-        if isinstance(row[name], list) and row[name]:
-            row[name] = row[name][-1]["content"]
+    for name in sorted(row.keys() & RESPONSES) if "prompt" in row else ():
+        row["prompt"], row[name] = without_prompt(row["prompt"], row[name])
     return row
 
 
+def without_prompt(prompt, reply):
+    """A prompt and its reply, which may be a conversation that repeats the prompt."""
+    if not is_conversation(reply) or not reply:
+        return prompt, reply
+    if is_conversation(prompt):
+        return prompt, reply[len(prompt) :] if reply[: len(prompt)] == prompt else reply
+    if reply[0].get("role") == "assistant":
+        return [{"role": "user", "content": prompt}], reply
+    return reply[:-1], reply[-1:]
+
+
 def common_prefix(chosen, rejected):
-    """What two texts, or two lists of messages, share: of texts whole turns, or whole words."""
+    """What two texts, or two conversations, share: of texts whole turns, or whole words."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected))
     shared = chosen[: sum(1 for _ in pairs)]
     if not isinstance(chosen, str):
-        return shared
+        return shared[: min(len(chosen), len(rejected)) - 1]  # a reply remains of each
     turn = shared.rfind("Assistant:")
     return shared[: turn + len("Assistant:")] if turn >= 0 else shared[: shared.rfind(" ") + 1]
-
-
-def prompt_tokens(tokenizer, prompts, what):
-    """Token ids of prompts: text with the tokenizer's special tokens, messages by its template.
-
-    Args: tokenizer; prompts (texts, or lists of messages); what (for a one-line error).
-    """
-    if not prompts or isinstance(prompts[0], str):
-        ids, end = tokenizer(prompts)["input_ids"] if prompts else [], tokenizer.eos_token_id
-        # Some tokenizers append EOS, but the response is still to come.
-        return [row[:-1] if row and row[-1] == end and not text.endswith(tokenizer.eos_token)
-                else row for row, text in zip(ids, prompts)]
-    require(tokenizer.chat_template,
-            f"{what}: the prompts are chat messages, but the tokenizer has no chat template; use "
-            "an instruction-tuned model, or plain-text prompts")
-    try:
-        texts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
-    except Exception as error:
-        stop(f"{what}: the tokenizer's chat template rejects its messages: {one_line(error)}")
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has added them
 
 
 def shorten(ids, length, tokenizer):
@@ -104,18 +98,39 @@ class Preparation:
         """A batch of rows (dict of columns) with their numbers -> the columns that are new."""
         columns = [dict(zip(values, row)) for row in zip(*values.values())]
         rows = [self.prepare(row, index) for index, row in zip(indices, columns)]
-        new = {column: [row[column] for row in rows] for column in self.targets}
-        given = [prompt for prompt in new["prompt"] if prompt]
-        found = iter(prompt_tokens(self.tokenizer, given, self.what))
-        prompt_ids = [next(found) if prompt else [] for prompt in new["prompt"]]
-        responses = [self.tokenizer(new[column], add_special_tokens=False)["input_ids"]
-                     for column in self.responses]
-        longest = [max(map(len, ids)) + 1 for ids in zip(*responses)] or [0] * len(rows)  # with EOS
-        if self.shorten_to is not None:
-            prompt_ids = [ids and shorten(ids, self.shorten_to - more, self.tokenizer)
-                          for ids, more in zip(prompt_ids, longest)]
-        lengths = [len(ids) + more if ids else 0 for ids, more in zip(prompt_ids, longest)]
-        return new | {"prompt_ids": prompt_ids, "num_tokens": lengths}  # 0: an empty prompt
+        kept = [row for row in rows if row["prompt"]]
+        if kept:
+            self.tokenize(kept)
+        for row in rows:
+            if not row["prompt"]:
+                row |= {name: [] for name in id_columns(self.targets)}
+            replies = [row[f"{column}_ids"] for column in self.responses]
+            row["num_tokens"] = len(row["prompt_ids"]) + max(map(len, replies), default=0)
+            same = {"chosen", "rejected"} <= {*self.responses} and replies[0] == replies[1]
+            row["flaw"] = IDENTICAL if same else "" if row["prompt"] else EMPTY
+            for name in row.keys() & RESPONSES:
+                row[name] = as_reply(row[name])
+        names = [*self.targets, *id_columns(self.targets), "num_tokens", "flaw"]
+        return {name: [row[name] for row in rows] for name in names}
+
+    def tokenize(self, rows):
+        """Add the token ids of rows with a prompt."""
+        prompts, options = [row["prompt"] for row in rows], list(map(template_options, rows))
+        first = self.responses[0] if self.responses else None
+        follows = [row[first][0]["role"] if first and isinstance(row[first], list) else "assistant"
+                   for row in rows]
+        ids = prompt_tokens(self.tokenizer, prompts, self.what, options, follows)
+        for row, found in zip(rows, ids):
+            row["prompt_ids"] = found
+        for column in RESPONSES & {*self.targets}:
+            replies = [row[column] for row in rows]
+            found = reply_tokens(self.tokenizer, prompts, ids, replies, self.what, options)
+            for row, response_ids in zip(rows, found):
+                row[f"{column}_ids"] = response_ids
+        for row in rows if self.shorten_to is not None else ():
+            longest = max((len(row[f"{column}_ids"]) for column in self.responses), default=0)
+            row["prompt_ids"] = shorten(row["prompt_ids"], self.shorten_to - longest,
+                                        self.tokenizer)
 
     def prepare(self, row, index):
         """One row with its prompt and responses found and checked."""
@@ -133,14 +148,35 @@ class Preparation:
 
     def check(self, row, index):
         """Exit with one line if a row's prompt or responses are neither texts nor messages."""
+        is_turn = lambda turn: isinstance(turn, dict) and "role" in turn and (
+            turn.get("content") is not None or turn.get("tool_calls"))
         turns = row["prompt"] if self.chat and isinstance(row["prompt"], list) else []
-        whole = all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
-        require(isinstance(row["prompt"], list if self.chat else str) and whole,
+        require(isinstance(row["prompt"], list if self.chat else str) and all(map(is_turn, turns)),
                 f"{self.what}: column 'prompt' must hold text, or lists of messages with role and "
                 f"content; row {index} does not")
         for column in row.keys() & RESPONSES:
-            require(isinstance(row[column], str),
-                    f"{self.what}: column {column!r} must hold text; row {index} does not")
+            reply = row[column]
+            if isinstance(reply, str):
+                continue
+            kind = "text, or lists of messages with role and content" if self.chat else "text"
+            require(self.chat and is_conversation(reply) and all(map(is_turn, reply)),
+                    f"{self.what}: column {column!r} must hold {kind}; row {index} does not")
+            last = reply[-1] if reply else {}
+            require(last.get("role") == "assistant" and isinstance(last.get("content"), str)
+                    and last["content"].strip(),
+                    f"{self.what}: in row {index}, the last turn of column {column!r} is not a "
+                    "text of the assistant; remove that row, or its last turns (a conversation as "
+                    "a prompt alone: --prompt-column messages)")
+
+
+def id_columns(targets):
+    """Names of the columns with the token ids of a prompt and its responses."""
+    return [f"{target}_ids" for target in targets]
+
+
+def as_reply(reply):
+    """A response as text: of a conversation its last turn."""
+    return reply if isinstance(reply, str) else reply[-1]["content"]
 
 
 # ------------------------------------------------------------------------------------- whole splits
@@ -153,8 +189,8 @@ def load_rows(args, split, tokenizer, columns=("prompt",), max_length=None, firs
     max_length (tokens of prompt, longest response and its EOS; default: args.max_prompt_length);
     first (maximum number of rows).
     Returns: datasets.Dataset with prompt (text, or messages), prompt_ids, num_tokens (with the
-    longest response), completion, chosen and rejected (texts) if it has them, and the dataset's
-    other columns unchanged.
+    longest response), the text and ids of completion, chosen and rejected if it has them (ids with
+    what ends them: see reply_tokens), and the dataset's other columns unchanged.
     """
     max_length = max_length or args.max_prompt_length
     what = f"dataset {args.dataset}, split {split}"
@@ -166,15 +202,16 @@ def load_rows(args, split, tokenizer, columns=("prompt",), max_length=None, firs
         wrap or not isinstance(example["prompt"], str), wrap, args.system_prompt,
         max_length if args.truncate_prompts else None)
     dataset = prepare_all(dataset, preparation, example)
-    lengths = numpy.array(dataset["num_tokens"][:])
-    empty, long = lengths == 0, lengths > max_length
-    require(not empty.all(), f"{what}: every prompt is empty")
-    require(not (empty | long).all(), f"{what}: every row has more than {max_length} tokens; raise "
-                                      "--max-prompt-length or --max-length")
-    for why, drop in (("an empty prompt", empty), (f"more than {max_length} tokens", long)):
-        if drop.any() and is_first():
-            print(f"{what}: dropped {drop.sum()} of {len(dataset)} rows with {why}")
-    return dataset.select(numpy.flatnonzero(~(empty | long))[:first])
+    lengths, flaws = numpy.array(dataset["num_tokens"][:]), numpy.array(dataset["flaw"][:])
+    long = f"more than {max_length} tokens"
+    flaws = numpy.where((flaws == "") & (lengths > max_length), long, flaws)
+    require(long not in flaws or "" in flaws,
+            f"{what}: every row has {long}; raise --max-prompt-length or --max-length")
+    require("" in flaws, f"{what}: every row has {' or '.join(numpy.unique(flaws))}")
+    for flaw, count in zip(*numpy.unique(flaws, return_counts=True)):
+        if flaw and is_first():
+            print(f"{what}: dropped {count} of {len(dataset)} rows with {flaw}")
+    return dataset.select(numpy.flatnonzero(flaws == "")[:first]).remove_columns("flaw")
 
 
 def find_columns(args, dataset, columns):
@@ -202,8 +239,9 @@ def prepare_all(dataset, preparation, example):
     text, number = datasets.Value("string"), datasets.Value("int32")
     features = {column: text if column in RESPONSES else dataset.features.get(column)
                 for column in example}  # not to be guessed: first values may be null
-    features |= {"prompt": datasets.Json() if preparation.chat else text, "prompt_ids": [number],
-                 "num_tokens": number}
+    features |= {name: [number] for name in id_columns(preparation.targets)}
+    features |= {"prompt": datasets.Json() if preparation.chat else text, "num_tokens": number,
+                 "flaw": text}
     folders = [Path(file["filename"]).parent for file in dataset.cache_files]
     code = Path(__file__).read_text()  # rows that an earlier version has made do not count
     if len(dataset) > 50_000 and is_first():

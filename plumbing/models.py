@@ -11,6 +11,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 from transformers.pytorch_utils import Conv1D
 
 from plumbing import fast
+from plumbing.chat import turn_end
 from plumbing.errors import explain, require, stop
 from plumbing.files import check_path, find, load_function
 from plumbing.processes import is_first, pick_threads
@@ -205,7 +206,11 @@ def try_out(model, datasets, args):
 
 
 def eos_ids(model, tokenizer):
-    """Every token id that ends a response: the tokenizer's EOS, and the generation config's."""
+    """Every token id that ends a response.
+
+    The tokenizer's EOS, what ends a turn in its chat template, and the generation config's.
+    """
     more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+    more = more if isinstance(more, list) else [more]
+    ids = {tokenizer.eos_token_id, turn_end(tokenizer), *more} - {None}
     return torch.tensor(sorted(ids), device=model.device)

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 
+from plumbing.chat import prompt_tokens, reply_tokens, template_options
 from plumbing.errors import one_line, require, stop
 from plumbing.files import find, load_function, load_module
 from plumbing.models import freeze, load_classifier, load_tokenizer
 from plumbing.processes import rank_slice
+
+OURS = {"prompt_ids", "completion_ids", "chosen_ids", "rejected_ids", "num_tokens"}  # of load_rows
 
 
 @dataclass
@@ -82,6 +85,20 @@ def shares_ids(reward, tokenizer, responses):
     return known and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
+def own_ids(reward, examples, texts, ended):
+    """A reward model's own token ids of the prompts and of N texts that answer them.
+
+    Args: reward; examples (dict of columns, lists of B values); texts (N, prompt-major); ended (N
+    bools). Returns: two lists of N lists of ids.
+    """
+    k = len(texts) // len(examples["prompt"])
+    rows = [dict(zip(examples, row)) for row in zip(*examples.values()) for _ in range(k)]
+    prompts, options = [row["prompt"] for row in rows], list(map(template_options, rows))
+    what = f"reward {reward.name}"
+    ids = prompt_tokens(reward.tokenizer, prompts, what, options)
+    return ids, reply_tokens(reward.tokenizer, prompts, ids, texts, what, options, ended)
+
+
 def call_function(reward, examples, completions):
     """Call a python reward, as TRL does: function(prompts, completions, **columns) -> numbers.
 
@@ -97,7 +114,7 @@ def call_function(reward, examples, completions):
     if not len(mine):
         return values
     columns = {name: [rows[i] for i in mine for _ in range(k)] for name, rows in examples.items()
-               if name not in ("prompt_ids", "num_tokens")}  # ours, not the dataset's
+               if name not in OURS}
     columns["prompts"] = columns.pop("prompt")
     texts = completions[k * mine.start : k * mine.stop]
     columns["completions"] = [

@@ -166,7 +166,7 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
      "dataset {bad}/no_roles.jsonl, split train: column 'prompt' must hold text, or lists of "
      "messages with role and content; row 0 does not"),
     ({"dataset": "{bad}/pairs.jsonl"},
-     "dataset {bad}/pairs.jsonl, split train: every prompt is empty"),
+     "dataset {bad}/pairs.jsonl, split train: every row has an empty prompt"),
     ({"chat": True},
      "dataset {world}/data.jsonl, split train: the prompts are chat messages, but the tokenizer "
      "has no chat template; use an instruction-tuned model, or plain-text prompts"),

@@ -8,11 +8,11 @@ import numpy
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from helpers.tiny import (CPU, data_args, load_scorer, make_policy, make_tokenizer, reward_args,
-                          save_classifier, save_policy, token_ids)
+from helpers.tiny import (CPU, data_args, encode, load_scorer, make_policy, make_tokenizer,
+                          reward_args, save_classifier, save_policy, token_ids)
 from transformers import AutoModelForSequenceClassification, set_seed
 
-from common import (Batch, encode, evaluate, no_grad_logprobs, microbatches, minibatches, pad,
+from common import (Batch, evaluate, no_grad_logprobs, microbatches, minibatches, pad,
                     positions, rollout, sequence_rewards, token_kl, token_logprobs, wins)
 from plumbing import (batches, eos_ids, isolated_rng, load_dataset, load_model, load_rewards,
                       load_rows, load_tokenizer, random_states, set_random_states)
@@ -291,9 +291,14 @@ def brevity(completions):
 
 @pytest.fixture
 def dataset(tokenizer):
-    rows = {"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS),
-            "completion": ["a b c"] * 4}
-    return Dataset.from_dict(rows)
+    return as_rows(tokenizer, ["a b c"] * 4)
+
+
+def as_rows(tokenizer, completions):
+    """What load_rows makes of PROMPTS and these."""
+    ids = [ids + [tokenizer.eos_token_id] for ids in token_ids(tokenizer, completions)]
+    return Dataset.from_dict({"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS),
+                              "completion": completions, "completion_ids": ids})
 
 
 def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer, dataset):
@@ -313,10 +318,8 @@ def test_evaluate_counts_wins_against_the_reference_texts(policy, tokenizer, dat
 def test_ties_with_the_datasets_completions_count_half(policy, tokenizer):
     count = lambda completions: [float(text.count("a")) for text in completions]
     texts = ["a a a a a a a", "b", "a", ""]  # the first is longer than a sample can be
-    dataset = Dataset.from_dict({"prompt": PROMPTS, "prompt_ids": token_ids(tokenizer, PROMPTS),
-                                 "completion": texts})
-    values, completions = evaluate(policy, policy, tokenizer, rewards(count), dataset, EvaluateArgs,
-                                   k=4)
+    values, completions = evaluate(policy, policy, tokenizer, rewards(count),
+                                   as_rows(tokenizer, texts), EvaluateArgs, k=4)
     pairs = list(zip(count(completions), [7.0] * 4 + [0.0] * 4 + [1.0] * 4 + [0.0] * 4))
     expected = [1.0 if ours > theirs else 0.5 if ours == theirs else 0.0 for ours, theirs in pairs]
     assert values["win_rate"].tolist() == expected and {0.0, 0.5, 1.0} == set(expected)

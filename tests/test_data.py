@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers.families import save_family
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from helpers.tiny import CPU, data_args, make_tokenizer, reward_args
+from helpers.tiny import CPU, data_args, encode, make_tokenizer, reward_args
 
 import rloo
 import sft
-from common import encode, score
+from common import score
 from plumbing import data, load_dataset, load_rewards, load_rows, load_tokenizer
 from plumbing.data import shorten, split_row
 
@@ -141,17 +141,21 @@ def test_rows_are_the_same_as_computed_one_by_one(given, columns, flags, rows, q
             prompt = [turn("user", prompt)]
         if isinstance(prompt, list) and "system_prompt" in flags:
             prompt = [turn("system", flags["system_prompt"]), *prompt]
+        reply = row["completion"]
+        reply = reply if isinstance(reply, str) else reply[0]["content"]
+        start, whole = prompt, f"{prompt}{reply}"
         if isinstance(prompt, list):
             text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            ids = tokenizer(prompt)["input_ids"]
-        more = len(tokenizer(row["completion"])["input_ids"]) + 1 if "completion" in columns else 0
+            start, whole = text, f"{text}{reply}<|im_end|>"
+        ids, both, alone = (tokenizer(text)["input_ids"] for text in (start, whole, reply))
+        reply_ids = both[len(ids):] if both[: len(ids)] == ids else alone
+        reply_ids += [tokenizer.eos_token_id] * (reply_ids[-1] != tokenizer.eos_token_id)
+        more = len(reply_ids) if "completion" in columns else 0
         if flags == {"truncate_prompts": True} and ids:
             ids = shorten(ids, 40 - more, tokenizer)
         if ids and len(ids) + more <= 40:
-            expected.append(row | {"prompt": prompt, "prompt_ids": ids,
-                                   "num_tokens": len(ids) + more})
+            expected.append(row | {"prompt": prompt, "prompt_ids": ids, "completion": reply,
+                                   "completion_ids": reply_ids, "num_tokens": len(ids) + more})
     found = rows(given, columns, 40, **flags)
     assert found.to_list() == expected and len(expected) > 3
     assert found[[2, 0]] == {key: [expected[2][key], expected[0][key]] for key in expected[0]}

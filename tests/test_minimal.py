@@ -1,6 +1,7 @@
 """rloo_minimal.py: its own main against the second implementation in float64, and its sampler."""
 
 import pytest
+from helpers.tiny import encode
 import rloo_minimal
 import torch
 from helpers import loop, oracle, small_world
@@ -8,7 +9,6 @@ from test_loops import BASE, assert_close, score
 
 import common
 import rloo
-from common import encode
 from plumbing import load_rewards, load_tokenizer
 from tasks import mini_tldr
 

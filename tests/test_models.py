@@ -121,7 +121,7 @@ def test_every_script_trains_on_a_chat_dataset_and_saves_what_transformers_loads
         script, name, folders, data, tmp_path):
     module = importlib.import_module(script)
     flags = dict(model=folders[name], dataset=str(data), num_updates=2, lr=1e-2, device="cpu",
-                 max_length=64)
+                 max_length=128)
     flags |= dict(reward=(f"{data}/reward.py:digits",), gold="none", max_new_tokens=8, k=2,
                   prompts_per_step=2)
     flags |= dict(test_split="train", eval_prompts=2, eval_dataset=str(data), batch_size=4,
@@ -215,10 +215,11 @@ def test_a_reward_model_with_another_chat_template_gets_the_messages_in_its_own(
     reward = load_scorer(str(tmp_path / "reward"), tokenizer)
     scores = reward(batch, {"prompt": messages})
     for row, text in enumerate(decode(tokenizer, batch)):
-        prompt = other.apply_chat_template(messages[row // 2], tokenize=False,
-                                           add_generation_prompt=True)
-        ids = (other(prompt, add_special_tokens=False)["input_ids"]
-               + other(text, add_special_tokens=False)["input_ids"])
+        talk = [*messages[row // 2], {"role": "assistant", "content": text}]
+        whole = other.apply_chat_template(talk, tokenize=False).rpartition("</s>")[0]
+        prompt, line, after = (other(start, add_special_tokens=False)["input_ids"] for start in
+                               (whole.removesuffix(text), "\n", "\n" + text))
+        ids = prompt + after[len(line) :]  # no further space after "[assistant] "
         ids += [other.eos_token_id] * batch.ended[row].item()
         with torch.no_grad():
             hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]

@@ -11,9 +11,9 @@ import torch
 from helpers.families import save_family
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from helpers.tiny import CPU, data_args, load_scorer
+from helpers.tiny import CPU, data_args, encode, load_scorer
 
-from common import decode, encode
+from common import decode
 from plumbing import load_module, load_rows, load_tokenizer, one_line, prompt_tokens
 from plumbing.data import shorten
 

@@ -13,11 +13,11 @@ import sys
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from helpers.tiny import ROOT, save_policy, scalars, token_ids
+from helpers.tiny import ROOT, encode, save_policy, scalars, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rloo
-from common import encode, token_logprobs
+from common import token_logprobs
 from plumbing import load_model
 
 

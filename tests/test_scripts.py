@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 import torch
 from datasets import Dataset
-from helpers.tiny import CPU, make_tokenizer, save_policy, scalars, token_ids
+from helpers.tiny import CPU, encode, make_tokenizer, save_policy, scalars, token_ids
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -18,7 +18,7 @@ import plot
 import reward_model
 import rloo
 import sft
-from common import encode, token_logprobs
+from common import token_logprobs
 from plumbing import load_model, load_tokenizer
 
 

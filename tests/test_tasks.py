@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import CPU, new_config, saved_config, token_ids
+from helpers.tiny import CPU, encode, new_config, saved_config, token_ids
 
-from common import decode, encode, reward_scores, rollout
+from common import decode, reward_scores, rollout
 from plumbing import load_model, load_reward, load_tokenizer
 from rloo import Args
 from tasks import mini_tldr, rouge

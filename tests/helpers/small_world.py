@@ -94,9 +94,11 @@ def pairs(split):
 
 
 def tied_pairs(split):
-    """Every second pair has the same response twice: neither is better."""
+    """Every second pair has two responses of the same length: neither is the better one."""
+    other = str.maketrans("abcdef", "bcdefa")
     return pairs(split).map(
-        lambda row, i: {"rejected": row["chosen"] if i % 2 else row["rejected"]}, with_indices=True)
+        lambda row, i: {"rejected": row["chosen"].translate(other) if i % 2 else row["rejected"]},
+        with_indices=True)
 
 
 def long_prompt(split):

@@ -16,7 +16,7 @@ from transformers import (AutoConfig, AutoModelForSequenceClassification, GPT2Co
                           GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM, PreTrainedTokenizerFast)
 
-from common import reward_scores
+from common import make_batch, reward_scores
 from plumbing import load_reward
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +55,14 @@ def make_tokenizer(words, pad="<pad>", eos="<eos>"):
 
 def token_ids(tokenizer, prompts):
     return tokenizer(prompts)["input_ids"]
+
+
+def encode(tokenizer, prompt_ids, completions, device, ended=None):
+    """A Batch of texts, where `ended` (default: everywhere) with an EOS."""
+    ended = ended or [True] * len(completions)
+    ids = [ids + [tokenizer.eos_token_id] * end
+           for ids, end in zip(token_ids(tokenizer, completions), ended)]
+    return make_batch(tokenizer, prompt_ids, ids, device, ended)
 
 
 def make_policy(vocab_size, eos_token_id, seed=0, dtype=torch.float32, hidden=16, layers=2):
