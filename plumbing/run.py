@@ -167,7 +167,7 @@ class Run:
         self.check_finite({}, kl=evaluation[0]["kl"].mean())
         self.state.setdefault("before", evaluation)
         self.state["after"] = evaluation
-        self.log({f"eval/{name}": value.mean() for name, value in evaluation[0].items()})
+        self.log({f"eval/{name}": value.nanmean() for name, value in evaluation[0].items()})
 
     def log_samples(self, examples, batch, scores, kl, advantages, rows=8):
         """Log a rollout's first responses as a table. Of advantages (N, T), the first is shown."""
