@@ -400,7 +400,8 @@ def rollout_metrics(batch, parts, scores, kl, rewards, k):
     groups = scores.view(-1, k)  # (B, k)
     distinct = {(row // k, *ids) for row, ids in enumerate(batch.responses.tolist())}
     best = parts.get("true_score", parts["score"]).view(-1, k).amax(1)  # (B,)
-    return {f"objective/{name}": part.nanmean() for name, part in parts.items() if name != "score"} | {
+    return {f"objective/{name}": part.nanmean() for name, part in parts.items()
+            if name != "score"} | {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
         "objective/best_of_k": best.mean(),

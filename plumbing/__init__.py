@@ -9,7 +9,7 @@ from plumbing.errors import one_line, require, stop
 from plumbing.files import find, load_function, load_module
 from plumbing.flags import (Between, Count, CountOrZero, DataArgs, EvaluationArgs, Limit,
                             NotNegative, Positive, Range, RunArgs, Seed, SystemArgs, check_ranges,
-                            parse, setup)
+                            get_scheduler, parse, setup)
 from plumbing.models import (eos_ids, load_classifier, load_critic, load_model, load_policy,
                              load_reference, load_tokenizer, try_out)
 from plumbing.processes import (clip_gradients, equal_share, everywhere, gather, is_first,

@@ -172,11 +172,11 @@ def weighted_sum(rewards, parts):
     A python reward that returns None for a row does not count for it, as in TRL. Exits with one
     line if none of them counts.
 
-    Args: rewards (Rewards); parts (dict name -> (N,), NaN for None).
+    Args: rewards (Rewards); parts (dict of (N,), in the same order, NaN for None).
     """
     total, silent = 0.0, True
-    for weight, (name, part) in zip(rewards.weights, parts.items()):
-        none = part.isnan() & (rewards.parts[name].function is not None)  # (N,)
+    for weight, reward, part in zip(rewards.weights, rewards.parts.values(), parts.values()):
+        none = part.isnan() & (reward.function is not None)  # (N,)
         total, silent = total + weight * part.masked_fill(none, 0.0), silent & none
     names = ", ".join(reward.name for reward in rewards.parts.values())
     require(not silent.any(), f"reward {names}: returned None for a response, and no other reward "

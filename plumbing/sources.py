@@ -16,7 +16,7 @@ import pyarrow
 from pandas._libs.parsers import STR_NA_VALUES
 from pyarrow import json as arrow_json
 
-from plumbing.errors import explain, one_line, require, stop
+from plumbing.errors import can_write, explain, one_line, require, stop
 from plumbing.files import COMPRESSED, KINDS, find, load_function, looks_like_path
 from plumbing.processes import is_first
 
@@ -164,18 +164,16 @@ def without_dates(kind):
 
 @cache
 def let_datasets_write():
-    """Where the cache of `datasets` cannot be written, let it have a temporary one.
+    """Where the cache of `datasets` cannot be written, give it one that lasts as long as this run.
 
-    Returns: what holds that, to the end of the process, or None.
+    Returns: what removes that in the end, or None.
     """
     usual = datasets.config.HF_DATASETS_CACHE
-    try:
-        os.makedirs(usual, exist_ok=True)
-        tempfile.TemporaryFile(dir=usual).close()
-    except OSError:
-        temporary = tempfile.TemporaryDirectory()
-        datasets.config.HF_DATASETS_CACHE = temporary.name
-        if is_first():
-            print(f"note: {usual} cannot be written, so datasets are read anew in each run; set "
-                  "HF_HOME to a folder that can")
-        return temporary
+    if can_write(usual):
+        return None
+    temporary = tempfile.TemporaryDirectory()
+    datasets.config.HF_DATASETS_CACHE = temporary.name
+    if is_first():
+        print(f"note: the cache {usual} cannot be written, so every run reads its datasets anew; "
+              "set HF_HOME to a folder that can")
+    return temporary
