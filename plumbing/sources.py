@@ -109,10 +109,10 @@ def files_of(folder, config):
 
 def read_files(files, split, texts):
     """One split of files that are all of the same kind: dict split -> paths."""
-    first = files[split][0]
-    more = {"sep": "\t"} if suffix(first) == ".tsv" else {}
-    escaped = {split: [glob.escape(os.path.abspath(path)) for path in files[split]]}
-    kind = kind_of(first)
+    first = next(iter(files.values()))[0]
+    kind, more = kind_of(first), {"sep": "\t"} if suffix(first) == ".tsv" else {}
+    escaped = {name: [glob.escape(os.path.abspath(path)) for path in paths]
+               for name, paths in files.items()}
     return read_as_written(kind, split, texts, kind, data_files=escaped, **more)
 
 
