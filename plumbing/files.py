@@ -23,7 +23,7 @@ def find(name):
     So the defaults, such as tasks/mini_tldr-sft, are found from any working directory.
     """
     path, colon, function = name.partition(":")
-    here = os.path.exists(path) or os.path.isabs(path)
+    here = os.path.exists(name) or os.path.exists(path) or os.path.isabs(path)
     return str(BESIDE / path) + colon + function if not here and (BESIDE / path).exists() else name
 
 

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
-from plumbing import errors, load_dataset, sources
+from helpers.tiny import data_args
+
+from plumbing import errors, load_dataset, load_rows, sources
 
 ROWS = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -120,3 +122,11 @@ def test_a_download_without_a_cache_names_the_remedy(tmp_path, monkeypatch, caps
     monkeypatch.setattr(errors, "CACHE", str(tmp_path))
     assert errors.explain("model", "some/model", OSError("...")).startswith("not a local folder")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_rows_keep_the_text_of_the_columns_that_flags_name(world, tmp_path):
+    (tmp_path / "d.csv").write_text("q,reply,answer\n007,NA,1\n2024-01-05,True,2\n")
+    args = data_args(f"{tmp_path}/d.csv", prompt_column="q", completion_column="reply")
+    rows = load_rows(args, "train", world.tokenizer, ["prompt", "completion"], 50)
+    assert rows["prompt"][:] == ["007", "2024-01-05"]
+    assert rows["completion"][:] == ["NA", "True"] and rows["answer"][:] == [1, 2]
