@@ -15,7 +15,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import (call_function, eos_ids, equal_share, everywhere, fast, gather, isolated_rng,
-                      my_parts, own_ids, own_rng, shares_ids, sum_over_ranks, try_out)
+                      my_parts, own_ids, own_rng, shares_ids, sum_over_ranks, try_out,
+                      weighted_sum)
 
 # -------------------------------------------------------------------------------------------- batch
 
@@ -292,7 +293,7 @@ def no_grad_values(critic, batch, max_tokens):
 
 @torch.no_grad()
 def reward_scores(reward, tokenizer, batch, examples):
-    """What one reward (see load_reward) says of each response. Returns (N,).
+    """What one reward (see load_reward) says of each response. Returns (N,), NaN where it is None.
 
     A classifier gets the rollout's token ids if it shares the policy's tokenizer. Otherwise the
     text is tokenized again (messages by its own chat template), with what ends it if the response
@@ -300,7 +301,8 @@ def reward_scores(reward, tokenizer, batch, examples):
     """
     scores, texts = torch.zeros_like(batch.old_logprobs[:, 0]), decode(tokenizer, batch)  # (N,)
     if reward.function:
-        return sum_over_ranks(call_function(reward, examples, texts).to(scores))
+        ids = [row[mask].tolist() for row, mask in zip(batch.responses, batch.response_mask)]
+        return sum_over_ranks(call_function(reward, examples, texts, ids).to(scores))
     if not shares_ids(reward, tokenizer, batch.responses):
         ended = batch.ended.tolist()
         batch = make_batch(reward.tokenizer, *own_ids(reward, examples, texts, ended),
@@ -322,7 +324,7 @@ def score(rewards, tokenizer, batch, examples, noise=True):
     """
     parts = {f"reward/{name}": reward_scores(reward, tokenizer, batch, examples)
              for name, reward in rewards.parts.items()}  # of (N,) each
-    total = sum(weight * part for weight, part in zip(rewards.weights, parts.values()))  # (N,)
+    total = weighted_sum(rewards, parts)  # (N,)
     found = {"score": total} | (parts if len(parts) > 1 else {})
     if rewards.noise and noise:
         draws = torch.randn(len(total)).to(total)  # (N,), from the state that checkpoints hold
@@ -397,7 +399,8 @@ def rollout_metrics(batch, parts, scores, kl, rewards, k):
     groups = scores.view(-1, k)  # (B, k)
     distinct = {(row // k, *ids) for row, ids in enumerate(batch.responses.tolist())}
     best = parts.get("true_score", parts["score"]).view(-1, k).amax(1)  # (B,)
-    return {f"objective/{name}": part.mean() for name, part in parts.items() if name != "score"} | {
+    return {f"objective/{name}": part.nanmean() for name, part in parts.items()
+            if name != "score"} | {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
         "objective/best_of_k": best.mean(),

@@ -29,15 +29,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import get_scheduler
 
 try:
     from common import (dry_run, evaluate, make_batch, microbatches, no_grad_logprobs,
                         token_logprobs)
     from plumbing import (Count, CountOrZero, DataArgs, EvaluationArgs, NotNegative, Positive, Run,
-                          Seed, SystemArgs, clip_gradients, leave, load_policy, load_reference,
-                          load_rewards, load_rows, load_tokenizer, parse, setup, sum_gradients,
-                          sum_over_ranks)
+                          Seed, SystemArgs, clip_gradients, get_scheduler, leave, load_policy,
+                          load_reference, load_rewards, load_rows, load_tokenizer, parse, setup,
+                          sum_gradients, sum_over_ranks)
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}; copy common.py, plumbing/ and tasks/ along with this "
                      "script, and install requirements.txt")

@@ -175,9 +175,10 @@ def summarize(values, completions, k):
         groups = [completions[i : i + k] for i in range(0, len(completions), k)]
         metrics["distinct"] = sum(len(set(group)) for group in groups) / len(completions)
     if "gold" in values:
-        metrics["gold"] = values["gold"].mean().item()
+        metrics["gold"] = values["gold"].nanmean().item()
     if "win_rate" in values:
-        per_prompt = values["win_rate"].view(-1, k).mean(1)  # (B,)
+        per_prompt = values["win_rate"].view(-1, k).nanmean(1)  # (B,)
+        per_prompt = per_prompt[~per_prompt.isnan()]  # where the judge returned a number
         metrics["win_rate"] = per_prompt.mean().item()
         metrics["win_rate+-"] = per_prompt.std().item() / math.sqrt(len(per_prompt))
     for n in (1, 2):

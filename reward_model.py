@@ -20,14 +20,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import get_scheduler
 
 try:
     from common import classifier_scores, make_batch, microbatches, reward_scores
     from plumbing import (Count, CountOrZero, DataArgs, NotNegative, Positive, Reward, Run, Seed,
-                          SystemArgs, clip_gradients, find_gold, is_first, leave, load_classifier,
-                          load_reward, load_rows, load_tokenizer, parse, setup, sum_gradients,
-                          sum_over_ranks, try_out)
+                          SystemArgs, clip_gradients, find_gold, get_scheduler, is_first, leave,
+                          load_classifier, load_reward, load_rows, load_tokenizer, parse, setup,
+                          sum_gradients, sum_over_ranks, try_out)
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}; copy common.py, plumbing/ and tasks/ along with this "
                      "script, and install requirements.txt")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import get_scheduler
 
 try:
     from common import make_batch, microbatches, no_grad_logprobs, token_logprobs
     from plumbing import (Count, CountOrZero, DataArgs, NotNegative, Positive, Run, Seed,
-                          SystemArgs, clip_gradients, is_first, leave, load_policy, load_rows,
-                          load_tokenizer, parse, setup, sum_gradients, sum_over_ranks, try_out)
+                          SystemArgs, clip_gradients, get_scheduler, is_first, leave, load_policy,
+                          load_rows, load_tokenizer, parse, setup, sum_gradients, sum_over_ranks,
+                          try_out)
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}; copy common.py, plumbing/ and tasks/ along with this "
                      "script, and install requirements.txt")

@@ -27,16 +27,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import get_scheduler
 
 try:
     from common import (dry_run, evaluate, microbatches, no_grad_logprobs, no_grad_values, rollout,
                         rollout_metrics, score, token_kl, token_logprobs, token_rewards,
                         token_values)
     from plumbing import (Count, CountOrZero, NotNegative, Positive, Run, RunArgs, Seed,
-                          clip_gradients, leave, load_critic, load_policy, load_reference,
-                          load_rewards, load_rows, load_tokenizer, parse, setup, sum_gradients,
-                          sum_over_ranks)
+                          clip_gradients, get_scheduler, leave, load_critic, load_policy,
+                          load_reference, load_rewards, load_rows, load_tokenizer, parse, setup,
+                          sum_gradients, sum_over_ranks)
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}; copy common.py, plumbing/ and tasks/ along with this "
                      "script, and install requirements.txt")

@@ -9,7 +9,7 @@ would step, its gradients are noted, and the weights stay as they are.
 import copy
 import functools
 import shlex
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from unittest.mock import patch
@@ -141,7 +141,7 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
         for name in replaced.keys() & vars(module).keys():
             stack.enter_context(patch.object(module, name, replaced[name]))
         stack.enter_context(patch("plumbing.run.batches", batches))
-        stack.enter_context(patch("plumbing.run.catch_signals", lambda: []))
+        stack.enter_context(patch("plumbing.run.caught", nullcontext))
         stack.enter_context(patch("plumbing.models.pick_threads", lambda _: None))
         module.main(args)
     require(len(seen) == warmup + count,

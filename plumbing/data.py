@@ -14,7 +14,7 @@ from datasets.fingerprint import Hasher
 from plumbing.chat import is_conversation, prompt_tokens, reply_tokens, template_options
 from plumbing.errors import one_line, require, stop
 from plumbing.processes import is_first
-from plumbing.sources import load_dataset
+from plumbing.sources import load_dataset, text_columns
 
 RESPONSES = {"completion", "chosen", "rejected"}  # columns that hold responses
 EMPTY, IDENTICAL = "an empty prompt", "the same response twice"  # why a row is dropped
@@ -194,7 +194,8 @@ def load_rows(args, split, tokenizer, columns=("prompt",), max_length=None, firs
     """
     max_length = max_length or args.max_prompt_length
     what = f"dataset {args.dataset}, split {split}"
-    dataset = load_dataset(args.dataset, split, args.dataset_config).with_format(None)
+    dataset = load_dataset(args.dataset, split, args.dataset_config, text_columns(args))
+    dataset = dataset.with_format(None)
     sources, example = find_columns(args, dataset, columns)
     wrap = bool(args.chat or args.system_prompt)
     preparation = Preparation(

@@ -3,12 +3,19 @@
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import torch.distributed as dist
+from huggingface_hub import constants
 from tqdm import tqdm
+
+CACHE = constants.HF_HUB_CACHE
+
+if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows another one
+    sys.stdout.reconfigure(errors="replace")
 
 
 def stop(message, code=2):
@@ -34,6 +41,16 @@ def one_line(error):
     return " ".join(str(error).encode(errors="replace").decode().split())[:300]
 
 
+def can_write(folder):
+    """Whether files can be written to a folder, which is made if there is none."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
 def explain(what, name, error):
     """The rest of a message: why `name` could not be loaded, and what to do about it."""
     text, folder = one_line(error), Path(name)
@@ -52,6 +69,9 @@ def explain(what, name, error):
         return (f"{pickles[0] if pickles else 'its weights'} is a pickle, which can run arbitrary "
                 "code when loaded, so it is refused; if you trust it, load it in transformers and "
                 "save it with save_pretrained, as safetensors")
+    if not folder.exists() and not constants.HF_HUB_OFFLINE and not can_write(CACHE):
+        return (f"nothing can be downloaded, since the cache {CACHE} cannot be written; set "
+                "HF_HOME to a folder that can")
     if not folder.exists() and isinstance(error, OSError):  # raised without a connection
         repository = "--repo-type dataset " * (what == "dataset") + name
         return ("not a local folder, and the hub cannot be reached or does not have it; if you "

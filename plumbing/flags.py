@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import tyro
+from transformers import get_scheduler as transformers_scheduler
 from transformers import set_seed
 
 from plumbing.checkpoints import read_settings
@@ -177,6 +178,16 @@ def setup(args):
         args.microbatch_tokens = fitting_tokens(args.model, device)
     set_seed(args.seed)
     return device
+
+
+def get_scheduler(name, optimizer, warmup, total):
+    """A learning-rate schedule: "constant", "linear" or "cosine", after a linear warm-up.
+
+    transformers.get_scheduler, but "constant" has the warm-up too. The first of `warmup` updates
+    has 0, the next 1 / warmup of the learning rate; `total` updates with these.
+    """
+    name = "constant_with_warmup" if name == "constant" else name
+    return transformers_scheduler(name, optimizer, warmup, total)
 
 
 def check_output(args):

@@ -48,7 +48,7 @@ def print_evaluations(prompt, before, after):
     Args: prompt (of the first response); before and after (as `evaluate` returns them).
     Returns: dict of the two, each a dict name -> mean.
     """
-    means = [{name: value.mean().item() for name, value in values.items()}
+    means = [{name: value.nanmean().item() for name, value in values.items()}
              for values, _ in (before, after)]
     print(f"\n{'held-out prompts':<20}{'before':>10}{'after':>10}")
     for name in means[0]:

@@ -1,7 +1,13 @@
 """Rewards: one-label classifiers and python functions, as the flags name them. common.py scores."""
 
+import asyncio
+import copy
+import inspect
+import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -99,44 +105,99 @@ def own_ids(reward, examples, texts, ended):
     return ids, reply_tokens(reward.tokenizer, prompts, ids, texts, what, options, ended)
 
 
-def call_function(reward, examples, completions):
+def call_function(reward, examples, completions, completion_ids):
     """Call a python reward, as TRL does: function(prompts, completions, **columns) -> numbers.
 
-    The dataset's other columns are lists of one value per completion. Completions are texts, or
-    one-message lists for chat prompts. With several processes, each calls the function for its
-    slice of the prompts.
+    The dataset's other columns are lists of one value per completion, each a copy that the function
+    may change. Completions are texts, or one-message lists for chat prompts. With several
+    processes, each calls the function for its slice of the prompts.
 
     Args: reward; examples (dict of columns, lists of B values); completions (N texts,
-    prompt-major). Returns: (N,), 0 in rows that other processes handle.
+    prompt-major); completion_ids (their N lists of token ids, which the function gets if it takes
+    them). Returns: (N,), NaN where the function says None, 0 in rows that other processes handle.
     """
     k, mine = len(completions) // len(examples["prompt"]), rank_slice(len(examples["prompt"]))
     values = torch.zeros(len(completions))  # (N,)
     if not len(mine):
         return values
-    columns = {name: [rows[i] for i in mine for _ in range(k)] for name, rows in examples.items()
-               if name not in OURS}
+    columns = {name: [copy.deepcopy(rows[i]) for i in mine for _ in range(k)]
+               for name, rows in examples.items() if name not in OURS}
     columns["prompts"] = columns.pop("prompt")
-    texts = completions[k * mine.start : k * mine.stop]
+    rows = slice(k * mine.start, k * mine.stop)
     columns["completions"] = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(columns["prompts"], texts)]
-    values[k * mine.start : k * mine.stop] = checked_values(reward, columns)
+        for prompt, text in zip(columns["prompts"], completions[rows])]
+    if takes(reward.function, "completion_ids"):
+        columns["completion_ids"] = copy.deepcopy(completion_ids[rows])
+    values[rows] = checked_values(reward, columns)
     return values
 
 
-def checked_values(reward, columns):
-    """A python reward's numbers as a tensor; exits with one line if they are not that."""
+def takes(function, name):
+    """Whether a function has a parameter of this name, or **kwargs."""
     try:
-        values = [float(value) for value in reward.function(**columns)]
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # one that is not written in python
+        return False
+    return any(parameter.name == name or parameter.kind is parameter.VAR_KEYWORD
+               for parameter in parameters)
+
+
+def checked_values(reward, columns):
+    """A python reward's numbers as a tensor, NaN for None; exits with one line otherwise."""
+    count = len(columns["completions"])
+    try:
+        values = reward.function(**columns)
+        if inspect.isawaitable(values):
+            values = wait_for(values)
+        values = [value.item() if hasattr(value, "item") else value for value in values]
+        values = [None if value is None else float(value) for value in values]
     except Exception as error:
         stop(f"reward {reward.name}: raised {type(error).__name__}: {one_line(error)}")
-    count = len(columns["completions"])
     require(len(values) == count,
             f"reward {reward.name}: returned {len(values)} values for {count} completions")
-    bad = [value for value in values if not abs(value) < torch.finfo(torch.float32).max]
-    require(not bad,
-            f"reward {reward.name}: returned {bad[:1]}; every value must be a finite number")
-    return torch.tensor(values)
+    bad = [value for value in values
+           if value is not None and not abs(value) < torch.finfo(torch.float32).max]
+    require(not bad, f"reward {reward.name}: returned {bad[:1]}; every value must be a finite "
+                     "number, or None")
+    return torch.tensor([math.nan if value is None else value for value in values])
+
+
+def wait_for(awaitable):
+    """The result of an async function.
+
+    All run in one event loop, in a thread of its own: a notebook's own loop is busy, and what an
+    async function keeps, such as connections, belongs to the loop of its first call.
+    """
+    async def result():
+        return await awaitable
+
+    return asyncio.run_coroutine_threadsafe(result(), event_loop()).result()
+
+
+@cache
+def event_loop():
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+def weighted_sum(rewards, parts):
+    """The sum of weight * part over the rewards that say something of a row. Returns (N,).
+
+    A python reward that returns None for a row does not count for it, as in TRL. Exits with one
+    line if none of them counts.
+
+    Args: rewards (Rewards); parts (dict of (N,), in the same order, NaN for None).
+    """
+    total, silent = 0.0, True
+    for weight, reward, part in zip(rewards.weights, rewards.parts.values(), parts.values()):
+        none = part.isnan() & (reward.function is not None)  # (N,)
+        total, silent = total + weight * part.masked_fill(none, 0.0), silent & none
+    names = ", ".join(reward.name for reward in rewards.parts.values())
+    require(not silent.any(), f"reward {names}: returned None for a response, and no other reward "
+                              "has a number for it; return a number, or add a reward that does")
+    return total
 
 
 def as_text(prompt):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Run:
     """
 
     def __init__(self, script, args, tokenizer, **trained):
-        """Create the run folder, or reopen that of --resume. From here on, Ctrl-C saves and exits.
+        """Create the run folder, or reopen that of --resume.
 
         Args: script (__file__); args; tokenizer; trained (name=(model, optimizer, scheduler): what
         checkpoints save and restore).
@@ -62,7 +63,7 @@ class Run:
             name = f"{self.name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
             self.folder = Path(gather(args.output or f"runs/{name}")[0])  # by the first one's clock
         self.writer = self.open_log(settings) if is_first() else None
-        self.signals = catch_signals()
+        self.signals = []  # Ctrl-C or SIGTERM, once one has come
 
     def restore(self, settings):
         """Take up the last checkpoint of the run in self.folder, if it is the same run."""
@@ -104,15 +105,17 @@ class Run:
     def updates(self, dataset, size):
         """Yield `size` rows (dict of columns) per update, up to --num-updates.
 
-        A resumed run starts where it stopped.
+        A resumed run starts where it stopped. Meanwhile, Ctrl-C and SIGTERM save and exit; however
+        the loop ends, they do afterwards what they did before.
         """
         bar = tqdm(range(self.step, self.args.num_updates), desc=self.name, unit="update",
                    disable=self.writer is None)
-        for _, examples in zip(bar, batches(dataset, size, self.args.seed, self.step)):
-            self.start = time.perf_counter()
-            self.state["step"] += 1
-            yield examples
-            bar.set_postfix(self.shown, refresh=False)
+        with caught(self.signals):
+            for _, examples in zip(bar, batches(dataset, size, self.args.seed, self.step)):
+                self.start = time.perf_counter()
+                self.state["step"] += 1
+                yield examples
+                bar.set_postfix(self.shown, refresh=False)
 
     def check_finite(self, examples, **values):
         """Exit before a NaN or infinity reaches the weights, and save the prompts it came from.
@@ -131,7 +134,7 @@ class Run:
             if self.writer:
                 found = {"update": self.step, "not finite": name, "prompts": prompts}
                 text = json.dumps(found, indent=2, ensure_ascii=False)
-                (self.folder / "not_finite.json").write_text(text + "\n")
+                (self.folder / "not_finite.json").write_text(text + "\n", "utf-8")
             stop(f"update {self.step}: {name} is not finite ({float(value.float().sum())}); the "
                  f"checkpoints in {self.folder} are from before this update, and not_finite.json "
                  "lists its prompts; try a smaller --lr or --max-grad-norm, and check the rewards",
@@ -167,7 +170,7 @@ class Run:
         self.check_finite({}, kl=evaluation[0]["kl"].mean())
         self.state.setdefault("before", evaluation)
         self.state["after"] = evaluation
-        self.log({f"eval/{name}": value.mean() for name, value in evaluation[0].items()})
+        self.log({f"eval/{name}": value.nanmean() for name, value in evaluation[0].items()})
 
     def log_samples(self, examples, batch, scores, kl, advantages, rows=8):
         """Log a rollout's first responses as a table. Of advantages (N, T), the first is shown."""
@@ -203,6 +206,8 @@ class Run:
         last, every = self.step == args.num_updates, args.save_every
         if not (asked or last or (every and self.step % every == 0)):
             return
+        if asked and not self.signals:  # another process has one
+            self.signals.append(signal.SIGTERM)
         if asked and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when the first ends
         if self.writer:
@@ -221,15 +226,12 @@ class Run:
                        f"--resume {self.folder}")
         if dist.is_initialized():
             dist.barrier()  # otherwise torchrun would end the first process while it is writing
-        raise SystemExit(128 + (self.signals or [signal.SIGTERM])[0])
+        raise SystemExit(128 + self.signals[0])
 
     def finish(self, test=None):
         """Close the log, and print the first and last evaluation, if there is a `test` split."""
         if self.writer:
             self.writer.close()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.writer is None or test is None:
             return
         found = print_evaluations(test[0]["prompt"], self.state["before"], self.state["after"])
@@ -238,21 +240,31 @@ class Run:
               f"{self.folder.parent}")
 
 
-def catch_signals():
-    """From now on, the first Ctrl-C or SIGTERM lets the update finish, the second exits.
+@contextmanager
+def caught(signals):
+    """Within this, the first Ctrl-C or SIGTERM is noted in the list `signals`.
 
-    Returns: list of signals, empty until one comes.
+    A second one does what it did before: it exits, or in a notebook raises KeyboardInterrupt.
     """
-    signals = []
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def note(number, frame):
         signals.append(number)
-        for again in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(again, signal.SIG_DFL)
+        restore()
         os.write(2, b"\nsaving a checkpoint and exiting after this update; press Ctrl-C again to "
                     b"quit now\n")
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, note)
-    return signals
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        if not (signals and dist.is_initialized()):  # then torchrun's SIGTERM is still to come
+            restore()

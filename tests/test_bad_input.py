@@ -31,6 +31,8 @@ def text(prompts, completions, **_):
     return ["good"] * len(completions)
 def none(prompts, completions, **_):
     pass
+def silent(prompts, completions, **_):
+    return [1.0] + [None] * (len(completions) - 1)
 def one(prompts, completions, **_):
     return [1.0] * len(completions)
 """
@@ -43,6 +45,8 @@ def bad(world, tmp_path_factory):
     (folder / "rewards.py").write_text(REWARDS)
     (folder / "syntax.py").write_text("def f(:\n")
     (folder / "empty.jsonl").write_text("")
+    for name in ("rows.xlsx", "a::b.jsonl"):
+        (folder / name).write_text(json.dumps({"prompt": "a"}))
     (folder / "column.jsonl").write_text(json.dumps({"query": "a", "answer": "b"}))
     (folder / "numbers.jsonl").write_text(json.dumps({"prompt": 1}) + "\n"
                                           + json.dumps({"prompt": 2}))
@@ -90,6 +94,10 @@ def bad(world, tmp_path_factory):
     return folder
 
 
+FILES = (".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .txt, or one of these compressed as .gz, "
+         ".bz2, .xz, .zst")
+
+
 RLOO = [  # flags, and the line that a person sees; … stands for another library's words
     ({"k": 1}, "--k 1: the baseline is the mean of the other k - 1 responses; use at least 2"),
     ({"k": 0}, "--k 0: the baseline is the mean of the other k - 1 responses; use at least 2"),
@@ -126,13 +134,15 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
     ({"reward": ("{bad}/rewards.py:short",)},
      "reward {bad}/rewards.py:short: returned 1 values for 2 completions"),
     ({"reward": ("{bad}/rewards.py:nan",)},
-     "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number"),
+     "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number, or "
+     "None"),
     ({"reward": ("{bad}/rewards.py:text",)},
      "reward {bad}/rewards.py:text: raised ValueError: could not convert string to float: 'good'"),
     ({"reward": ("{bad}/rewards.py:none",)},
      "reward {bad}/rewards.py:none: raised TypeError: 'NoneType' object is not iterable"),
     ({"gold": "{bad}/rewards.py:nan"},
-     "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number"),
+     "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number, or "
+     "None"),
     ({"reward": ("{bad}/headless",)},
      "model {bad}/headless: the weights score.weight are missing, so it is another kind of model"),
     ({"reference": "{bad}/other"},
@@ -140,7 +150,19 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
     ({"reward": ("{bad}/two_labels",)},
      "model {bad}/two_labels: has 2 labels; a reward model has 1"),
     ({"dataset": "{bad}/no_data.jsonl"},
-     "dataset {bad}/no_data.jsonl: no such file or folder; give a path or a hub name"),
+     "dataset {bad}/no_data.jsonl: no such file or folder; give a folder, a hub name, or a file: "
+     + FILES),
+    ({"dataset": "no_data.xlsx"},
+     "dataset no_data.xlsx: no such file or folder; give a folder, a hub name, or a file: "
+     + FILES),
+    ({"dataset": "{bad}/rows.xlsx"},
+     "dataset {bad}/rows.xlsx: files of this kind cannot be read; give a folder, a hub name, or a "
+     "file: " + FILES),
+    ({"dataset": "{bad}/a::b.jsonl"},
+     "dataset {bad}/a::b.jsonl: `datasets` cannot read a path with ::; rename it"),
+    ({"reward": ("{bad}/rewards.py:silent",)},
+     "reward {bad}/rewards.py:silent: returned None for a response, and no other reward has a "
+     "number for it; return a number, or add a reward that does"),
     ({"dataset": "{bad}/nothing"},
      "dataset {bad}/nothing, split train: cannot be loaded from a folder or the hub: …"),
     ({"dataset": "{bad}/empty.jsonl"}, "dataset {bad}/empty.jsonl: is empty"),
@@ -277,7 +299,8 @@ OTHERS = [
      "dataset {bad}/column.jsonl: has no column 'prompt'; it has query, answer; name one with "
      "--prompt-column"),
     (dpo, {"eval_dataset": "{bad}/no_data.jsonl"},
-     "dataset {bad}/no_data.jsonl: no such file or folder; give a path or a hub name"),
+     "dataset {bad}/no_data.jsonl: no such file or folder; give a folder, a hub name, or a file: "
+     + FILES),
     (dpo, {"max_length": 1},
      "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
      "--max-prompt-length or --max-length"),

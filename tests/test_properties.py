@@ -108,8 +108,9 @@ def test_any_answer_of_a_reward_function_is_numbers_or_refused(answer, qwen, pat
     batch = encode(qwen, [[1]] * 3, ["a", "b", "c"], CPU)
     scores = attempt(lambda: reward(batch, {"prompt": ["a", "b", "c"]}), capsys)
     if scores is not None:
-        assert scores.dtype == torch.float32 and torch.isfinite(scores).all()
-        assert scores.tolist() == pytest.approx([float(value) for value in answer], rel=1e-6)
+        assert scores.dtype == torch.float32 and not scores.isinf().any()
+        numbers = [math.nan if value is None else float(value) for value in answer]
+        assert scores.tolist() == pytest.approx(numbers, rel=1e-6, nan_ok=True)
     elif isinstance(answer, list) and len(answer) == 3:
         assert not all(type(value) is float and abs(value) < 3e38 for value in answer)
 

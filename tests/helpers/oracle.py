@@ -161,12 +161,12 @@ class Adam:
 
 
 def schedule(flags, u):
-    """The factor on the learning rate after u updates, as in transformers' get_scheduler."""
+    """The factor on the learning rate after u updates: u / warm-up, then the schedule."""
     warmup, total = flags.warmup_updates, flags.num_updates
-    if flags.lr_schedule == "constant":
-        return 1.0
     if u < warmup:
         return u / max(1, warmup)
+    if flags.lr_schedule == "constant":
+        return 1.0
     if flags.lr_schedule == "linear":
         return max(0.0, (total - u) / max(1, total - warmup))
     if flags.lr_schedule == "cosine":
