@@ -1,7 +1,7 @@
 """What a model can do is asked of the model, on two short rows, rather than told by its name.
 
-Asked when it is loaded, in float32, before autocast and sharding: so rounding cannot pass for a
-difference, and every process gets the same answers. No random number is drawn.
+Asked when it is loaded, in float32, before autocast and sharding, so that rounding cannot pass for
+a difference. No random number is drawn.
 """
 
 import functools
@@ -10,7 +10,7 @@ import torch
 
 from plumbing import fast
 from plumbing.errors import one_line, require, stop
-from plumbing.processes import is_first, pick_threads
+from plumbing.processes import everywhere, is_first, pick_threads
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1],
                      [0, 0, 1, 1, 1, 1, 1, 0]]).bool()  # (2, L): prompts and responses of two rows
@@ -67,8 +67,9 @@ def ask(name, model, tokenizer, plain=False):
             f"model {name}: padding changes what {type(model).__name__} says of a row (it does not "
             "follow position_ids or attention_mask), so log-probs would be wrong; use a model that "
             "does, such as Llama, Qwen or GPT-2")
-    model.keeps_cache = continues(model, ids, mask, padded)
-    fits = model.keeps_cache and continues(model, ids, mask, padded, copied=True)
+    # In step, since the plain sampler and the fast one would wait for each other.
+    model.keeps_cache = everywhere(continues(model, ids, mask, padded))
+    fits = model.keeps_cache and everywhere(continues(model, ids, mask, padded, copied=True))
     model.is_fast, model.longest = fits and not plain, longest_row(model, ids[:1, :PROMPT])
     if not (fits or plain):
         say(f"model {name}: runs in the plain form of common.py, which is slower, since its cache "
