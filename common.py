@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import (call_function, eos_ids, equal_share, everywhere, fast, gather, isolated_rng,
-                      my_parts, own_ids, own_rng, shares_ids, sum_over_ranks, try_out,
+                      keeps_cache, my_parts, own_ids, own_rng, shares_ids, sum_over_ranks, try_out,
                       weighted_sum)
 
 # -------------------------------------------------------------------------------------------- batch
@@ -173,9 +173,10 @@ def sample(policy, tokenizer, prompt_ids, k, temperature, max_new_tokens, greedy
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (N,)
     for _ in range(max_new_tokens):
         new = ids if cache is None else ids[:, -1:]
-        output = policy(input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True,
+        output = policy(input_ids=new, attention_mask=mask, past_key_values=cache,
+                        use_cache=keeps_cache(policy),  # without one, the whole rows run each time
                         position_ids=positions(mask)[:, -new.shape[1] :], logits_to_keep=1)
-        cache = output.past_key_values
+        cache = output.get("past_key_values")
         tokens, chosen = choose(output.logits[:, -1], slice(None))  # (N,)
         ids = torch.cat([ids, tokens.masked_fill(ended, pad_id).unsqueeze(1)], 1)
         mask = torch.cat([mask, ~ended.unsqueeze(1)], 1)
@@ -335,12 +336,15 @@ def score(rewards, tokenizer, batch, examples, noise=True):
 # --------------------------------------------------------------------------- evaluation and metrics
 
 
-def dry_run(policy, tokenizer, datasets, rewards, args):
-    """Catch what would stop the run later: rows too long for the model, a reward that fails.
+def dry_run(policy, tokenizer, datasets, rewards, args, *others):
+    """Catch what would stop the run later: rows too long for a model, a reward that fails.
 
-    Args: policy; tokenizer; datasets (list of what load_rows returns); rewards; args.
+    Args: policy; tokenizer; datasets (list of what load_rows returns); rewards; args; others (more
+    models that read the rows, such as the reference).
     """
-    try_out(policy, datasets, args)
+    scorers = [reward.model for reward in (*rewards.parts.values(), *rewards.held_out.values())
+               if reward.model and reward.tokenizer.get_vocab() == tokenizer.get_vocab()]
+    try_out(policy, datasets, args, *others, *scorers)
     examples = datasets[0][:2]
     texts = tokenizer(["text"] * len(examples["prompt"]))["input_ids"]
     batch = make_batch(tokenizer, examples["prompt_ids"], examples.get("completion_ids", texts),

@@ -113,7 +113,7 @@ def main(args):
                       args.max_length)
     prompts = replace(args, dataset=args.eval_dataset, prompt_column=args.eval_prompt_column)
     test = load_rows(prompts, args.test_split, tokenizer, first=args.eval_prompts)
-    dry_run(policy, tokenizer, [test, train], reward_fns, args)
+    dry_run(policy, tokenizer, [test, train], reward_fns, args, reference)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
 

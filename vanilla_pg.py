@@ -125,7 +125,7 @@ def main(args):
     reward_fns = load_rewards(args, device, args.reward_noise)  # maximized, or only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
-    dry_run(policy, tokenizer, [train, test], reward_fns, args)
+    dry_run(policy, tokenizer, [train, test], reward_fns, args, reference, critic)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, args.num_updates)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)

@@ -142,7 +142,7 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
             stack.enter_context(patch.object(module, name, replaced[name]))
         stack.enter_context(patch("plumbing.run.batches", batches))
         stack.enter_context(patch("plumbing.run.caught", nullcontext))
-        stack.enter_context(patch("plumbing.models.pick_threads", lambda _: None))
+        stack.enter_context(patch("plumbing.tryout.pick_threads", lambda _: None))
         module.main(args)
     require(len(seen) == warmup + count,
             f"{command}: stops after {len(seen)} of --num-updates {warmup + count}")

@@ -47,7 +47,7 @@ FAMILY = {
         {"whiten": False},
         {"beta": 0.0, "minibatches": 3, "epochs": 2},
     ), lab=("--no-whiten", "")),
-    "vanilla_pg": Algorithm("rloo", 64, ({"critic_lr": 0.2},), critic=True, least_k=1),
+    "vanilla_pg": Algorithm("rloo", 65, ({"critic_lr": 0.2},), critic=True, least_k=1),
     "ppo": Algorithm("vanilla_pg", 88, (
         {"lam": 0.5, "gamma": 0.9},
         {"whiten": False},

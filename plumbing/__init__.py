@@ -12,7 +12,7 @@ from plumbing.flags import (Between, Count, CountOrZero, DataArgs, EvaluationArg
                             NotNegative, Positive, Range, RunArgs, Seed, SystemArgs, check_ranges,
                             get_scheduler, parse, setup)
 from plumbing.models import (eos_ids, load_classifier, load_critic, load_model, load_policy,
-                             load_reference, load_tokenizer, try_out)
+                             load_reference, load_tokenizer)
 from plumbing.processes import (clip_gradients, equal_share, everywhere, gather, is_first,
                                 isolated_rng, leave, my_parts, own_rng, pick_device,
                                 random_states, set_random_states, sum_gradients, sum_over_ranks)
@@ -20,3 +20,4 @@ from plumbing.rewards import (Reward, Rewards, as_text, call_function, find_gold
                               load_rewards, own_ids, shares_ids, weighted_sum)
 from plumbing.run import Run
 from plumbing.sources import load_dataset
+from plumbing.tryout import keeps_cache, try_out

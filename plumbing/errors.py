@@ -62,6 +62,12 @@ def explain(what, name, error):
     if "ignore_mismatched_sizes" in text:
         return ("its weights have the wrong shapes (a reward model or critic needs a head with "
                 "one label)")
+    if "Unrecognized configuration class" in text:
+        return ("is not built as a causal language model in transformers (an encoder-decoder, an "
+                "encoder, or no language model); use a decoder-only one, such as Llama or Qwen")
+    if "quantiz" in text.lower():
+        return ("is quantized, so its weights cannot be trained; name the model that it was made "
+                "from, in float32 or bfloat16")
     files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     pickles = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
     safe = any(file.endswith(".safetensors") for file in files)

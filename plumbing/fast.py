@@ -23,7 +23,7 @@ COPY = 1 / 8  # of a token's pass: what a copy of a prompt token's keys and valu
 
 
 def fits(model):
-    """Whether a model can be run like this. `load_model` finds out."""
+    """Whether a model can be run like this. plumbing/tryout.py finds out."""
     return getattr(model, "is_fast", False)
 
 
@@ -232,20 +232,3 @@ def select_rows(cache, rows):
         else:
             layer.keys, layer.values = select(layer.keys), select(layer.values)
     return part
-
-
-@torch.no_grad()
-def works(model):
-    """Whether continuing from copied keys and values gives what a pass over the whole row gives.
-
-    Tried on one row. False for models that keep no keys and values.
-    """
-    ids = torch.tensor([[1, 0, 1, 1, 0]], device=model.device)
-    try:
-        whole = model.base_model(ids).last_hidden_state[:, 3:]  # (1, 2, D)
-        cache = model.base_model(ids[:, :3], use_cache=True).past_key_values
-        cache = select_rows(with_room(cache, 2), torch.zeros_like(ids[0, :1]))
-        rest = model.base_model(ids[:, 3:], past_key_values=cache).last_hidden_state  # (1, 2, D)
-    except Exception:
-        return False
-    return bool((whole - rest).abs().max() < 0.05 * whole.abs().max())  # also in bfloat16

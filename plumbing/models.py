@@ -1,7 +1,9 @@
 """Tokenizers, policies, references, reward models and critics: loaded, checked and frozen."""
 
 import functools
+import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -9,12 +11,12 @@ import transformers
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer, GenerationConfig)
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from plumbing import fast
 from plumbing.chat import turn_end
 from plumbing.errors import explain, require, stop
 from plumbing.files import check_path, find, load_function
-from plumbing.processes import is_first, pick_threads
+from plumbing.tryout import ask, check_words
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -26,10 +28,26 @@ def from_pretrained(what, auto_class, name, **kwargs):
     check_path(what, name)
     require(not os.path.isdir(name) or any(Path(name).glob("*config.json")),
             f"{what} {name}: not a model folder (it has no config.json)")
+    if os.path.isdir(name):
+        refuse_adapter(name)
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:
+        refuse_adapter(name)
         stop(f"{what} {name}: {explain(what, name, error)}")
+
+
+def refuse_adapter(name):
+    """Exit if `name`, a folder or hub name, is an adapter (LoRA) as PEFT saves it."""
+    path = None
+    with suppress(Exception):  # not on the hub, or no connection
+        path = find_adapter_config_file(name)
+    if path:
+        base = json.loads(Path(path).read_text()).get("base_model_name_or_path", "BASE")
+        stop(f"model {name}: is a LoRA adapter and not a whole model; merge it into its base once,"
+             f" PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {name!r})"
+             ".merge_and_unload().save_pretrained(FOLDER), save the tokenizer there too, and name "
+             "that folder")
 
 
 def load_tokenizer(name):
@@ -62,11 +80,17 @@ def load_model(name, device, dtype="float32", shard=False, plain=False,
         tokenizer = load_tokenizer(name)
         model, info = from_pretrained("model", auto_class, find(name), dtype=torch.float32,
                                       use_safetensors=True, output_loading_info=True, **kwargs)
+        if getattr(model, "_hf_peft_config_loaded", False):  # from the hub, with PEFT installed
+            refuse_adapter(name)
         missing = sorted(set(info["missing_keys"]) - set(new))
         require(not missing, f"model {name}: the weights {', '.join(missing[:3])} are missing, so "
                              "it is another kind of model")
+    model.given_name = name
+    check_kind(name, model, auto_class)
     check_vocabulary(name, model, tokenizer)
     keep_generation_config_valid(model)
+    model = (model if shard else model.to(device)).eval()
+    ask(name, model, tokenizer, plain)
     if dtype == "bfloat16":
         for module in (model, model.base_model):
             module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
@@ -77,17 +101,36 @@ def load_model(name, device, dtype="float32", shard=False, plain=False,
         from plumbing.sharding import shard_model
 
         shard_model(model, device)
-    model = model.to(device).eval()
-    model.is_fast = not plain and (shard or fast.works(model))
+        model.to(device)
     return model
 
 
+def check_kind(name, model, auto_class):
+    """Exit unless a model can be trained, and has the head that it is loaded for."""
+    require(not getattr(model, "is_quantized", False),
+            f"model {name}: is quantized, so its weights cannot be trained; name the model that it "
+            "was made from")
+    if auto_class is AutoModelForCausalLM:
+        return
+    require(hasattr(model, "score"), f"model {name}: not a classifier on a causal model; wrap it "
+                                     "in a python function")
+    require(model.config.num_labels == 1,
+            f"model {name}: has {model.config.num_labels} labels; a reward model has 1")
+
+
 def check_vocabulary(name, model, tokenizer):
-    """Exit if the tokenizer has ids for which the model has no embedding."""
+    """Exit if the tokenizer makes ids for which the model has no embedding.
+
+    Tokens that were added without a row of their own may stand in a tokenizer and never be used:
+    Gemma 3's text models have one. They are noted as model.unembedded, and `try_out` looks for them
+    in the data.
+    """
     words = max(tokenizer.vocab_size, tokenizer.eos_token_id + 1, tokenizer.pad_token_id + 1)
     rows = model.get_input_embeddings().num_embeddings
     require(words <= rows, f"model {name}: has embeddings for {rows} tokens, but its tokenizer has "
                            f"{words}; they do not belong together")
+    model.unembedded = [word for word, number in tokenizer.get_vocab().items() if number >= rows]
+    check_words(model, [("its chat template", str(tokenizer.chat_template))])
 
 
 def recompute_layers(model):
@@ -153,13 +196,8 @@ def load_classifier(name, device, dtype="float32", shard=False, plain=False,
     Args: as of `load_model`; new_head (whether the weights of the head may be missing).
     """
     new, kwargs = (["score.weight"], {"num_labels": 1}) if new_head else ([], {})
-    model = load_model(name, device, dtype, shard, plain, gradient_checkpointing,
-                       AutoModelForSequenceClassification, new, **kwargs)
-    require(hasattr(model, "score"), f"model {name}: not a classifier on a causal model; wrap it "
-                                     "in a python function")
-    require(model.config.num_labels == 1,
-            f"model {name}: has {model.config.num_labels} labels; a reward model has 1")
-    return model
+    return load_model(name, device, dtype, shard, plain, gradient_checkpointing,
+                      AutoModelForSequenceClassification, new, **kwargs)
 
 
 def load_critic(args, tokenizer, device):
@@ -171,7 +209,7 @@ def load_critic(args, tokenizer, device):
                            args.gradient_checkpointing, new_head=True)
 
 
-# ------------------------------------------------------------------------------------- their limits
+# -------------------------------------------------------------------------------------------- more
 
 
 def fitting_tokens(name, device):
@@ -184,25 +222,6 @@ def fitting_tokens(name, device):
     config = from_pretrained("model", AutoConfig, find(name)).get_text_config()
     numbers = 24 * config.hidden_size * config.num_hidden_layers + 3 * config.vocab_size  # a token
     return min(8192, 2**27 // numbers)
-
-
-def try_out(model, datasets, args):
-    """Before training: see that the longest rows fit, and pick a number of threads.
-
-    Args: model; datasets (what load_rows returns); args.
-    """
-    length = max(max(dataset["num_tokens"][:]) for dataset in datasets)
-    length += getattr(args, "max_new_tokens", 0)
-    lr = getattr(args, "lr", 0)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    if size > 20e6 and lr > 1e-4 and is_first():
-        print(f"warning: --lr {lr} is for tiny models; with {size / 1e6:.0f} million parameters, "
-              "try 1e-6 to 1e-5")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    require(not limit or length <= limit,
-            f"rows of up to {length} tokens, including the response, do not fit the model's "
-            f"{limit} positions; lower --max-prompt-length, --max-length or --max-new-tokens")
-    pick_threads(model)
 
 
 def eos_ids(model, tokenizer):

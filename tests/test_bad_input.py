@@ -199,8 +199,8 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
      "--prompt-column text: dataset {world}/data.jsonl has no such column; it has prompt, "
      "completion, chosen, rejected"),
     ({"max_new_tokens": 500},
-     "rows of up to 505 tokens, including the response, do not fit the model's 128 positions; "
-     "lower --max-prompt-length, --max-length or --max-new-tokens"),
+     "rows of up to 505 tokens, including the response, do not fit the 128 positions of "
+     "model {world}/policy; lower --max-prompt-length, --max-length or --max-new-tokens"),
     ({"seed": -1}, "--seed -1: must be between 0 and 4294967294"),
     ({"rollout_batch_size": 0}, "--rollout-batch-size 0: must be 1 or more"),
     ({"reward_noise": -0.5}, "--reward-noise -0.5: must be 0 or more, and finite"),
@@ -314,8 +314,8 @@ OTHERS = [
      "dataset {bad}/blank.jsonl: has no column 'completion'; it has prompt; name one with "
      "--completion-column"),
     (sft, {"dataset": "{bad}/long.jsonl"},
-     "rows of up to 203 tokens, including the response, do not fit the model's 128 positions; "
-     "lower --max-prompt-length, --max-length or --max-new-tokens"),
+     "rows of up to 203 tokens, including the response, do not fit the 128 positions of "
+     "model {world}/policy; lower --max-prompt-length, --max-length or --max-new-tokens"),
     (sft, {"max_length": 1},
      "dataset {world}/data.jsonl, split train: every row has more than 1 tokens; raise "
      "--max-prompt-length or --max-length"),

@@ -385,5 +385,5 @@ def test_a_held_out_row_that_is_too_long_is_found_before_the_run_starts(name, tm
         loop.record(name, tmp_path / "run", given_rollout,
                     **BASE | (PAIRS if name == "dpo" else {}) | more)
     assert (stopped.value.code == 2
-            and "do not fit the model's 16 positions" in capsys.readouterr().err)
+            and "do not fit the 16 positions of model " in capsys.readouterr().err)
     assert not (tmp_path / "run").exists()

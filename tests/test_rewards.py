@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.tiny import CPU, reward_args, scalars
+from helpers.tiny import CPU, encode, reward_args, scalars
 
 import evaluate
 import rloo
-from common import encode, score
+from common import score
 from plumbing import load_function, load_module, load_rewards, rewards
 from plumbing.rewards import Reward, call_function
 

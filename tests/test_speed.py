@@ -191,7 +191,7 @@ def test_contenders_are_measured_by_turns_in_fresh_processes(small, monkeypatch)
 
 @pytest.mark.parametrize("remedy", speed.REMEDIES)
 def test_a_remedy_that_is_taken_back_is_replaced_where_it_is_used(remedy, small, monkeypatch):
-    """In the loop too: `fast.works` tries the cache with room once for each of the three models."""
+    """In the loop too: `ask` tries the cache with room once for each of the three models."""
     args, folder = small
     target, replacement = speed.REMEDIES[remedy]
     spy = Mock(side_effect=replacement)

@@ -76,7 +76,7 @@ CONTENDERS = {"none": ["ours"], "trl": ["ours", "trl default", "trl tuned"],
               "trl-tuned": ["ours", "trl tuned"]}
 PHASES = "rollout score reference forward backward optimizer".split()
 REMEDIES = {  # name -> what takes its place in a measurement without it
-    "everything": ("plumbing.fast.works", lambda model: False),  # what --plain does
+    "everything": ("plumbing.fast.fits", lambda model: False),  # what --plain does
     # No two rows have the same prompt.
     "shared prompts": ("plumbing.fast.prompt_numbers", lambda batch: torch.arange(len(batch))),
     "room in the cache": ("plumbing.fast.with_room", lambda cache, room: cache),
