@@ -11,6 +11,7 @@ from helpers.families import byte_level, sentencepiece_like
 from helpers.tiny import (CPU, data_args, load_scorer, make_policy, reward_args, save_classifier,
                           scalars)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import common
 from common import evaluate, make_batch
@@ -293,7 +294,7 @@ def test_the_same_text_is_a_tie_in_the_win_rate(folders, rows, tmp_path):
                 torch.arange(input_ids.shape[1]) - len(dataset[0]["prompt_ids"]) + 1)[None]
             ids = torch.tensor([*wanted, end])[step.clamp(0, len(wanted) - 1)]
             logits = F.one_hot(ids, len(tokenizer)) * 1e4
-            return type("Output", (), {"logits": logits.float(), "past_key_values": 1})
+            return CausalLMOutputWithPast(logits=logits.float(), past_key_values=(1,))
 
     args = type("Args", (), dict(temperature=1.0, max_new_tokens=30, microbatch_tokens=999,
                                  eval_batch_size=9, seed=1))
