@@ -15,8 +15,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import (call_function, eos_ids, equal_share, everywhere, fast, gather, isolated_rng,
-                      keeps_cache, my_parts, own_ids, own_rng, shares_ids, sum_over_ranks, try_out,
-                      weighted_sum)
+                      keeps_cache, models_sharing_ids, my_parts, own_ids, own_rng, shares_ids,
+                      sum_over_ranks, try_out, weighted_sum)
 
 # -------------------------------------------------------------------------------------------- batch
 
@@ -342,9 +342,7 @@ def dry_run(policy, tokenizer, datasets, rewards, args, *others):
     Args: policy; tokenizer; datasets (list of what load_rows returns); rewards; args; others (more
     models that read the rows, such as the reference).
     """
-    scorers = [reward.model for reward in (*rewards.parts.values(), *rewards.held_out.values())
-               if reward.model and reward.tokenizer.get_vocab() == tokenizer.get_vocab()]
-    try_out(policy, datasets, args, *others, *scorers)
+    try_out(policy, datasets, args, *others, *models_sharing_ids(rewards, tokenizer))
     examples = datasets[0][:2]
     texts = tokenizer(["text"] * len(examples["prompt"]))["input_ids"]
     batch = make_batch(tokenizer, examples["prompt_ids"], examples.get("completion_ids", texts),

@@ -91,6 +91,12 @@ def shares_ids(reward, tokenizer, responses):
     return known and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
+def models_sharing_ids(rewards, tokenizer):
+    """The reward models of a run (Rewards) that read the policy's token ids."""
+    return [reward.model for reward in (*rewards.parts.values(), *rewards.held_out.values())
+            if reward.model and reward.tokenizer.get_vocab() == tokenizer.get_vocab()]
+
+
 def own_ids(reward, examples, texts, ended):
     """A reward model's own token ids of the prompts and of N texts that answer them.
 
