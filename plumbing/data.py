@@ -11,6 +11,7 @@ import numpy
 import torch
 from datasets.fingerprint import Hasher
 
+from plumbing import chat
 from plumbing.chat import is_conversation, prompt_tokens, reply_tokens, template_options
 from plumbing.errors import one_line, require, stop
 from plumbing.processes import is_first
@@ -89,6 +90,7 @@ class Preparation:
     sources: dict  # target -> column that the flags name for it
     targets: list  # the columns that a row has in the end, of prompt and RESPONSES
     responses: list  # the columns whose tokens count into the length
+    tokenized: list  # the columns that get token ids: prompt, these, and completion
     chat: bool  # whether prompts are lists of messages
     wrap: bool  # whether prompts that are texts become messages
     system: str | None  # the system message to put before
@@ -103,26 +105,26 @@ class Preparation:
             self.tokenize(kept)
         for row in rows:
             if not row["prompt"]:
-                row |= {name: [] for name in id_columns(self.targets)}
+                row |= {name: [] for name in id_columns(self.tokenized)}
             replies = [row[f"{column}_ids"] for column in self.responses]
             row["num_tokens"] = len(row["prompt_ids"]) + max(map(len, replies), default=0)
-            same = {"chosen", "rejected"} <= {*self.responses} and replies[0] == replies[1]
-            row["flaw"] = IDENTICAL if same else "" if row["prompt"] else EMPTY
+            same = len(replies) == 2 and replies[0] == replies[1]  # of a pair
+            row["flaw"] = EMPTY if not row["prompt"] else IDENTICAL if same else ""
             for name in row.keys() & RESPONSES:
                 row[name] = as_reply(row[name])
-        names = [*self.targets, *id_columns(self.targets), "num_tokens", "flaw"]
+        names = [*self.targets, *id_columns(self.tokenized), "num_tokens", "flaw"]
         return {name: [row[name] for row in rows] for name in names}
 
     def tokenize(self, rows):
         """Add the token ids of rows with a prompt."""
-        prompts, options = [row["prompt"] for row in rows], list(map(template_options, rows))
+        prompts, options = ([row[name] for row in rows] for name in ("prompt", "options"))
         first = self.responses[0] if self.responses else None
         follows = [row[first][0]["role"] if first and isinstance(row[first], list) else "assistant"
                    for row in rows]
         ids = prompt_tokens(self.tokenizer, prompts, self.what, options, follows)
         for row, found in zip(rows, ids):
             row["prompt_ids"] = found
-        for column in RESPONSES & {*self.targets}:
+        for column in RESPONSES & {*self.tokenized}:
             replies = [row[column] for row in rows]
             found = reply_tokens(self.tokenizer, prompts, ids, replies, self.what, options)
             for row, response_ids in zip(rows, found):
@@ -135,7 +137,7 @@ class Preparation:
     def prepare(self, row, index):
         """One row with its prompt and responses found and checked."""
         try:
-            row = split_row(row, self.sources)
+            row = split_row(row, self.sources) | {"options": template_options(row)}
         except Exception as error:
             stop(f"{self.what}: row {index} does not follow TRL's conventions: "
                  f"{type(error).__name__}: {one_line(error)}")
@@ -189,8 +191,9 @@ def load_rows(args, split, tokenizer, columns=("prompt",), max_length=None, firs
     max_length (tokens of prompt, longest response and its EOS; default: args.max_prompt_length);
     first (maximum number of rows).
     Returns: datasets.Dataset with prompt (text, or messages), prompt_ids, num_tokens (with the
-    longest response), the text and ids of completion, chosen and rejected if it has them (ids with
-    what ends them: see reply_tokens), and the dataset's other columns unchanged.
+    longest response), completion, chosen and rejected (texts) if it has them, the token ids of the
+    completion and of `columns` (with what ends them: see reply_tokens), and the dataset's other
+    columns unchanged.
     """
     max_length = max_length or args.max_prompt_length
     what = f"dataset {args.dataset}, split {split}"
@@ -199,9 +202,10 @@ def load_rows(args, split, tokenizer, columns=("prompt",), max_length=None, firs
     sources, example = find_columns(args, dataset, columns)
     wrap = bool(args.chat or args.system_prompt)
     preparation = Preparation(
-        what, tokenizer, sources, sorted({"prompt", *RESPONSES} & example.keys()), columns[1:],
-        wrap or not isinstance(example["prompt"], str), wrap, args.system_prompt,
-        max_length if args.truncate_prompts else None)
+        what, tokenizer, sources, targets=sorted({"prompt", *RESPONSES} & example.keys()),
+        responses=columns[1:], tokenized=sorted({*columns, "completion"} & example.keys()),
+        chat=wrap or not isinstance(example["prompt"], str), wrap=wrap, system=args.system_prompt,
+        shorten_to=max_length if args.truncate_prompts else None)
     dataset = prepare_all(dataset, preparation, example)
     lengths, flaws = numpy.array(dataset["num_tokens"][:]), numpy.array(dataset["flaw"][:])
     long = f"more than {max_length} tokens"
@@ -240,11 +244,12 @@ def prepare_all(dataset, preparation, example):
     text, number = datasets.Value("string"), datasets.Value("int32")
     features = {column: text if column in RESPONSES else dataset.features.get(column)
                 for column in example}  # not to be guessed: first values may be null
-    features |= {name: [number] for name in id_columns(preparation.targets)}
+    features |= {name: [number] for name in id_columns(preparation.tokenized)}
     features |= {"prompt": datasets.Json() if preparation.chat else text, "num_tokens": number,
                  "flaw": text}
     folders = [Path(file["filename"]).parent for file in dataset.cache_files]
-    code = Path(__file__).read_text()  # rows that an earlier version has made do not count
+    # Rows that an earlier version of the code has made do not count.
+    code = [Path(file).read_text() for file in (__file__, chat.__file__)]
     if len(dataset) > 50_000 and is_first():
         datasets.enable_progress_bars()
     dataset = dataset.map(

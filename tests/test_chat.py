@@ -166,6 +166,7 @@ def test_identical_pairs_are_dropped_and_counted(rows, capsys):
                         (texts, texts | {"rejected": " b"})):
         assert len(rows([given, same], ["prompt", "chosen", "rejected"])) == 1
         assert "dropped 1 of 2 rows with the same response twice" in capsys.readouterr().out
+    assert len(rows([same])) == 1  # prompts alone
     line = refused(capsys, lambda: rows([same], ["prompt", "chosen", "rejected"]))
     assert line.endswith("every row has the same response twice")
 
@@ -176,7 +177,7 @@ CALL = {"role": "assistant", "content": None,
                         "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}]}
 
 
-def test_tools_and_arguments_of_the_template_are_rendered(rows):
+def test_tools_and_arguments_of_the_template_are_rendered(rows, capsys):
     system, result = turn("system", "Use tools."), turn("tool", "5")
     given = [{"messages": [system, HI, CALL, result, ANSWER], "tools": [TOOL]},
              {"messages": [system, HI, CALL, result, OTHER], "tools": json.dumps([TOOL])},
@@ -189,6 +190,8 @@ def test_tools_and_arguments_of_the_template_are_rendered(rows):
         assert text in first["prompt"] and text in second["prompt"]
         assert text not in third["prompt"]
     assert first["completion"] == "It is 5.<|im_end|>"
+    line = refused(capsys, lambda: rows([given[2] | {"tools": "add"}], ["prompt", "completion"]))
+    assert "row 0 does not follow TRL's conventions: JSONDecodeError" in line
     thinking = {"prompt": [HI], "chat_template_kwargs": {"opening": "<think>\n"}}
     assert rows([thinking])[0]["prompt"].endswith("<|im_start|>assistant\n<think>\n")
 
