@@ -339,6 +339,8 @@ def score(rewards, tokenizer, batch, examples, noise=True):
 def dry_run(policy, tokenizer, datasets, rewards, args, *others):
     """Catch what would stop the run later: rows too long for a model, a reward that fails.
 
+    Returns: what the rewards say of one response to each of two prompts, see `all_scores`.
+
     Args: policy; tokenizer; datasets (list of what load_rows returns); rewards; args; others (more
     models that read the rows, such as the reference).
     """
@@ -347,7 +349,7 @@ def dry_run(policy, tokenizer, datasets, rewards, args, *others):
     texts = tokenizer(["text"] * len(examples["prompt"]))["input_ids"]
     batch = make_batch(tokenizer, examples["prompt_ids"], examples.get("completion_ids", texts),
                        policy.device)
-    all_scores(rewards, tokenizer, batch, examples)
+    return all_scores(rewards, tokenizer, batch, examples)
 
 
 def all_scores(rewards, tokenizer, batch, examples):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common import rollout
 from lab import blackbox
-from lab.family import SAMPLING
+from lab.family import FAMILY, SAMPLING
 from plumbing import (RunArgs, as_text, checkpoints, isolated_rng, load_model, load_module,
                       load_tokenizer, one_line, read_settings, require, stop)
 
@@ -39,8 +39,10 @@ SHARED = {  # flags of a run that are for all scripts; the others are for its ow
 
 @dataclass
 class Args:
-    scripts: tyro.conf.Positional[tuple[str, ...]] = tuple(f"{name}.py" for name in SAMPLING)
-    """scripts to show, each with its flags if it has any"""
+    scripts: tyro.conf.Positional[tuple[str, ...]] = tuple(
+        f"{name}.py" for name in SAMPLING if not FAMILY[name].binary)
+    """scripts to show, each with its flags if it has any; default: all whose scores need not be 0
+    or 1"""
     policy: str = "runs/credit-ppo"
     """run folder (policy and critic of its last checkpoint, and its flags) or policy (hub name or
     folder); the default is made by 10 updates of ppo.py, the first time"""

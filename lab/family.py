@@ -16,10 +16,11 @@ class Algorithm:
     relative: str | None  # the script that it is a diff of
     changed: int  # how many lines of code may differ from it; more means that a skeleton has moved
     variants: tuple[dict, ...] = ()  # flags that change the algorithm, each set of them tested
-    lab: tuple[str, ...] = ("",)  # flags of its rows in the table of lab/gradient.py
+    lab: tuple[str, ...] = ("",)  # flags of its rows in the table of lab/gradient.py, if it has any
     critic: bool = False  # whether it trains a second model
     samples: bool = True  # whether it makes rollouts; if not, it learns from pairs
     least_k: int = 2  # responses per prompt that it needs
+    binary: bool = False  # whether scores have to be 0 or 1
     formula: str | None = None  # in tests/helpers/oracle.py; default: one with the script's name
 
 
@@ -32,6 +33,8 @@ FAMILY = {
         {"baseline": "ema", "decay": 0.3, "num_updates": 4},
     ), lab=("--baseline none", ""), least_k=1),
     "remax": Algorithm("rloo", 30, lab=("--k 1", ""), least_k=1),
+    # The lab's world has other scores than 0 and 1: no row there.
+    "maxrl": Algorithm("rloo", 20, lab=(), binary=True),
     "grpo": Algorithm("rloo", 64, (
         {"scale_std": False, "length_mean": False},
         {"scale_std": False},

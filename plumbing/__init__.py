@@ -17,7 +17,8 @@ from plumbing.processes import (clip_gradients, equal_share, everywhere, gather,
                                 isolated_rng, leave, my_parts, own_rng, pick_device,
                                 random_states, set_random_states, sum_gradients, sum_over_ranks)
 from plumbing.rewards import (Reward, Rewards, as_text, call_function, find_gold, load_reward,
-                              load_rewards, models_sharing_ids, own_ids, shares_ids, weighted_sum)
+                              load_rewards, models_sharing_ids, own_ids, require_binary,
+                              shares_ids, weighted_sum)
 from plumbing.run import Run
 from plumbing.sources import load_dataset
 from plumbing.tryout import keeps_cache, try_out

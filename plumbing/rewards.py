@@ -206,6 +206,21 @@ def weighted_sum(rewards, parts):
     return total
 
 
+def require_binary(scores, args):
+    """Exit with a one-line error unless the scores (N,) are all 0 or 1, and the flags keep them so.
+
+    Args: scores; args (missing_eos_penalty and reward_noise are read).
+    """
+    for flag in ("missing_eos_penalty", "reward_noise"):
+        value = getattr(args, flag)
+        require(value == 0, f"--{flag.replace('_', '-')} {value}: the scores must stay 0 or 1; set "
+                            "it to 0")
+    others = scores[(scores != 0) & (scores != 1)]
+    require(not len(others), f"--reward {' '.join(args.reward)}: a score is "
+                             f"{others[:1].sum():.3g}, and this algorithm needs 0 or 1, failure or "
+                             "success; use such a reward, as tasks/mini_math.py:accuracy is")
+
+
 def as_text(prompt):
     """A prompt as plain text: itself, or its chat messages, one per line."""
     if isinstance(prompt, str):

@@ -61,12 +61,18 @@ def test_another_seed_is_another_run(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLING)
 def test_a_run_raises_its_reward(name, world, tmp_path):
-    """Reward: the share of the words a, b and c in the response. Twenty updates must find it."""
+    """Reward: the share of the words a, b and c in the response, or whether it is above one half.
+
+    Twenty updates must find it.
+    """
     path = tmp_path / "reward.py"
     path.write_text("def share(prompts, completions, **_):\n"
                     "    return [sum(word in 'abc' for word in c.split()) / max(1, len(c.split())) "
-                    "for c in completions]\n")
-    flags = {"reward": (f"{path}:share",), "num_updates": 20, "lr": 2e-2}
+                    "for c in completions]\n\n"
+                    "def most(prompts, completions, **_):\n"
+                    "    return [float(s > 0.5) for s in share(prompts, completions)]\n")
+    reward = "most" if FAMILY[name].binary else "share"
+    flags = {"reward": (f"{path}:{reward}",), "num_updates": 20, "lr": 2e-2}
     flags |= {"prompts_per_step": 12, "eval_prompts": 12, "eval_every": 0}
     run(name, world, tmp_path / "run", **flags, beta=0.0, missing_eos_penalty=0.0)
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())

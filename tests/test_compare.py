@@ -57,6 +57,16 @@ def test_the_algorithms_are_the_family_and_reinforce_without_a_baseline():
     assert flags == {"reinforce, no baseline": ["--baseline", "none"]}
 
 
+def test_scripts_that_need_scores_of_0_and_1_run_on_mini_math_only(
+        processes, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "measure", lambda folder, memory: {"peak MB": memory})
+    monkeypatch.setattr(compare.plot, "main", lambda args: None)
+    compare.main(compare.Args(algorithms=("rloo", "maxrl"), seeds=1, output=str(tmp_path / "new")))
+    assert sorted(command[-1].removeprefix(f"{tmp_path}/new/")
+                  for command in processes.commands) == [
+        "mini_math/maxrl-1", "mini_math/rloo-1", "mini_tldr/rloo-1"]
+
+
 def test_the_table_by_hand(tmp_path, capsys):
     """Mean ± the standard deviation of 1 and 2, which is 0.5.
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 K, PROMPTS = 3, 4
 SHOWN = 2  # a prompt with a response that ends
 VOID = {"meta", "input"}  # elements without an end tag
-SCRIPTS = (*(f"{name}.py" for name in SAMPLING), "grpo.py --beta 0",
+SCRIPTS = (*(f"{name}.py" for name in SAMPLING if not FAMILY[name].binary), "grpo.py --beta 0",
            "reinforce_pp_baseline.py --beta 0", "lab/rloo_token.py")
 
 

@@ -13,6 +13,7 @@ from helpers.exact import Enumeration
 
 import dpo
 import grpo
+import maxrl
 import ppo
 import raft
 import reinforce
@@ -175,6 +176,50 @@ def test_k3_in_the_loss_is_the_gradient_of_no_kl_of_the_sequence(world):
 
 def test_reinforce_pp_without_normalisation(world):
     assert_unbiased(world, reinforce_pp_loss(world, whiten=False), 1)
+
+
+# ------------------------------------------------------------------- unbiased for another objective
+
+
+def binary_world():
+    """Seven responses, each a success or a failure."""
+    world = Enumeration(words=2, length=2)
+    world.scores = (world.scores > 0).double()
+    return world
+
+
+def maxrl_loss(world, k, beta=0.0):
+    def loss(rows):
+        advantages = maxrl.compute_advantages(world.scores[rows], k)
+        return maxrl.compute_loss(world.logprobs[rows],
+                                  advantages - beta * world.kl[rows].sum(1)) / k
+
+    return loss
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+def test_maxrl_climbs_log_p_cut_off_after_k_minus_1_terms(k):
+    world = binary_world()
+    p = (world.probs * world.scores).sum().item()
+    assert 0.1 < p < 0.9
+    expected = world.true_gradient(0.0) * sum((1 - p) ** (j - 1) for j in range(1, k))
+    assert (world.expected_gradient(maxrl_loss(world, k), k) - expected).abs().max() < 1e-12
+
+
+def test_maxrl_subtracts_the_gradient_of_the_kl_whatever_p():
+    world = binary_world()
+    p = (world.probs * world.scores).sum().item()
+    kl = world.true_gradient(BETA) - world.true_gradient(0.0)
+    expected = world.true_gradient(0.0) * (1 + (1 - p)) + kl
+    assert (world.expected_gradient(maxrl_loss(world, 3, BETA), 3) - expected).abs().max() < 1e-12
+    assert kl.abs().max() > 1e-2
+
+
+def test_maxrl_with_two_responses_is_rloo():
+    scores = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    assert torch.equal(maxrl.compute_advantages(scores, 2), rloo.compute_advantages(scores, 2))
+    more = maxrl.compute_advantages(scores, 4)
+    assert more.tolist() == pytest.approx([-1, -1, -1, 3, 1 / 3, -1, 1 / 3, 1 / 3])
 
 
 # ------------------------------------------------------------------------------ biased, by how much

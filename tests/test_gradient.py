@@ -121,7 +121,7 @@ def test_agrees_with_the_expectation_of_the_scripts_functions(command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", [name for name in FAMILY if FAMILY[name].lab])
 def test_every_algorithm_is_measured_as_what_its_formula_says(name):
     """Twice the same, and a copy under another name like the script that it is a copy of."""
     args, world, _ = same_world(length=1, k=2)
@@ -591,7 +591,8 @@ def test_the_rows_are_those_of_the_family():
     """Every algorithm, with the flags that it lists, and rloo_token.py after its relative."""
     assert gradient.SCRIPTS[:4] == ("rloo.py", "lab/rloo_token.py", "reinforce.py --baseline none",
                                     "reinforce.py")
-    assert {command.split(".py")[0] for command in gradient.SCRIPTS} == {*FAMILY, "lab/rloo_token"}
+    rows = {command.split(".py")[0] for command in gradient.SCRIPTS}
+    assert {*FAMILY, "lab/rloo_token"} - rows == {name for name in FAMILY if FAMILY[name].binary}
     assert len(gradient.SCRIPTS) == 1 + sum(len(FAMILY[name].lab) for name in FAMILY)
 
 

@@ -24,6 +24,8 @@ BASE = dict(model=f"{HERE}:policy", reference=f"{HERE}:reference", critic=f"{HER
             beta=0.3, temperature=0.7, lr=0.02, critic_lr=0.03, num_updates=3, prompts_per_step=3,
             max_new_tokens=6, missing_eos_penalty=0.5, microbatch_tokens=40, eval_prompts=3,
             eval_every=2, save_every=0, seed=2)
+BINARY = dict(reward=(f"{HERE}:right",), missing_eos_penalty=0.0, reward_noise=0.0,
+              reward_weights=())
 PAIRS = dict(dataset=f"{HERE}:pairs", eval_dataset=f"{HERE}:prompts", batch_size=3)
 
 # The flags of each run. Every flag that changes the algorithm has two values at least: the default
@@ -64,7 +66,15 @@ def cases(name):
     found = [*EVERY_SCRIPT, *(STEPS if "minibatches" in flags else []),
              *([ONE_RESPONSE] if algorithm.least_k == 1 else []), *algorithm.variants,
              *MORE.get(name, [])]
-    return [{"num_updates": 2} | flags if flags else {} for flags in found]
+    more = BINARY if algorithm.binary else {}
+    return [({"num_updates": 2} | flags if flags else {}) | more for flags in found]
+
+
+def own_flags(name):
+    """What a script's data or rewards have to be, if not those of BASE."""
+    if name not in SAMPLING:
+        return PAIRS
+    return BINARY if FAMILY[name].binary else {}
 
 
 CASES = SAMPLING
@@ -335,7 +345,8 @@ NOT_FINITE = {  # what goes wrong -> (what is named, rollout, flags)
     "an infinite log-prob": ("kl", infinite_rollout, {}),
     "an infinite reward": ("scores", given_rollout, {"reward_weights": (INF,)}),
 }
-FINITE = [(name, *case) for name in CASES for case in NOT_FINITE.values()]
+FINITE = [(name, *case) for name in CASES for case in NOT_FINITE.values()
+          if not (FAMILY[name].binary and case[0] == "scores")]
 FINITE += [(name, *case) for name in ("dpo", "sft", "reward_model")
            for case in list(NOT_FINITE.values())[:2]]
 FINITE += [(name, "grad_norm", given_rollout, {"critic": f"{HERE}:steep_critic"})
@@ -347,7 +358,7 @@ FINITE += [(name, "grad_norm", given_rollout, {"critic": f"{HERE}:steep_critic"}
 def test_numbers_that_are_not_finite_stop_every_script(name, what, rollout, flags, tmp_path,
                                                        capsys):
     """Before they reach the weights: a script that misses one would save a ruined model."""
-    more = {} if name in CASES else PAIRS
+    more = own_flags(name)
     if name == "reward_model":
         more = more | {"model": f"{HERE}:critic"}
         flags = {flag: value.replace("steep", "steep_critic") if flag == "model" else value
@@ -362,11 +373,28 @@ def test_numbers_that_are_not_finite_stop_every_script(name, what, rollout, flag
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SAMPLING if FAMILY[name].binary])
+@pytest.mark.parametrize("flags, message", [
+    ({"missing_eos_penalty": 0.5}, "--missing-eos-penalty 0.5: the scores must stay 0 or 1; set"),
+    ({"reward_noise": 0.1}, "--reward-noise 0.1: the scores must stay 0 or 1; set it to 0"),
+    ({"reward": (f"{HERE}:constant",)}, f"--reward {HERE}:constant: a score is 0.1, and this"),
+    ({"reward": (f"{HERE}:right_twice",)}, f"--reward {HERE}:right_twice: a score is 0.5, and"),
+])
+def test_scores_that_are_not_0_or_1_stop_the_scripts_that_need_them(name, flags, message, tmp_path,
+                                                                    capsys):
+    """Before there is a folder; or in the first update, if two given responses do not show it."""
+    with pytest.raises(SystemExit) as stopped:
+        loop.record(name, tmp_path / "run", given_rollout, **BASE | BINARY | flags)
+    assert stopped.value.code == 2 and f"error: {message}" in capsys.readouterr().err
+    assert (tmp_path / "run").exists() == ("right_twice" in message)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name, what", [*((name, "kl") for name in [*CASES, "dpo"]),
                                         ("sft", "perplexity"), ("reward_model", "mean")])
 def test_a_last_step_that_ruins_the_weights_is_not_saved(name, what, tmp_path, capsys):
-    more = ({} if name in CASES
-            else PAIRS | ({"model": f"{HERE}:critic"} if name == "reward_model" else {}))
+    more = own_flags(name) | ({"model": f"{HERE}:critic"} if name == "reward_model" else {})
     with pytest.raises(SystemExit):
         loop.record(name, tmp_path / "run", given_rollout,
                     **BASE | more | {"num_updates": 1, "lr": 1e300, "epochs": 1,
@@ -383,7 +411,7 @@ def test_a_held_out_row_that_is_too_long_is_found_before_the_run_starts(name, tm
     more |= {"model": f"{HERE}:critic"} if name == "reward_model" else {}
     with pytest.raises(SystemExit) as stopped:
         loop.record(name, tmp_path / "run", given_rollout,
-                    **BASE | (PAIRS if name == "dpo" else {}) | more)
+                    **BASE | own_flags(name) | more)
     assert (stopped.value.code == 2
             and "do not fit the 16 positions of model " in capsys.readouterr().err)
     assert not (tmp_path / "run").exists()

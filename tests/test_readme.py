@@ -202,7 +202,7 @@ def test_the_diff_is_in_the_diff():
 
 def test_the_family_table_says_how_many_lines_are_new(tmp_path):
     rows = re.findall(r"^\| \[`(\w+\.py)`\].*\| (\d+) \|$", README, re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == len(family.FAMILY) - 1
     for script, lines in rows:
         for name in ("rloo.py", script):
             (tmp_path / name).write_text((ROOT / name).read_text().split('"""', 2)[2])

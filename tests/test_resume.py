@@ -15,6 +15,7 @@ import torch
 from helpers.tiny import ROOT, Child, call_script, run_two, save_policy, scalars, wait_for
 
 import rloo
+from lab.family import FAMILY
 from plumbing import parse, report, run
 from plumbing.checkpoints import checksums
 from tools import kill
@@ -27,6 +28,8 @@ def flags_of(script, world, **more):
     fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
     flags = world.flags | {"eval_dataset": world.data, "batch_size": 4, "num_updates": 6,
                            "save_every": 1, "reward_noise": 0.3} | more
+    if script in FAMILY and FAMILY[script].binary:
+        flags |= {"reward": (f"{ROOT}/tests/helpers/small_world.py:right",), "reward_noise": 0.0}
     return {name: value for name, value in flags.items() if name in fields}
 
 

@@ -265,6 +265,22 @@ def remax_advantages(rollout, flags, greedy_scores):
     return advantages
 
 
+def maxrl_advantages(rollout, flags):
+    """MaxRL (2026), algorithm 1: over the K of k responses that succeed, 1/K for each and 1/k less.
+
+    The mean over the k responses of A_i grad log pi is 1/K sum_{i succeeds} grad log pi - 1/k sum_i
+    grad log pi: A_i = k/K - 1, or -1, and 0 where K is 0. The KL is a penalty without a baseline.
+    """
+    advantages = []
+    for group in groups(rollout.scores, rollout.k):
+        successes = sum(group)
+        for score in group:
+            advantages.append((rollout.k / successes if score == 1 else 0.0) - 1.0
+                              if successes else 0.0)
+    return whole_response(rollout, [a - flags.beta * sum(kl)
+                                    for a, kl in zip(advantages, rollout.kl)])
+
+
 def grpo_advantages(rollout, flags):
     """GRPO (Shao et al. 2024): A_i = (r_i - mean(r_1..r_k)) / (std(r_1..r_k) + 1e-4)"""
     advantages = []
@@ -517,6 +533,8 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
         greedy_scores = [row_score(row, flags) for row in rollout.greedy]
         advantages = remax_advantages(rollout, flags, greedy_scores)
         numbers["objective/baseline"] = mean(greedy_scores)
+    elif name == "maxrl":
+        advantages = maxrl_advantages(rollout, flags)
     elif name == "grpo":
         advantages = grpo_advantages(rollout, flags)
         rewards = rollout.scores

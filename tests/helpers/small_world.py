@@ -77,6 +77,16 @@ def brevity(completions, **_):
     return [-float(len(text.split())) for text in completions]
 
 
+def right(completions, **_):
+    """A success or a failure."""
+    return [float(sum(VALUE[word] for word in text.split()) > 0) for text in completions]
+
+
+def right_twice(completions, **_):
+    """Binary for two responses, and not for more."""
+    return right(completions) if len(completions) <= 2 else [0.5] * len(completions)
+
+
 def constant(completions, **_):
     return [0.1] * len(completions)
 
