@@ -40,6 +40,14 @@ FAMILY = {
         {"scale_std": False},
         {"length_mean": False},
     ), lab=("--no-scale-std --no-length-mean", "")),
+    "gspo": Algorithm("grpo", 25, (
+        {"clip_low": 0.02, "clip_high": 0.05, "minibatches": 3},
+        {"clip_low": INF, "clip_high": INF, "scale_std": False, "epochs": 2},
+    )),
+    "cispo": Algorithm("grpo", 25, (
+        {"max_ratio": 1.05, "minibatches": 3},
+        {"max_ratio": INF, "scale_std": False, "epochs": 2},
+    )),
     "reinforce_pp": Algorithm("grpo", 64, (
         {"normalize_scores": False},
         {"whiten": False},

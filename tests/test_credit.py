@@ -29,6 +29,7 @@ K, PROMPTS = 3, 4
 SHOWN = 2  # a prompt with a response that ends
 VOID = {"meta", "input"}  # elements without an end tag
 SCRIPTS = (*(f"{name}.py" for name in SAMPLING if not FAMILY[name].binary), "grpo.py --beta 0",
+           "gspo.py --beta 0", "cispo.py --beta 0 --minibatches 1",
            "reinforce_pp_baseline.py --beta 0", "lab/rloo_token.py")
 
 
@@ -126,6 +127,10 @@ def expected(name, script):
         return rewards_of(script) - script.baseline[:, 0]
     if name == "grpo.py --beta 0":
         return grpo.compute_advantages(script.scores, K) / mask.sum(1)
+    if name == "gspo.py --beta 0":  # on policy it is GRPO
+        return grpo.compute_advantages(script.scores, K) / mask.sum(1)
+    if name == "cispo.py --beta 0 --minibatches 1":  # a mean over tokens
+        return grpo.compute_advantages(script.scores, K) * len(batch) / mask.sum()
     if name == "raft.py":
         best = rewards_of(script).view(-1, K).argmax(1) + K * torch.arange(PROMPTS)
         return torch.zeros(len(batch)).index_fill(0, best, len(batch) / mask[best].sum())
@@ -149,7 +154,8 @@ def expected(name, script):
     return reinforce_pp_baseline.compute_advantages(rewards, mask)
 
 
-@pytest.mark.parametrize("name", sorted({*SCRIPTS} - {"grpo.py", "reinforce_pp_baseline.py"}))
+@pytest.mark.parametrize("name", sorted(
+    {*SCRIPTS} - {"grpo.py", "gspo.py", "cispo.py", "reinforce_pp_baseline.py"}))
 def test_multipliers_are_those_of_the_scripts_own_functions(shown, name):
     script = shown.scripts[name]
     wanted = expected(original(name), script)
@@ -163,7 +169,8 @@ def test_what_a_reader_should_see(shown):
     weights = {name: script.weights for name, script in shown.scripts.items()}
     ranges = {name: [(row[own].amax() - row[own].amin()).item() for row, own in zip(rows, mask)]
               for name, rows in weights.items()}  # within each response
-    for name in ("rloo.py", "reinforce.py", "grpo.py --beta 0", "raft.py"):  # one color
+    for name in ("rloo.py", "reinforce.py", "grpo.py --beta 0", "gspo.py --beta 0",
+                 "cispo.py --beta 0 --minibatches 1", "raft.py"):  # one color
         assert max(ranges[name]) < 1e-6, name
     for name in ("remax.py", "reinforce_pp.py", "vanilla_pg.py", "ppo.py", "grpo.py"):
         assert max(ranges[name]) > 1e-2, name

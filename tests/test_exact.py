@@ -11,8 +11,10 @@ import pytest
 import torch
 from helpers.exact import Enumeration
 
+import cispo
 import dpo
 import grpo
+import gspo
 import maxrl
 import ppo
 import raft
@@ -236,6 +238,24 @@ def grpo_loss(world, k, scale_std, length_mean, beta=0.0):
     return loss
 
 
+def gspo_loss(world, k, beta=0.0):
+    def loss(rows):
+        logprobs, advantages = world.logprobs[rows], gspo.compute_advantages(world.scores[rows], k)
+        return gspo.compute_loss(logprobs, logprobs.detach(), world.ref_logprobs[rows], advantages,
+                                 world.mask[rows], 3e-4, 4e-4, beta)[0] / k
+
+    return loss
+
+
+def cispo_loss(world, k, beta=0.0):
+    def loss(rows):
+        logprobs, advantages = world.logprobs[rows], cispo.compute_advantages(world.scores[rows], k)
+        return cispo.compute_loss(logprobs, logprobs.detach(), world.ref_logprobs[rows], advantages,
+                                  world.mask[rows], 5.0, beta)[0] / world.mask[rows].sum()
+
+    return loss
+
+
 def reinforce_pp_baseline_loss(world, k, beta):
     """Without whitening."""
 
@@ -282,6 +302,12 @@ BIASED = {
         lambda world: bias(world, grpo_loss(world, 3, False, True), 3, 0.0), (0.982, 0.287)),
     "grpo, both, k = 3": (
         lambda world: bias(world, grpo_loss(world, 3, True, True), 3, 0.0), (0.973, 0.260)),
+    "gspo, k = 3: grpo's, both": (
+        lambda world: bias(world, gspo_loss(world, 3), 3, 0.0), (0.973, 0.260)),
+    "cispo, k = 3": (
+        lambda world: bias(world, cispo_loss(world, 3), 3, 0.0), (0.967, 0.233)),
+    "cispo, k = 2, KL k3 in the loss": (
+        lambda world: bias(world, cispo_loss(world, 2, BETA), 2), (0.654, 0.063)),
     "grpo, KL k3 in the loss": (
         lambda world: bias(world, grpo_loss(world, 2, False, False, BETA), 2), (0.631, 0.225)),
     "reinforce_pp_baseline, k = 2": (
@@ -371,6 +397,43 @@ def test_ppo_clips_what_goes_too_far_and_counts_it():
     values = ppo.compute_value_loss(torch.tensor([1.0, 0.1]), torch.zeros(2),
                                     torch.tensor([1.0, 1.0]), 0.2)
     assert values.item() == pytest.approx((0.8**2 + 0.9**2) / 2)  # the first is held at 0.2
+
+
+@pytest.mark.parametrize("beta", [0.0, BETA])
+def test_gspo_on_policy_is_grpo(world, beta):
+    expected = world.expected_gradient(grpo_loss(world, 2, True, True, beta), 2)
+    assert (world.expected_gradient(gspo_loss(world, 2, beta), 2) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("advantage, low, high, value, weights, clipped", [
+    (1.0, 0.2, 0.2, 1.2, 0.0, 2),  # s = 1.5: as far as its advantage may take it
+    (-1.0, 0.2, 0.2, -1.5, -0.75, 0),  # the other way it is free
+    (1.0, 0.2, 0.6, 1.5, 0.75, 0), (1.0, 0.2, INF, 1.5, 0.75, 0)])
+def test_gspo_clips_a_response_as_a_whole(advantage, low, high, value, weights, clipped):
+    """Ratios 3 and 0.75 of two tokens: s = sqrt(2.25) = 1.5. The third is padding."""
+    logprobs = torch.tensor([[3.0, 0.75, 1.0]]).log().requires_grad_()
+    loss, count = gspo.compute_loss(logprobs, torch.zeros(1, 3), logprobs.detach(),
+                                    torch.tensor([advantage]), torch.tensor([[True, True, False]]),
+                                    low, high, 0.3)
+    assert -loss.item() == pytest.approx(value) and count == clipped
+    found = -torch.autograd.grad(loss, logprobs)[0][0, :2]  # where there is no padding
+    assert found.tolist() == pytest.approx([weights, weights])  # s A / |y|
+
+
+def test_cispo_weighs_tokens_and_loses_none():
+    """Ratios 3, 1.5 and 0.5: GRPO with clip 0.2 loses the first two, or with A < 0 the last."""
+    mask = torch.tensor([[True, True, True, False]])
+    for advantage, kept_by_grpo in ((2.0, [False, False, True]), (-2.0, [True, True, False])):
+        found = []
+        for script, limits in ((cispo, (2.5, 0.0)), (grpo, (0.2, 0.0))):
+            logprobs = torch.tensor([[3.0, 1.5, 0.5, 1.0]]).log().requires_grad_()
+            loss, count = script.compute_loss(
+                logprobs, torch.zeros(1, 4), logprobs.detach(), torch.tensor([advantage]), mask,
+                *limits)
+            found.append((-torch.autograd.grad(loss, logprobs)[0])[0].tolist())
+            assert script is grpo or count == 1
+        assert found[0] == pytest.approx([2.5 * advantage, 1.5 * advantage, 0.5 * advantage, 0.0])
+        assert [weight != 0 for weight in found[1][:3]] == kept_by_grpo
 
 
 def test_reinforce_pp_normalises_over_the_tokens_of_the_whole_batch():

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-CLIPPED = ("grpo", "reinforce_pp", "reinforce_pp_baseline", "ppo")  # several epochs, mini-batches
+CLIPPED = ("grpo", "gspo", "cispo", "reinforce_pp", "reinforce_pp_baseline",
+           "ppo")  # several epochs, mini-batches
+TOKEN_MEAN = ("cispo",)  # the loss of a mini-batch is a mean over its tokens, not its rows
 WITH_CRITIC = ("vanilla_pg", "ppo")
 SUPERVISED = ("sft", "reward_model")  # trained with AdamW
 
@@ -382,11 +384,42 @@ def clipped_terms(logprobs, row, advantages, clip):
     return terms, count
 
 
+def gspo_row_loss(flags, row, logprobs, ref, advantages):
+    """GSPO (Zheng et al. 2025): - min(s A, clip(s, 1 - low, 1 + high) A) + beta * mean of k3.
+
+    s = (pi(y|x) / pi_old(y|x))^(1/|y|), a single number; A is the same at every token.
+    """
+    length, a = len(logprobs), advantages[0]
+    s = torch.exp(sum(logprobs) - sum(row.old_logprobs)) ** (1 / length)
+    clipped = min(max(s, 1 - flags.clip_low), 1 + flags.clip_high)
+    surrogate, count = s * a, 0
+    if clipped * a < surrogate:
+        surrogate, count = clipped * a, length
+    kl = sum(torch.exp(r - logprob) - (r - logprob) - 1 for r, logprob in zip(ref, logprobs))
+    return flags.beta * kl / length - surrogate, count
+
+
+def cispo_row_loss(flags, row, logprobs, ref, advantages):
+    """CISPO (MiniMax 2025): sum_t [ - sg(min(w_t, max)) A log pi(y_t) + beta k3_t ]"""
+    loss, count = 0.0, 0
+    for logprob, old, r, a in zip(logprobs, row.old_logprobs, ref, advantages, strict=True):
+        weight = math.exp(logprob.item() - old)
+        if weight > flags.max_ratio:
+            weight, count = flags.max_ratio, count + 1
+        k3 = torch.exp(r - logprob) - (r - logprob) - 1
+        loss = loss - weight * a * logprob + flags.beta * k3
+    return loss, count
+
+
 def clipped_row_loss(kind, flags, row, logprobs, ref, advantages):
     """The row's loss in GRPO, REINFORCE++ (kind "reinforce_pp" or "group") and PPO.
 
     Returns: the loss, and the number of tokens that are clipped.
     """
+    if kind == "gspo":
+        return gspo_row_loss(flags, row, logprobs, ref, advantages)
+    if kind == "cispo":
+        return cispo_row_loss(flags, row, logprobs, ref, advantages)
     terms, count = clipped_terms(logprobs, row, advantages, flags.clip)
     loss = 0.0
     for t in range(len(terms)):
@@ -535,7 +568,7 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
         numbers["objective/baseline"] = mean(greedy_scores)
     elif name == "maxrl":
         advantages = maxrl_advantages(rollout, flags)
-    elif name == "grpo":
+    elif name in ("grpo", "gspo", "cispo"):
         advantages = grpo_advantages(rollout, flags)
         rewards = rollout.scores
     elif name in ("reinforce_pp", "reinforce_pp_baseline"):
@@ -585,7 +618,9 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
                     clipped_tokens += count
                 else:
                     row_loss = gradient_loss(logprobs, advantages[i])
-                loss = loss + row_loss / len(part)
+                number = (sum(len(rows[j].response) for j in part) if name in TOKEN_MEAN
+                          else len(part))
+                loss = loss + row_loss / number
         gradients, norm = adam.step(loss, flags.lr * factor, flags.max_grad_norm)
         numbers["policy/loss"] = loss.item()
         step = {"policy": gradients, "policy_norm": norm}
