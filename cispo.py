@@ -1,4 +1,4 @@
-"""CISPO, clipped importance sampling policy optimization (MiniMax 2025, MiniMax-M1, arXiv:2506.13585,
+"""CISPO, clipped importance sampling policy optimization (MiniMax-M1, 2025, arXiv:2506.13585,
 section 3.1).
 
     A_i  = ( r_i - mean(r_1 ... r_k) ) / std(r_1 ... r_k)
