@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROLLOUT = ("model", "dataset", "train_split", "k", "prompts_per_step", "temperature",
            "max_new_tokens")
 SHARED = {  # flags of a run that are for all scripts; the others are for its own script
-    *ROLLOUT, "reference", "reward", "missing_eos_penalty", "critic",
+    *ROLLOUT, "max_rounds", "reference", "reward", "missing_eos_penalty", "critic",
     *(item.name for item in fields(RunArgs))}
 
 
@@ -94,6 +94,7 @@ def settings_of(args):
     """Each script's settings, which replace its defaults: dict command -> dict of flags."""
     flags, script = read_policy(args)
     flags |= {"k": args.k, "prompts_per_step": args.prompts_per_step, "seed": args.seed,
+              "max_rounds": 1,  # the responses are given; there are no others
               "device": "cpu", "dtype": "float32", "shard": False, "output": None, "gold": "none",
               "train_split": flags.get("test_split", "test")}  # prompts it was not trained on
     shared = {name: value for name, value in flags.items() if name in SHARED}

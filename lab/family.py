@@ -48,6 +48,11 @@ FAMILY = {
         {"max_ratio": 1.05, "minibatches": 3},
         {"max_ratio": INF, "scale_std": False, "epochs": 2},
     )),
+    "dapo": Algorithm("grpo", 60, (
+        {"clip_low": 0.05, "clip_high": 0.1, "minibatches": 3, "overlong_buffer": 3},
+        {"clip_low": INF, "clip_high": INF, "scale_std": False, "overlong_penalty": 0.0},
+        {"max_rounds": 1, "epochs": 2, "minibatches": 1},
+    ), lab=("--overlong-penalty 0",)),
     "reinforce_pp": Algorithm("grpo", 64, (
         {"normalize_scores": False},
         {"whiten": False},

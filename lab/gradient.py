@@ -154,8 +154,9 @@ def settings(args):
         model=f"{WORLD}:policy", reference=f"{WORLD}:reference", critic=f"{WORLD}:critic",
         reward=(f"{WORLD}:reward",), gold="none", dataset=f"{WORLD}:prompts",
         eval_dataset=f"{WORLD}:prompts", device="cpu", k=args.k, prompts_per_step=args.prompts,
-        batch_size=1, epochs=1, minibatches=1, beta=args.beta, temperature=args.temperature,
-        missing_eos_penalty=args.missing_eos_penalty, max_new_tokens=args.length)
+        batch_size=1, epochs=1, minibatches=1, max_rounds=1, beta=args.beta,
+        temperature=args.temperature, missing_eos_penalty=args.missing_eos_penalty,
+        max_new_tokens=args.length)
 
 
 def all_draws(probabilities, prompts, k, in_every_order=False):

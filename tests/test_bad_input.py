@@ -7,9 +7,13 @@ import torch
 from safetensors.torch import load_file
 from helpers.tiny import Child, call_script, make_tokenizer, save_classifier, save_policy
 
+import cispo
+import dapo
 import dpo
 import evaluate
 import grpo
+import gspo
+import maxrl
 import plot
 import ppo
 import raft
@@ -291,6 +295,14 @@ OTHERS = [
     (reinforce, {"decay": 1.0}, "--decay 1.0: must be at least 0 and below 1"),
     (reinforce, {"window": -1}, "--window -1: must be 0 or more, and finite"),
     (grpo, {"k": 1}, "--k 1: the baseline is the mean of the k responses; use at least 2"),
+    (gspo, {"clip_high": 0.0}, '--clip-high 0.0: must be positive ("inf" disables it)'),
+    (cispo, {"max_ratio": 0.0}, '--max-ratio 0.0: must be positive ("inf" disables it)'),
+    (dapo, {"max_rounds": 0}, "--max-rounds 0: must be 1 or more"),
+    (dapo, {"overlong_buffer": 0}, "--overlong-buffer 0: must be 1 or more"),
+    (maxrl, {"k": 1},
+     "--k 1: the baseline is the mean of the other k - 1 responses; use at least 2"),
+    (maxrl, {"missing_eos_penalty": 0.0},
+     "--reward {world}/reward: a score is …"),
     (raft, {"k": 1}, "--k 1: the best of the k responses is kept; use at least 2"),
     (reinforce_pp_baseline, {"k": 1},
      "--k 1: the baseline is the mean of the k responses; use at least 2"),

@@ -30,7 +30,9 @@ SHOWN = 2  # a prompt with a response that ends
 VOID = {"meta", "input"}  # elements without an end tag
 SCRIPTS = (*(f"{name}.py" for name in SAMPLING if not FAMILY[name].binary), "grpo.py --beta 0",
            "gspo.py --beta 0", "cispo.py --beta 0 --minibatches 1",
-           "reinforce_pp_baseline.py --beta 0", "lab/rloo_token.py")
+           "dapo.py --beta 0 --minibatches 1", "reinforce_pp_baseline.py --beta 0",
+           "lab/rloo_token.py")
+TOKEN_MEAN = ("cispo.py --beta 0 --minibatches 1", "dapo.py --beta 0 --minibatches 1")
 
 
 class Page(HTMLParser):
@@ -129,7 +131,7 @@ def expected(name, script):
         return grpo.compute_advantages(script.scores, K) / mask.sum(1)
     if name == "gspo.py --beta 0":  # on policy it is GRPO
         return grpo.compute_advantages(script.scores, K) / mask.sum(1)
-    if name == "cispo.py --beta 0 --minibatches 1":  # a mean over tokens
+    if name in TOKEN_MEAN:
         return grpo.compute_advantages(script.scores, K) * len(batch) / mask.sum()
     if name == "raft.py":
         best = rewards_of(script).view(-1, K).argmax(1) + K * torch.arange(PROMPTS)
@@ -155,7 +157,7 @@ def expected(name, script):
 
 
 @pytest.mark.parametrize("name", sorted(
-    {*SCRIPTS} - {"grpo.py", "gspo.py", "cispo.py", "reinforce_pp_baseline.py"}))
+    {*SCRIPTS} - {"grpo.py", "gspo.py", "cispo.py", "dapo.py", "reinforce_pp_baseline.py"}))
 def test_multipliers_are_those_of_the_scripts_own_functions(shown, name):
     script = shown.scripts[name]
     wanted = expected(original(name), script)
@@ -170,7 +172,7 @@ def test_what_a_reader_should_see(shown):
     ranges = {name: [(row[own].amax() - row[own].amin()).item() for row, own in zip(rows, mask)]
               for name, rows in weights.items()}  # within each response
     for name in ("rloo.py", "reinforce.py", "grpo.py --beta 0", "gspo.py --beta 0",
-                 "cispo.py --beta 0 --minibatches 1", "raft.py"):  # one color
+                 *TOKEN_MEAN, "raft.py"):  # one color
         assert max(ranges[name]) < 1e-6, name
     for name in ("remax.py", "reinforce_pp.py", "vanilla_pg.py", "ppo.py", "grpo.py"):
         assert max(ranges[name]) > 1e-2, name

@@ -12,6 +12,8 @@ import torch
 from helpers.exact import Enumeration
 
 import cispo
+import common
+import dapo
 import dpo
 import grpo
 import gspo
@@ -434,6 +436,51 @@ def test_cispo_weighs_tokens_and_loses_none():
             assert script is grpo or count == 1
         assert found[0] == pytest.approx([2.5 * advantage, 1.5 * advantage, 0.5 * advantage, 0.0])
         assert [weight != 0 for weight in found[1][:3]] == kept_by_grpo
+
+
+def test_dapo_on_policy_is_cispo(world):
+    """Both are GRPO's token mean there."""
+    rows = torch.tensor([0, 3, 9])
+    logprobs, advantages = world.logprobs[rows], dapo.compute_advantages(world.scores[rows], 3)
+    found = [world.gradient(script.compute_loss(
+        logprobs, logprobs.detach(), world.ref_logprobs[rows], advantages, world.mask[rows],
+        *limits, BETA)[0]) for script, limits in ((dapo, (0.2, 0.28)), (cispo, (5.0,)))]
+    assert (found[0] - found[1]).abs().max() < 1e-12 < 1e-2 < found[0].abs().max()
+
+
+def test_dapo_clips_higher_than_lower():
+    """Ratios 1.25, 1.3, 0.75 and 0.85, advantages of both signs."""
+    logprobs = torch.tensor([[1.25, 1.3, 0.75, 0.85]]).log()
+    for advantage, value, clipped in ((1.0, 1.25 + 1.28 + 0.75 + 0.85, 1),
+                                      (-1.0, -1.25 - 1.3 - 0.8 - 0.85, 1)):
+        loss, count = dapo.compute_loss(
+            logprobs, torch.zeros(1, 4), logprobs, torch.tensor([advantage]),
+            torch.ones(1, 4).bool(), 0.2, 0.28, 0.3)
+        assert -loss.item() == pytest.approx(value) and count == clipped
+
+
+def test_dapo_fills_a_batch_with_prompts_whose_scores_differ():
+    """Prompts a ... f with two responses each, in two rounds; b, d and e give a signal."""
+    def sampled(names, scores, length):
+        responses = [[ord(name), sample] + [7] * (length - 2) for name in names
+                     for sample in range(2)]
+        batch = common.Batch(
+            torch.tensor([[ord(name)] for name in names for _ in range(2)]),
+            torch.ones(6, 1).bool(), torch.tensor(responses), torch.ones(6, length).bool(),
+            torch.ones(6).bool(), torch.zeros(6, length))
+        return {"prompt": list(names)}, batch, {"score": torch.tensor(scores) + 9}, (
+            torch.tensor(scores))
+
+    rounds = [sampled("abc", [1.0, 1.0, 0.0, 1.0, 0.0, 0.0], 3),
+              sampled("def", [2.0, 0.0, 0.0, 3.0, 5.0, 5.0], 4)]
+    for size, names, wanted in ((2, "bd", [0, 1, 2, 0]),
+                                (4, "bdea", [0, 1, 2, 0, 0, 3, 1, 1])):
+        examples, batch, parts, scores = dapo.fill(rounds, size, 2, 0)
+        assert "".join(examples["prompt"]) == names and scores.tolist() == wanted
+        assert (parts["score"] == scores + 9).all()
+        assert batch.prompts[::2, 0].tolist() == list(map(ord, names))
+        assert batch.responses[:, :2].tolist() == [[ord(name), i] for name in names for i in (0, 1)]
+        assert batch.response_mask.sum(1).tolist()[:4] == [3, 3, 4, 4]
 
 
 def test_reinforce_pp_normalises_over_the_tokens_of_the_whole_batch():

@@ -53,6 +53,12 @@ MORE = {  # of single scripts
         {"k": 1, "prompts_per_step": 1, "max_new_tokens": 1, "minibatches": 1},
     ],
     "ppo": [{"k": 1, "prompts_per_step": 1, "max_new_tokens": 1, "minibatches": 1}],
+    "dapo": [
+        {"reward": (f"{HERE}:constant",), "overlong_penalty": 0.0, "max_rounds": 2},  # never full
+        {"reward": (f"{HERE}:right", f"{HERE}:brevity"), "reward_weights": (1.0, 0.0),
+         "reward_noise": 0.3, "max_rounds": 2},
+        {"reward": (f"{HERE}:right",), "overlong_penalty": 0.0, "num_updates": 3},
+    ],
     "dpo": [{"dataset": f"{HERE}:tied_pairs", "microbatch_tokens": 1}],
 }
 
@@ -144,20 +150,39 @@ def updates_of(name, seen):
     repeat = lambda rows, k: [row for row in rows for _ in range(k)]
     updates, tokenizer, draws = [], small_world.tokenizer(), iter(seen.draws)
     orders = iter([order for order in seen.orders if len(order) == size * args.k != len(dataset)])
+    calls, formula = 0, FAMILY[name].formula or name
+    by_ids = {tuple(tokenizer(row["prompt"])["input_ids"]): row for row in dataset}
+
+    def add_noise(rows):
+        for row, draw in zip(rows, next(draws).tolist(), strict=True) if args.reward_noise else ():
+            row.noise = args.reward_noise * draw
+
     for number, rows in enumerate(examples):
         prompt_ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
-        assert seen.rollouts[number] == prompt_ids
-        update = {"rows": score(given_rollout(number, prompt_ids, args, False),
+        assert seen.rollouts[calls] == prompt_ids
+        update = {"rows": score(given_rollout(calls, prompt_ids, args, False),
                                 repeat(rows, args.k), args.reward)}
-        if (FAMILY[name].formula or name) == "remax":
+        calls += 1
+        if formula == "remax":
             update["greedy"] = score(given_rollout(number, prompt_ids, args, True), rows,
                                      args.reward)
-        for scored in (update["rows"], update.get("greedy", [])) if args.reward_noise else ():
-            for row, draw in zip(scored, next(draws).tolist() if scored else [], strict=True):
-                row.noise = args.reward_noise * draw
+        for scored in filter(None, (update["rows"], update.get("greedy"))):
+            add_noise(scored)
+        if formula == "dapo":  # further rounds, for whichever prompts the script has drawn
+            rounds = [update["rows"]]
+            while not oracle.batch_is_full(rounds, args) and len(rounds) < args.max_rounds:
+                rows = [by_ids[tuple(ids)] for ids in seen.rollouts[calls]]
+                assert len(rows) == size
+                rounds.append(score(given_rollout(calls, seen.rollouts[calls], args, False),
+                                    repeat(rows, args.k), args.reward))
+                add_noise(rounds[-1])
+                calls += 1
+            update = {"rows": oracle.dynamic_sampling(rounds, args), "rounds": len(rounds),
+                      "sampled": sum(map(len, rounds))}
         if getattr(args, "minibatches", 1) > 1:
             update["orders"] = [next(orders) for _ in range(args.epochs)]
         updates.append(update)
+    assert calls == len(seen.rollouts)
     return updates
 
 

@@ -28,7 +28,7 @@ def flags_of(script, world, **more):
     fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
     flags = world.flags | {"eval_dataset": world.data, "batch_size": 4, "num_updates": 6,
                            "save_every": 1, "reward_noise": 0.3} | more
-    if script in FAMILY and FAMILY[script].binary:
+    if script == "dapo" or script in FAMILY and FAMILY[script].binary:  # dapo: several rounds
         flags |= {"reward": (f"{ROOT}/tests/helpers/small_world.py:right",), "reward_noise": 0.0}
     return {name: value for name, value in flags.items() if name in fields}
 

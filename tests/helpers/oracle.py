@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-CLIPPED = ("grpo", "gspo", "cispo", "reinforce_pp", "reinforce_pp_baseline",
+CLIPPED = ("grpo", "gspo", "cispo", "dapo", "reinforce_pp", "reinforce_pp_baseline",
            "ppo")  # several epochs, mini-batches
-TOKEN_MEAN = ("cispo",)  # the loss of a mini-batch is a mean over its tokens, not its rows
+TOKEN_MEAN = ("cispo", "dapo")  # the loss of a mini-batch is a mean over its tokens, not its rows
 WITH_CRITIC = ("vanilla_pg", "ppo")
 SUPERVISED = ("sft", "reward_model")  # trained with AdamW
 
@@ -112,6 +112,11 @@ def row_score(row, flags):
     score = true_score(row, flags) + row.noise
     if not row.ended:
         score -= flags.missing_eos_penalty
+    if hasattr(flags, "overlong_penalty"):  # DAPO: linear within the last C tokens, 1 at the last
+        buffer = flags.overlong_buffer or max(1, flags.max_new_tokens // 5)
+        late = len(row.response) - (flags.max_new_tokens - buffer)
+        if late > 0:
+            score -= flags.overlong_penalty * late / buffer
     return score
 
 
@@ -295,6 +300,26 @@ def grpo_advantages(rollout, flags):
     return whole_response(rollout, advantages)
 
 
+def has_signal(group, flags):
+    return not all_equal([row_score(row, flags) for row in group])
+
+
+def batch_is_full(rounds, flags):
+    """DAPO: whether as many prompts as an update needs have scores that differ."""
+    all_groups = [group for rows in rounds for group in groups(rows, flags.k)]
+    return sum(has_signal(group, flags) for group in all_groups) >= flags.prompts_per_step
+
+
+def dynamic_sampling(rounds, flags):
+    """DAPO (Yu et al. 2025): the rows of the prompts with a signal, and others where they lack."""
+    if len(rounds) == 1:
+        return rounds[0]
+    all_groups = [group for rows in rounds for group in groups(rows, flags.k)]
+    good = [group for group in all_groups if has_signal(group, flags)]
+    bad = [group for group in all_groups if not has_signal(group, flags)]
+    return flatten((good + bad)[: flags.prompts_per_step])
+
+
 def reinforce_pp_shaped(rollout, flags, group_baseline):
     """Every row's shaped score in REINFORCE++ (Hu 2024) and its variant with a group baseline."""
     scores = rollout.scores
@@ -371,13 +396,13 @@ def gradient_loss(logprobs, advantages):
     return -sum(a * logprob for a, logprob in zip(advantages, logprobs, strict=True))
 
 
-def clipped_terms(logprobs, row, advantages, clip):
-    """PPO's min(ratio_t A_t, clip(ratio_t, 1-c, 1+c) A_t) for every token; how many are clipped."""
+def clipped_terms(logprobs, row, advantages, low, high):
+    """PPO's min(ratio_t A_t, clip(ratio_t, 1-low, 1+high) A_t) of every token; the clipped."""
     terms, count = [], 0
     for logprob, old, a in zip(logprobs, row.old_logprobs, advantages, strict=True):
         ratio = torch.exp(logprob - old)
         unclipped = ratio * a
-        clipped = torch.clamp(ratio, 1 - clip, 1 + clip) * a
+        clipped = torch.clamp(ratio, 1 - low, 1 + high) * a
         terms.append(min(unclipped, clipped))
         if clipped.item() < unclipped.item():
             count += 1
@@ -412,7 +437,7 @@ def cispo_row_loss(flags, row, logprobs, ref, advantages):
 
 
 def clipped_row_loss(kind, flags, row, logprobs, ref, advantages):
-    """The row's loss in GRPO, REINFORCE++ (kind "reinforce_pp" or "group") and PPO.
+    """The row's loss in GRPO, DAPO, REINFORCE++ (kind "reinforce_pp" or "group") and PPO.
 
     Returns: the loss, and the number of tokens that are clipped.
     """
@@ -420,11 +445,13 @@ def clipped_row_loss(kind, flags, row, logprobs, ref, advantages):
         return gspo_row_loss(flags, row, logprobs, ref, advantages)
     if kind == "cispo":
         return cispo_row_loss(flags, row, logprobs, ref, advantages)
-    terms, count = clipped_terms(logprobs, row, advantages, flags.clip)
+    low, high = ((flags.clip_low, flags.clip_high) if kind == "dapo"
+                 else (flags.clip, flags.clip))
+    terms, count = clipped_terms(logprobs, row, advantages, low, high)
     loss = 0.0
     for t in range(len(terms)):
         loss = loss - terms[t]
-        if kind == "grpo":  # k3 = pi_ref / pi - log(pi_ref / pi) - 1
+        if kind in ("grpo", "dapo"):  # k3 = pi_ref / pi - log(pi_ref / pi) - 1
             log_ratio = ref[t] - logprobs[t]
             loss = loss + flags.beta * (torch.exp(log_ratio) - log_ratio - 1)
         if kind == "group":  # k2 = 1/2 (log pi - log pi_ref)^2
@@ -508,7 +535,9 @@ def train(name, flags, updates, policy, reference=None, critic=None):
             new_steps, numbers = rl_update(name, flags, update, rollout, policy, critic, adam,
                                            critic_adam, factor, past)
             past.append(mean(rollout.R))
-            samples += len(rollout.rows) + len(rollout.greedy)
+            samples += update.get("sampled", len(rollout.rows)) + len(rollout.greedy)
+            if "rounds" in update:
+                numbers["rollout/rounds"] = update["rounds"]
         if name not in SUPERVISED:
             clipped = [step["policy_norm"] > flags.max_grad_norm for step in new_steps]
             numbers["policy/grad_norm"] = new_steps[-1]["policy_norm"]
@@ -568,7 +597,7 @@ def rl_update(name, flags, update, rollout, policy, critic, adam, critic_adam, f
         numbers["objective/baseline"] = mean(greedy_scores)
     elif name == "maxrl":
         advantages = maxrl_advantages(rollout, flags)
-    elif name in ("grpo", "gspo", "cispo"):
+    elif name in ("grpo", "gspo", "cispo", "dapo"):
         advantages = grpo_advantages(rollout, flags)
         rewards = rollout.scores
     elif name in ("reinforce_pp", "reinforce_pp_baseline"):
