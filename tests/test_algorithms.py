@@ -74,6 +74,7 @@ def test_a_run_raises_its_reward(name, world, tmp_path):
     reward = "most" if FAMILY[name].binary else "share"
     flags = {"reward": (f"{path}:{reward}",), "num_updates": 20, "lr": 2e-2}
     flags |= {"prompts_per_step": 12, "eval_prompts": 12, "eval_every": 0}
+    flags |= {"minibatches": 1} if name == "dapo" else {}  # its step is too large for four
     run(name, world, tmp_path / "run", **flags, beta=0.0, missing_eos_penalty=0.0)
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["before"]["score"] < 0.4 and result["after"]["score"] > 0.8

@@ -54,10 +54,13 @@ MORE = {  # of single scripts
     ],
     "ppo": [{"k": 1, "prompts_per_step": 1, "max_new_tokens": 1, "minibatches": 1}],
     "dapo": [
-        {"reward": (f"{HERE}:constant",), "overlong_penalty": 0.0, "max_rounds": 2},  # never full
+        {"reward": (f"{HERE}:constant",), "overlong_penalty": 0.0, "max_rounds": 2,
+         "missing_eos_penalty": 0.0},  # never full
+        {"max_new_tokens": 8},
         {"reward": (f"{HERE}:right", f"{HERE}:brevity"), "reward_weights": (1.0, 0.0),
          "reward_noise": 0.3, "max_rounds": 2},
-        {"reward": (f"{HERE}:right",), "overlong_penalty": 0.0, "num_updates": 3},
+        {"reward": (f"{HERE}:right",), "overlong_penalty": 0.0, "missing_eos_penalty": 0.0,
+         "num_updates": 3},
     ],
     "dpo": [{"dataset": f"{HERE}:tied_pairs", "microbatch_tokens": 1}],
 }
