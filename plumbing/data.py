@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from plumbing.processes import is_first
 from plumbing.sources import load_dataset, text_columns
 
 RESPONSES = {"completion", "chosen", "rejected"}  # columns that hold responses
-EMPTY, IDENTICAL = "an empty prompt", "the same response twice"  # why a row is dropped
+SYSTEM = {"system", "developer"}  # roles of the turn that --system-prompt would replace
+# Why a row is dropped.
+EMPTY, BLANK, IDENTICAL = "an empty prompt", "an empty response", "the same response twice"
 
 
 # ---------------------------------------------------------------------------------- from row to row
@@ -57,7 +60,8 @@ def without_prompt(prompt, reply):
     if not is_conversation(reply) or not reply:
         return prompt, reply
     if is_conversation(prompt):
-        return prompt, reply[len(prompt) :] if reply[: len(prompt)] == prompt else reply
+        same = (n for n in range(len(prompt), 0, -1) if prompt[-n:] == reply[:n])
+        return prompt, reply[next(same, 0) :]
     if reply[0].get("role") == "assistant":
         return [{"role": "user", "content": prompt}], reply
     return reply[:-1], reply[-1:]
@@ -69,8 +73,9 @@ def common_prefix(chosen, rejected):
     shared = chosen[: sum(1 for _ in pairs)]
     if not isinstance(chosen, str):
         return shared[: min(len(chosen), len(rejected)) - 1]  # a reply remains of each
-    turn = shared.rfind("Assistant:")
-    return shared[: turn + len("Assistant:")] if turn >= 0 else shared[: shared.rfind(" ") + 1]
+    turns = list(re.finditer(r"^Assistant:", shared, re.MULTILINE))
+    words = list(re.finditer(r"\s", shared))
+    return shared[: turns[-1].end() if turns else words[-1].end() if words else 0]
 
 
 def shorten(ids, length, tokenizer):
@@ -109,7 +114,9 @@ class Preparation:
             replies = [row[f"{column}_ids"] for column in self.responses]
             row["num_tokens"] = len(row["prompt_ids"]) + max(map(len, replies), default=0)
             same = len(replies) == 2 and replies[0] == replies[1]  # of a pair
-            row["flaw"] = EMPTY if not row["prompt"] else IDENTICAL if same else ""
+            blank = "completion" in self.responses and not as_reply(row["completion"]).strip()
+            row["flaw"] = (EMPTY if not row["prompt_ids"] else IDENTICAL if same else
+                           BLANK if blank else "")
             for name in row.keys() & RESPONSES:
                 row[name] = as_reply(row[name])
         names = [*self.targets, *id_columns(self.tokenized), "num_tokens", "flaw"]
@@ -138,20 +145,22 @@ class Preparation:
         """One row with its prompt and responses found and checked."""
         try:
             row = split_row(row, self.sources) | {"options": template_options(row)}
+            for name in row.keys() & {"prompt", *RESPONSES}:
+                row[name] = joined_parts(row[name])
         except Exception as error:
             stop(f"{self.what}: row {index} does not follow TRL's conventions: "
                  f"{type(error).__name__}: {one_line(error)}")
         if self.wrap and isinstance(row["prompt"], str):
             row["prompt"] = [{"role": "user", "content": row["prompt"]}] if row["prompt"] else []
         self.check(row, index)
-        if self.system and row["prompt"] and row["prompt"][0]["role"] != "system":
+        if self.system and row["prompt"] and row["prompt"][0]["role"] not in SYSTEM:
             row["prompt"] = [{"role": "system", "content": self.system}, *row["prompt"]]
         return row
 
     def check(self, row, index):
         """Exit with one line if a row's prompt or responses are neither texts nor messages."""
         is_turn = lambda turn: isinstance(turn, dict) and "role" in turn and (
-            turn.get("content") is not None or turn.get("tool_calls"))
+            isinstance(turn.get("content"), str) or turn.get("tool_calls"))
         turns = row["prompt"] if self.chat and isinstance(row["prompt"], list) else []
         require(isinstance(row["prompt"], list if self.chat else str) and all(map(is_turn, turns)),
                 f"{self.what}: column 'prompt' must hold text, or lists of messages with role and "
@@ -169,6 +178,16 @@ class Preparation:
                     f"{self.what}: in row {index}, the last turn of column {column!r} is not a "
                     "text of the assistant; remove that row, or its last turns (a conversation as "
                     "a prompt alone: --prompt-column messages)")
+
+
+def joined_parts(value):
+    """A conversation in which each content that is a list of texts has become one text."""
+    if not is_conversation(value):
+        return value
+    parts = lambda turn: turn.get("content") if isinstance(turn.get("content"), list) else []
+    is_text = lambda part: isinstance(part, dict) and isinstance(part.get("text"), str)
+    return [turn | {"content": "".join(part["text"] for part in parts(turn))}
+            if parts(turn) and all(map(is_text, parts(turn))) else turn for turn in value]
 
 
 def id_columns(targets):
