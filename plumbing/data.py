@@ -1,8 +1,7 @@
-"""From a dataset's columns, texts or conversations, to rows of token ids. Columns follow TRL's."""
+"""From the rows of a dataset, texts or conversations, to rows of token ids."""
 
 import itertools
 import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,70 +11,19 @@ import numpy
 import torch
 from datasets.fingerprint import Hasher
 
-from plumbing import chat
+from plumbing import chat, layouts
 from plumbing.chat import is_conversation, prompt_tokens, reply_tokens, template_options
 from plumbing.errors import one_line, require, stop
+from plumbing.layouts import RESPONSES, joined_parts, split_row
 from plumbing.processes import is_first
 from plumbing.sources import load_dataset, text_columns
 
-RESPONSES = {"completion", "chosen", "rejected"}  # columns that hold responses
 SYSTEM = {"system", "developer"}  # roles of the turn that --system-prompt would replace
 # Why a row is dropped.
 EMPTY, BLANK, IDENTICAL = "an empty prompt", "an empty response", "the same response twice"
 
 
 # ---------------------------------------------------------------------------------- from row to row
-
-
-def split_row(row, sources):
-    """Find a row's prompt, and its completion, chosen and rejected if it has them.
-
-    Of conversations, a reply is all that follows the prompt. "messages" are a prompt and a last
-    turn. Chosen and rejected without a prompt have an implicit one, which both begin with: whole
-    turns, or text up to the last "Assistant:" if there is one. So they have beside a prompt that is
-    text, if they are conversations.
-
-    Args: row (dict of columns); sources (dict target -> column that the flags name for it).
-    """
-    row = row | {target: row[column] for target, column in sources.items()
-                 if target != "completion"}
-    pair = row.get("chosen"), row.get("rejected")
-    is_bare = "prompt" not in sources and not is_conversation(row.get("prompt"))
-    if is_bare and is_conversation(row.get("messages")) and "completion" not in row:
-        row["prompt"], row["completion"] = row["messages"][:-1], row.pop("messages")[-1:]
-    elif is_bare and all(map(is_conversation, pair)) or "prompt" not in row and None not in pair:
-        row["prompt"] = common_prefix(*pair)
-        row["chosen"], row["rejected"] = (whole[len(row["prompt"]) :] for whole in pair)
-    if "prompt" not in row and "question" in row:
-        row["prompt"] = row["question"]
-    if "completion" in sources:  # after the split: it may be the chosen response
-        row["completion"] = row[sources["completion"]]
-    for name in sorted(row.keys() & RESPONSES) if "prompt" in row else ():
-        row["prompt"], row[name] = without_prompt(row["prompt"], row[name])
-    return row
-
-
-def without_prompt(prompt, reply):
-    """A prompt and its reply, which may be a conversation that repeats the prompt."""
-    if not is_conversation(reply) or not reply:
-        return prompt, reply
-    if is_conversation(prompt):
-        same = (n for n in range(len(prompt), 0, -1) if prompt[-n:] == reply[:n])
-        return prompt, reply[next(same, 0) :]
-    if reply[0].get("role") == "assistant":
-        return [{"role": "user", "content": prompt}], reply
-    return reply[:-1], reply[-1:]
-
-
-def common_prefix(chosen, rejected):
-    """What two texts, or two conversations, share: of texts whole turns, or whole words."""
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected))
-    shared = chosen[: sum(1 for _ in pairs)]
-    if not isinstance(chosen, str):
-        return shared[: min(len(chosen), len(rejected)) - 1]  # a reply remains of each
-    turns = list(re.finditer(r"^Assistant:", shared, re.MULTILINE))
-    words = list(re.finditer(r"\s", shared))
-    return shared[: turns[-1].end() if turns else words[-1].end() if words else 0]
 
 
 def shorten(ids, length, tokenizer):
@@ -180,16 +128,6 @@ class Preparation:
                     "a prompt alone: --prompt-column messages)")
 
 
-def joined_parts(value):
-    """A conversation in which each content that is a list of texts has become one text."""
-    if not is_conversation(value):
-        return value
-    parts = lambda turn: turn.get("content") if isinstance(turn.get("content"), list) else []
-    is_text = lambda part: isinstance(part, dict) and isinstance(part.get("text"), str)
-    return [turn | {"content": "".join(part["text"] for part in parts(turn))}
-            if parts(turn) and all(map(is_text, parts(turn))) else turn for turn in value]
-
-
 def id_columns(targets):
     """Names of the columns with the token ids of a prompt and its responses."""
     return [f"{target}_ids" for target in targets]
@@ -268,7 +206,7 @@ def prepare_all(dataset, preparation, example):
                  "flaw": text}
     folders = [Path(file["filename"]).parent for file in dataset.cache_files]
     # Rows that an earlier version of the code has made do not count.
-    code = [Path(file).read_text() for file in (__file__, chat.__file__)]
+    code = [Path(file).read_text() for file in (__file__, chat.__file__, layouts.__file__)]
     if len(dataset) > 50_000 and is_first():
         datasets.enable_progress_bars()
     dataset = dataset.map(
