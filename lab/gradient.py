@@ -504,20 +504,18 @@ def main(args):
     check_args(args)
     commands, places = rows_and_places(args)
     results = {place: {} for place in places}  # place -> command -> list of Results, or one line
-    bar = tqdm(total=args.toys * len(places) * len(commands), unit="script", leave=False)
+    worlds = []  # pairs of a place and its World; first, since a KL may be out of reach
     for toy in range(args.toys):
         world = make_world(args, toy)
         if toy == 0:
             describe(world, args)
-        worlds = [stale.lagging(world, *place, args.seed) for place in places]
-        for (place, found), world in zip(results.items(), worlds):
-            load_module(WORLD).world = world
-            for command in commands:
-                if not isinstance(found.setdefault(command, []), str):
-                    one = attempt(command, world, args)
-                    found[command] = one if isinstance(one, str) else [*found[command], one]
-                bar.update()
-    bar.close()
+        worlds += [(place, stale.lagging(world, *place, args.seed)) for place in places]
+    jobs = [*itertools.product(worlds, commands)]
+    for (place, world), command in tqdm(jobs, unit="script", leave=False):
+        load_module(WORLD).world, found = world, results[place]
+        if not isinstance(found.setdefault(command, []), str):
+            one = attempt(command, world, args)
+            found[command] = one if isinstance(one, str) else [*found[command], one]
     report(results, args)
 
 

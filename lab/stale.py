@@ -22,7 +22,7 @@ from plumbing import require
 
 LAGS = {"policy": "along the policy's own updates", "random": "in a random direction"}
 STEPS = 4
-HALVINGS = 50
+HALVINGS = 30
 # Besides the scripts of the family: the unbiased one, and PPO's ratio without its clip.
 ROWS = ("lab/importance.py", "ppo.py --lam 1 --no-whiten --clip inf")
 
@@ -89,8 +89,8 @@ def draw(results, path):
                           linestyle=("-", "--", ":")[number // 10 % 3], marker="o", markersize=3,
                           linewidth=max(1.0, 3.5 - 0.3 * number))
             axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("angle between mean and true gradient (degrees)")
-    axes[1, 0].set_ylabel("length of the projection\n(share of the true gradient's norm)")
+    axes[0, 0].set_ylabel("angle to the true gradient (degrees)")
+    axes[1, 0].set_ylabel("length of the projection on it\n(share of its norm)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center",
                   frameon=False, fontsize=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
