@@ -11,6 +11,7 @@ Their size is found by bisection. The KL is that of responses, in nats, averaged
 """
 
 import copy
+import math
 import statistics
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from plumbing import require
 
 LAGS = {"policy": "along the policy's own updates", "random": "in a random direction"}
 STEPS = 4
-HALVINGS = 30
+HALVINGS = 24  # the KL is right to a few 1e-7 of it
 # Besides the scripts of the family: the unbiased one, and PPO's ratio without its clip.
 ROWS = ("lab/importance.py", "ppo.py --lam 1 --no-whiten --clip inf")
 
@@ -49,7 +50,7 @@ def lagging(world, lag, kl, seed):
         vector_to_parameters(weights, moved.policy.parameters())
         return divergence(moved)
 
-    low, high = 0.0, 1e-3
+    low, high = 0.0, 1e-3 * math.sqrt(kl / distance(1e-3))  # near 0, the KL is quadratic
     while not distance(high) >= kl:
         require(high < 1e6, f"--stale {kl}: no policy is that far away, {LAGS[lag]}")
         low, high = high, 2 * high

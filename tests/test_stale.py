@@ -13,7 +13,8 @@ from torch.nn.utils import parameters_to_vector
 
 from lab import gradient, stale
 
-PLACES = [*itertools.product(stale.LAGS, (0.01, 0.1))]
+pytestmark = pytest.mark.slow
+PLACES = [*itertools.product(stale.LAGS, (0.01, 0.03))]
 
 
 @functools.cache
@@ -52,7 +53,8 @@ def response_logprobs(world, model, temperature):
 # ----------------------------------------------------------------------------- how the policy moves
 
 
-@pytest.mark.parametrize("lag, kl", [*PLACES, ("policy", 1e-6), ("random", 0.5)])
+@pytest.mark.parametrize("lag, kl", [("policy", 1e-6), ("policy", 0.1), ("random", 0.01),
+                                     ("random", 0.5)])
 def test_the_policy_is_as_far_away_as_asked(lag, kl):
     """By a sum over the responses to both prompts, one at a time."""
     world = lagging_world(lag, kl, words=2, prompts=2)
@@ -60,7 +62,7 @@ def test_the_policy_is_as_far_away_as_asked(lag, kl):
         new, old = (response_logprobs(world, model, SMALL.temperature)
                     for model in (world.policy, world.sampler))
     found = sum(math.exp(a.sum()) * (a.sum() - b.sum()).item() for a, b in zip(new, old)) / 2
-    assert found == pytest.approx(kl, rel=1e-6, abs=1e-12)
+    assert found == pytest.approx(kl, rel=1e-6)
 
 
 def test_its_own_updates_are_four_equal_steps_down_its_own_losss_gradient(monkeypatch):
@@ -141,7 +143,7 @@ def pair_loss(command, rewards, logprobs, old, ref, beta):
     return loss
 
 
-@pytest.mark.parametrize("lag, kl", [*itertools.product(stale.LAGS, (0.01, 0.03))])
+@pytest.mark.parametrize("lag, kl", PLACES)
 @pytest.mark.parametrize("command", [
     "rloo.py", "rloo.py --temperature 1.3", "lab/importance.py",
     "grpo.py --no-scale-std --no-length-mean --beta 0"])
@@ -176,13 +178,11 @@ def test_a_stale_estimator_is_the_plain_sum_over_draws(command, lag, kl):
 # ------------------------------------------------------------------------------ the unbiased script
 
 
-@pytest.mark.parametrize("lag, kl", [("policy", 0.001), ("random", 0.1), ("policy", 0.3),
-                                     ("random", 0.5)])
+@pytest.mark.parametrize("lag, kl", [("policy", 0.001), ("policy", 0.3), ("random", 0.5)])
 def test_importance_weights_are_unbiased_at_every_lag(lag, kl):
-    args, world = replace(SMALL, prompts=2), lagging_world(lag, kl, prompts=2)
+    args, world = replace(SMALL, length=3), lagging_world(lag, kl, length=3)
     with loop.float64():
-        for command in ("lab/importance.py", "lab/importance.py --temperature 1.1 --beta 1"):
-            assert gradient.measure(command, world, args).bias < 1e-9
+        assert gradient.measure("lab/importance.py --beta 1", world, args).bias < 1e-9
         assert gradient.measure("rloo.py", world, args).bias > 1e-3
 
 
@@ -193,7 +193,7 @@ def test_old_logprobs_of_the_current_policy_show(tmp_path):
     command = str(edited(tmp_path, "lab/importance.py", (score, f"        {planted}\n{score}")))
     assert measure(command).verdict() == "unbiased to 1e-6"
     for lag in stale.LAGS:
-        world = lagging_world(lag, 0.1)
+        world = lagging_world(lag, 0.03)
         with loop.float64():
             found = gradient.measure(command, world, SMALL)
         assert found.verdict().startswith("biased: points ") and found.angle > 3
@@ -223,17 +223,17 @@ def test_importance_is_a_copy_of_rloo_but_for_the_weights():
 
 
 def test_a_table_for_each_lag_and_kl(tmp_path, capsys):
-    args = gradient.Args(scripts=("rloo.py", "nothing.py"), length=2, prompts=1,
-                         stale=(0.1, 0.01, 0.1), output=f"{tmp_path}/new/a.png")
+    args = gradient.Args(scripts=("rloo.py", "nothing.py"), length=1, prompts=1,
+                         stale=(0.03, 0.01, 0.03), output=f"{tmp_path}/new/a.png")
     with loop.float64():
         gradient.main(args)
     printed = capsys.readouterr().out.split("KL(pi || pi_old) = ")[1:]
     assert [part.partition(":")[0] for part in printed] == [
-        "0.01, along the policy's own updates", "0.1, along the policy's own updates",
-        "0.01, in a random direction", "0.1, in a random direction"]
+        "0.01, along the policy's own updates", "0.03, along the policy's own updates",
+        "0.01, in a random direction", "0.03, in a random direction"]
     for (lag, kl), part in zip(PLACES, printed):
         with loop.float64():
-            found = gradient.measure("rloo.py", lagging_world(lag, kl), args)
+            found = gradient.measure("rloo.py", lagging_world(lag, kl, length=1), args)
         assert gradient.table({"rloo.py": [found]}) in part and "no such file |" in part
     assert (tmp_path / "new" / "a.png").stat().st_size > 10_000
 
