@@ -52,7 +52,8 @@ def lagging(world, lag, kl, seed):
 
     low, high = 0.0, 1e-3 * math.sqrt(kl / distance(1e-3))  # near 0, the KL is quadratic
     while not distance(high) >= kl:
-        require(high < 1e6, f"--stale {kl}: no policy is that far away, {LAGS[lag]}")
+        require(high < 1e6, f"--stale {kl}: no policy is that far away, {LAGS[lag]}; "
+                           "use a smaller KL")
         low, high = high, 2 * high
     for _ in range(HALVINGS):
         middle = (low + high) / 2

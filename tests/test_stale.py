@@ -265,7 +265,8 @@ def test_curves_are_medians_over_worlds_by_kl():
     ({"stale": (0.1,), "at_optimum": True}, "--at-optimum --stale: a policy that has moved is no "
                                             "longer the optimum; use one of them"),
     ({"stale": (1e12,), "lag": "random", "length": 1, "prompts": 1},
-     "--stale 1000000000000.0: no policy is that far away, in a random direction"),
+     "--stale 1000000000000.0: no policy is that far away, in a random direction; "
+     "use a smaller KL"),
 ])
 def test_bad_flags(flags, line, capsys):
     with pytest.raises(SystemExit), loop.float64():
