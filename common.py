@@ -53,7 +53,7 @@ def make_batch(tokenizer, prompt_ids, response_ids, device, ended=None):
     Args: tokenizer; prompt_ids and response_ids (N lists of token ids each; see load_rows); device;
     ended (N bools: which responses end in EOS; default: all).
     """
-    ended = ended or [True] * len(response_ids)
+    ended = [True] * len(response_ids) if ended is None else ended
     responses, response_mask = pad(response_ids, tokenizer.pad_token_id, "right", device)
     prompts = pad(prompt_ids, tokenizer.pad_token_id, "left", device)
     unknown = torch.zeros(responses.shape, device=device)
@@ -304,7 +304,7 @@ def reward_scores(reward, tokenizer, batch, examples):
     if reward.function:
         ids = [row[mask].tolist() for row, mask in zip(batch.responses, batch.response_mask)]
         return sum_over_ranks(call_function(reward, examples, texts, ids).to(scores))
-    if not shares_ids(reward, tokenizer, batch.responses):
+    if not shares_ids(reward, tokenizer, batch.responses, examples["prompt"]):
         ended = batch.ended.tolist()
         batch = make_batch(reward.tokenizer, *own_ids(reward, examples, texts, ended),
                            scores.device, ended)
@@ -390,8 +390,11 @@ def evaluate(policy, reference, tokenizer, rewards, dataset, args, k=1, greedy=F
 
 
 def wins(ours, theirs):
-    """1 where our score is the higher one, 0 where it is the lower one, 1/2 for ties: (N,)."""
-    return (torch.sign(ours - theirs) + 1) / 2
+    """1 where our score is the higher one, 0 where it is the lower one, 1/2 for ties: (N,).
+
+    NaN where one of them is (a reward that is None).
+    """
+    return (torch.sign(ours - theirs) + 1) / 2 + 0 * (ours - theirs)
 
 
 def rollout_metrics(batch, parts, scores, kl, rewards, k):

@@ -113,10 +113,11 @@ def evaluate_pairs(model, tokenizer, pairs, gold, args):
                "std": rewards.std().item()}
     if gold:
         golds = torch.stack(golds, 1)  # (M, 2)
+        known = ~golds.isnan()  # (M, 2), False where the gold reward is None
         agree = right == (golds[:, 0] > golds[:, 1])  # (M,)
-        differ = golds[:, 0] != golds[:, 1]  # (M,)
+        differ = known.all(1) & (golds[:, 0] != golds[:, 1])  # (M,)
         metrics["gold_accuracy"] = agree[differ].float().mean().item()
-        metrics["gold_spearman"] = spearman(rewards.flatten(), golds.flatten())
+        metrics["gold_spearman"] = spearman(rewards[known], golds[known])
     return metrics
 
 

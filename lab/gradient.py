@@ -4,6 +4,7 @@
     python -m lab.gradient rloo.py my_rloo.py "ppo.py --lam 0.9"  # any scripts, with flags
     python -m lab.gradient rloo.py "reinforce.py --baseline none" --constant 3
     python -m lab.gradient --toys 11                              # ranges over eleven worlds
+    python -m lab.gradient --stale 0.01 0.1                       # rollouts of an older policy
 
 In a world so small that every response can be written down, a script's own `main` makes an update
 for every rollout that could be sampled, and the gradient is read where the policy's optimizer would
@@ -16,6 +17,10 @@ that an update generates (divide it by yours); that variance once the step is re
 All but the cosine are shares of the true gradient's norm, or of its square. With --toys, each
 number is the median (smallest to largest) over worlds with other weights and scores, and the
 variances are multiples of the first script's in the same world.
+
+With --stale, the policy that is trained has moved away from the one that sampled, to a given KL
+(lab/stale.py). old_logprobs and the rollouts' probabilities are those of the sampler, and the true
+gradient is that of the policy that is trained.
 
 A script fits if it has the form of rloo.py: Args, a `main` that calls `rollout` once per update,
 and a Run that holds the policy. Its flags --beta, --temperature and --missing-eos-penalty also
@@ -32,14 +37,14 @@ import statistics
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
 import torch
 import tyro
 from tqdm import tqdm
 
-from lab import blackbox
+from lab import blackbox, stale
 from lab.family import FAMILY
 from plumbing import (Between, NotNegative, Positive, check_ranges, load_module, one_line,
                       require)
@@ -54,7 +59,7 @@ WARMUP = 4  # updates before those that count, so that an average over past ones
 
 @dataclass
 class Args:
-    scripts: Annotated[tuple[str, ...], tyro.conf.Positional] = SCRIPTS
+    scripts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """scripts, each with flags if you put both in quotes; default: all of this project"""
     k: Annotated[int, Between(1, 8)] = 2
     """responses per prompt, where the script's own flags do not say"""
@@ -85,15 +90,22 @@ class Args:
     at_optimum: bool = False
     """scores that make the policy the optimum of E[r] - beta KL, where the true gradient is 0;
     shares are of the gradient of E[r]"""
+    stale: tuple[float, ...] = (0.0,)
+    """KL(pi || pi_old), in nats, between the policy that is trained and the one that sampled; for
+    several, a table each"""
+    lag: Literal["both", "policy", "random"] = "both"
+    """with --stale, how they came apart: by the policy's own updates, in a random direction, or a
+    table for both"""
     toys: Annotated[int, Between(1, 1000)] = 1
     """worlds with other weights and scores, over which to give ranges; the first is that of a
     single one"""
     draws: Annotated[int, Between(1, 10**6)] = 1500
     """rollouts per script; if more than this many are possible, this many are sampled"""
     seed: int = 1
-    """random seed of the draws"""
+    """random seed of the draws, and of the random direction"""
     output: str = "runs/gradient.png"
-    """PNG file for the picture, bias against variance"""
+    """PNG file for the picture: bias against variance, or with --stale angle and length against
+    the KL"""
 
 
 @dataclass
@@ -144,6 +156,11 @@ def check_args(args):
     require(args.beta > 0 or not args.at_optimum,
             f"--at-optimum --beta {args.beta}: without a KL there is no optimum inside; give a "
             "positive --beta")
+    for kl in args.stale:
+        require(0 <= kl < math.inf, f"--stale {kl}: a KL must be 0 or more, and finite")
+    require(not (args.at_optimum and any(args.stale)),
+            "--at-optimum --stale: a policy that has moved is no longer the optimum; use one of "
+            "them")
     require(str(args.output).endswith(".png"),
             f"--output {args.output}: must be the name of a PNG file")
 
@@ -153,10 +170,10 @@ def settings(args):
     return dict(
         model=f"{WORLD}:policy", reference=f"{WORLD}:reference", critic=f"{WORLD}:critic",
         reward=(f"{WORLD}:reward",), gold="none", dataset=f"{WORLD}:prompts",
-        eval_dataset=f"{WORLD}:prompts", device="cpu", k=args.k, prompts_per_step=args.prompts,
-        batch_size=1, epochs=1, minibatches=1, max_rounds=1, beta=args.beta,
-        temperature=args.temperature, missing_eos_penalty=args.missing_eos_penalty,
-        max_new_tokens=args.length)
+        eval_dataset=f"{WORLD}:prompts", device="cpu", plain=True,  # twice as fast on so little
+        k=args.k, prompts_per_step=args.prompts, batch_size=1, epochs=1, minibatches=1,
+        max_rounds=1, beta=args.beta, temperature=args.temperature,
+        missing_eos_penalty=args.missing_eos_penalty, max_new_tokens=args.length)
 
 
 def all_draws(probabilities, prompts, k, in_every_order=False):
@@ -283,7 +300,8 @@ def measure(command, world, args):
         require(hasattr(flags, name), f"{command}: has no flag --{name.replace('_', '-')}")
     penalty = getattr(flags, "missing_eos_penalty", args.missing_eos_penalty)
     prompts = [i % args.prompts for i in range(args.prompts if pairs else flags.prompts_per_step)]
-    batch = replace(world.batch, old_logprobs=world.logprobs(flags.temperature).detach())
+    old_logprobs = world.logprobs(flags.temperature, world.sampler).detach()  # (B M, T)
+    batch = replace(world.batch, old_logprobs=old_logprobs)
     found, weights, generated, exact = (
         all_pairs(command, world, args, batch, world.scores - penalty * ~batch.ended) if pairs
         else all_rollouts(command, world, args, flags, batch, prompts))  # (D, P), (D,)
@@ -467,29 +485,51 @@ def make_world(args, toy=0):
 def describe(world, args):
     """Print how large the world is, and how far from uniform."""
     likely = world.batch.old_logprobs.sum(1).exp().view(args.prompts, -1).amax(1)  # (B,)
-    true = world.true_gradient(range(args.prompts), args.temperature, args.beta,
-                               args.missing_eos_penalty).norm()
+    true = world.loss_gradient().norm()
     tqdm.write(f"{world.M} responses to each prompt, the most probable with probability "
                f"{', '.join(f'{p:.2f}' for p in likely)}; the true gradient's squared norm is "
                f"{true**2:.3g}{' (in the first world)' * (args.toys > 1)}\n")
 
 
+def rows_and_places(args):
+    """The commands of the table's rows, and the pairs (lag, KL) that get a table each."""
+    if not any(args.stale):
+        return args.scripts or SCRIPTS, [("policy", 0.0)]
+    lags = stale.LAGS if args.lag == "both" else [args.lag]
+    return (args.scripts or (*SCRIPTS, *stale.ROWS),
+            list(itertools.product(lags, sorted(set(args.stale)))))
+
+
 def main(args):
     check_args(args)
-    results = {}  # command -> list of Results, or one line
-    jobs = [*itertools.product(range(args.toys), args.scripts)]
-    for toy, command in tqdm(jobs, unit="script", leave=False):
-        if command == args.scripts[0]:
-            world = make_world(args, toy)
-            if toy == 0:
-                describe(world, args)
-        if not isinstance(results.setdefault(command, []), str):
-            found = attempt(command, world, args)
-            results[command] = found if isinstance(found, str) else [*results[command], found]
-    print(table(results))
+    commands, places = rows_and_places(args)
+    results = {place: {} for place in places}  # place -> command -> list of Results, or one line
+    worlds = []  # pairs of a place and its World; first, since a KL may be out of reach
+    for toy in range(args.toys):
+        world = make_world(args, toy)
+        if toy == 0:
+            describe(world, args)
+        worlds += [(place, stale.lagging(world, *place, args.seed)) for place in places]
+    jobs = [*itertools.product(worlds, commands)]
+    for (place, world), command in tqdm(jobs, unit="script", leave=False):
+        load_module(WORLD).world, found = world, results[place]
+        if not isinstance(found.setdefault(command, []), str):
+            one = attempt(command, world, args)
+            found[command] = one if isinstance(one, str) else [*found[command], one]
+    report(results, args)
+
+
+def report(results, args):
+    """Print the table of each place, and draw the picture."""
+    parts = [f"KL(pi || pi_old) = {kl:g}, {stale.LAGS[lag]}:\n\n" * any(args.stale) + table(found)
+             for (lag, kl), found in results.items()]
     if not args.at_optimum:
-        draw(results, args.output)
-        print(f"\npicture: {args.output}")
+        if any(args.stale):
+            stale.draw(results, args.output)
+        else:
+            draw(*results.values(), args.output)
+        parts.append(f"picture: {args.output}")
+    print("\n\n".join(parts))
 
 
 if __name__ == "__main__":

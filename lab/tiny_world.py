@@ -75,6 +75,7 @@ class World:
             for model in (self.policy, self.reference):
                 model.transformer.ln_f.weight *= peaked
                 model.transformer.ln_f.bias *= peaked
+        self.sampler = self.policy  # lab/stale.py moves the policy away from it
         responses = list(all_responses(words, length))
         self.M = len(responses)
         self.batch = self.make_batch(responses)
@@ -132,6 +133,11 @@ class World:
         values = (logprobs.exp() * rewards).view(-1, self.M).sum(1)  # (B,)
         gradients = torch.autograd.grad(-values[prompts].mean(), list(self.policy.parameters()))
         return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def loss_gradient(self):
+        """The true gradient over all prompts, under the world's own settings: (P,)."""
+        return self.true_gradient(range(len(self.prompts)), self.temperature, self.beta,
+                                  self.penalty)
 
     @functools.cached_property
     def critic(self):

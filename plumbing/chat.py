@@ -43,21 +43,26 @@ def render(tokenizer, turns, what, options, **how):
         stop(f"{what}: the tokenizer's chat template rejects its messages: {one_line(error)}")
 
 
+def goes_on(prompt, role):
+    """Whether a reply whose first turn has this role continues the last turn of the prompt."""
+    last = prompt[-1]
+    return last["role"] == role == "assistant" and isinstance(last.get("content"), str)
+
+
 def render_prompt(tokenizer, prompt, what, options, follows="assistant"):
     """A conversation up to where a reply begins, whose first turn has the role `follows`.
 
-    The assistant's turn is opened, or continued if the prompt ends with one.
+    The assistant's turn is opened, or continued if the prompt ends with a text of the assistant.
     """
-    opens = follows == "assistant"
-    is_open = opens and prompt[-1]["role"] == "assistant"
-    return render(tokenizer, prompt, what, options, add_generation_prompt=opens and not is_open,
-                  continue_final_message=is_open)
+    is_open = goes_on(prompt, follows)
+    return render(tokenizer, prompt, what, options, continue_final_message=is_open,
+                  add_generation_prompt=follows == "assistant" and not is_open)
 
 
 def render_reply(tokenizer, prompt, reply, what, options):
     """A rendered prompt, and what follows it when the turns of the reply are added."""
     start = render_prompt(tokenizer, prompt, what, options, reply[0]["role"])
-    if prompt[-1]["role"] == reply[0]["role"] == "assistant":
+    if goes_on(prompt, reply[0]["role"]):
         begun = prompt[-1] | {"content": prompt[-1]["content"] + reply[0]["content"]}
         prompt, reply = prompt[:-1], [begun, *reply[1:]]
     whole = render(tokenizer, [*prompt, *reply], what, options)
@@ -67,15 +72,33 @@ def render_reply(tokenizer, prompt, reply, what, options):
     return start, whole[len(start) :]
 
 
+def turn_tail(tokenizer):
+    """What the chat template puts after the assistant's text: all of it, and what ends the turn.
+
+    That is the first added token, such as <|im_end|>, with what stands before it; without one all
+    but white space. A line break may follow. Two texts, "" if there is no template.
+    """
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    for start in ([], [{"role": "system", "content": "?"}]):  # which some templates want, or refuse
+        with suppress(Exception):
+            tail = tokenizer.apply_chat_template(start + talk, tokenize=False).rpartition(PROBE)[2]
+            ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+            known = tokenizer.added_tokens_decoder
+            ends = [known[id].content for id in ids if id in known and known[id].content.strip()]
+            return tail, "".join(tail.partition(ends[0])[:2]) if ends else tail.rstrip()
+    return "", ""
+
+
 def turn_end(tokenizer):
     """The id of the added token that ends the assistant's turn in the chat template, or None."""
-    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-    known = tokenizer.added_tokens_decoder
-    with suppress(Exception):  # no template, or one that wants other turns
-        tail = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(PROBE)[2]
-        ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-        return next((id for id in ids if id in known and known[id].content.strip()), None)
-    return None
+    ids = tokenizer(turn_tail(tokenizer)[1], add_special_tokens=False)["input_ids"]
+    return ids[-1] if ids and ids[-1] in tokenizer.added_tokens_decoder else None
+
+
+def without_bos(tokenizer, texts):
+    """Texts without a BOS that they begin with, if the tokenizer adds one itself."""
+    adds = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return [text.removeprefix(tokenizer.bos_token) for text in texts] if adds else texts
 
 
 def prompt_tokens(tokenizer, prompts, what, options=None, follows=None):
@@ -90,6 +113,8 @@ def prompt_tokens(tokenizer, prompts, what, options=None, follows=None):
         follows = follows or ["assistant"] * len(prompts)
         prompts = [render_prompt(tokenizer, prompt, what, more, role)
                    for prompt, more, role in zip(prompts, options, follows)]
+    else:
+        prompts = without_bos(tokenizer, prompts)
     ids, end = tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"], tokenizer.eos_token
     # Some tokenizers append EOS, but the response is still to come.
     return [row[:-1] if row[-1:] == [tokenizer.eos_token_id] and not text.endswith(end) else row
@@ -99,27 +124,41 @@ def prompt_tokens(tokenizer, prompts, what, options=None, follows=None):
 def reply_tokens(tokenizer, prompts, prompt_ids, replies, what, options=None, ended=None):
     """Token ids of replies where they follow their prompts, up to and including what ends them.
 
-    That is the token that ends the assistant's turn in the chat template, and EOS after plain text;
-    if there is none, EOS is added. An assistant's turn that a prompt ends with is continued.
+    That is the token that ends the assistant's turn in the chat template, and EOS after plain text.
+    If there is none, EOS is added. An assistant's turn that a prompt ends with is continued.
 
     Args: tokenizer; prompts (texts, or lists of messages); prompt_ids (see prompt_tokens); replies
     (texts, or lists of messages); what and options (see prompt_tokens); ended (bools; default: all.
     The others have nothing that ends them).
     """
     is_chat, ended = not isinstance(prompts[0], str), ended or [True] * len(replies)
-    pairs = list(zip(prompts, replies))
     if is_chat:
-        as_turns = lambda reply: ([{"role": "assistant", "content": reply}]
-                                  if isinstance(reply, str) else reply)
-        pairs = [render_reply(tokenizer, prompt, as_turns(reply), what, more)
-                 for (prompt, reply), more in zip(pairs, options or [{}] * len(pairs))]
+        tail, end = turn_tail(tokenizer)
+        options = options or [{}] * len(prompts)
+        pairs = []
+        for prompt, reply, more, has_ended in zip(prompts, replies, options, ended):
+            turns = as_turns(reply, (end, tokenizer.eos_token))
+            start, text = render_reply(tokenizer, prompt, turns, what, more)
+            pairs.append((start, text.removesuffix(tail) + (end if has_ended else "")))
+    else:
+        pairs = list(zip(without_bos(tokenizer, prompts), replies))
     rows = following(tokenizer, pairs, prompt_ids, not is_chat)
-    end, eos = turn_end(tokenizer), tokenizer.eos_token_id
-    if is_chat:  # a template may add a line break after the end
-        rows = [ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids for ids in rows]
-    has_end = [ids[-1:] in ([end], [eos]) for ids in rows]
-    return [(ids if has else [*ids, eos]) if keep else ids[: len(ids) - has]
-            for ids, has, keep in zip(rows, has_end, ended)]
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
+    for ids, has_ended in zip(rows, ended):
+        if has_ended and not (ids and ids[-1] in ends):
+            ids.append(tokenizer.eos_token_id)
+        elif not has_ended and ids and ids[-1] in ends:
+            ids.pop()
+    return rows
+
+
+def as_turns(reply, ends):
+    """A reply (text, or turns) as turns, without an end that is written at the end of its text."""
+    turns = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+    text = turns[-1]["content"]
+    for end in filter(None, ends):
+        text = text.removesuffix(end)
+    return [*turns[:-1], turns[-1] | {"content": text}]
 
 
 def following(tokenizer, pairs, prompt_ids, special):
@@ -138,12 +177,15 @@ def following(tokenizer, pairs, prompt_ids, special):
     rows = [ids[len(first) :] for ids, first in zip(both["input_ids"], prompt_ids)]
     shared = []
     for i, ((start, _), first) in enumerate(zip(pairs, prompt_ids)):
-        same = both["input_ids"][i][: len(first)] == first
-        last = same and first and tokenizer.is_fast and both.token_to_chars(i, len(first) - 1)
-        if not same or last and last.end > len(start):  # of unknown words only the end can tell
+        is_shared = both["input_ids"][i][: len(first)] != first
+        if first and tokenizer.is_fast and not is_shared:
+            # An unknown word has the same id with and without a text that is stuck to it.
+            last = both.token_to_chars(i, len(first) - 1)
+            is_shared = last is not None and last.end > len(start)
+        if is_shared:
             shared.append(i)
-    texts, (line,) = [pairs[i][1] for i in shared], ids_of(["\n"])
-    lined = ids_of(["\n" + text for text in texts])
-    for i, after, alone in zip(shared, lined, ids_of(texts)):
+    texts, (line,) = [pairs[i][1] for i in shared], ids_of(["\n"])  # line: the ids of a line break
+    after_line = ids_of(["\n" + text for text in texts])
+    for i, after, alone in zip(shared, after_line, ids_of(texts)):
         rows[i] = after[len(line) :] if after[: len(line)] == line else alone
     return rows

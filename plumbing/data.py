@@ -1,4 +1,4 @@
-"""From a dataset's columns, texts or conversations, to rows of token ids. Columns follow TRL's."""
+"""From the rows of a dataset, texts or conversations, to rows of token ids."""
 
 import itertools
 import os
@@ -11,66 +11,19 @@ import numpy
 import torch
 from datasets.fingerprint import Hasher
 
-from plumbing import chat
+from plumbing import chat, layouts
 from plumbing.chat import is_conversation, prompt_tokens, reply_tokens, template_options
 from plumbing.errors import one_line, require, stop
+from plumbing.layouts import RESPONSES, joined_parts, split_row
 from plumbing.processes import is_first
 from plumbing.sources import load_dataset, text_columns
 
-RESPONSES = {"completion", "chosen", "rejected"}  # columns that hold responses
-EMPTY, IDENTICAL = "an empty prompt", "the same response twice"  # why a row is dropped
+SYSTEM = {"system", "developer"}  # roles of the turn that --system-prompt would replace
+# Why a row is dropped.
+EMPTY, BLANK, IDENTICAL = "an empty prompt", "an empty response", "the same response twice"
 
 
 # ---------------------------------------------------------------------------------- from row to row
-
-
-def split_row(row, sources):
-    """Find a row's prompt, and its completion, chosen and rejected if it has them.
-
-    Of conversations, a reply is all that follows the prompt. "messages" are a prompt and a last
-    turn. Chosen and rejected without a prompt have an implicit one, which both begin with: whole
-    turns, or text up to the last "Assistant:" if there is one. So they have beside a prompt that is
-    text, if they are conversations.
-
-    Args: row (dict of columns); sources (dict target -> column that the flags name for it).
-    """
-    row = row | {target: row[column] for target, column in sources.items()
-                 if target != "completion"}
-    pair = row.get("chosen"), row.get("rejected")
-    is_bare = "prompt" not in sources and not is_conversation(row.get("prompt"))
-    if is_bare and is_conversation(row.get("messages")) and "completion" not in row:
-        row["prompt"], row["completion"] = row["messages"][:-1], row.pop("messages")[-1:]
-    elif is_bare and all(map(is_conversation, pair)) or "prompt" not in row and None not in pair:
-        row["prompt"] = common_prefix(*pair)
-        row["chosen"], row["rejected"] = (whole[len(row["prompt"]) :] for whole in pair)
-    if "prompt" not in row and "question" in row:
-        row["prompt"] = row["question"]
-    if "completion" in sources:  # after the split: it may be the chosen response
-        row["completion"] = row[sources["completion"]]
-    for name in sorted(row.keys() & RESPONSES) if "prompt" in row else ():
-        row["prompt"], row[name] = without_prompt(row["prompt"], row[name])
-    return row
-
-
-def without_prompt(prompt, reply):
-    """A prompt and its reply, which may be a conversation that repeats the prompt."""
-    if not is_conversation(reply) or not reply:
-        return prompt, reply
-    if is_conversation(prompt):
-        return prompt, reply[len(prompt) :] if reply[: len(prompt)] == prompt else reply
-    if reply[0].get("role") == "assistant":
-        return [{"role": "user", "content": prompt}], reply
-    return reply[:-1], reply[-1:]
-
-
-def common_prefix(chosen, rejected):
-    """What two texts, or two conversations, share: of texts whole turns, or whole words."""
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected))
-    shared = chosen[: sum(1 for _ in pairs)]
-    if not isinstance(chosen, str):
-        return shared[: min(len(chosen), len(rejected)) - 1]  # a reply remains of each
-    turn = shared.rfind("Assistant:")
-    return shared[: turn + len("Assistant:")] if turn >= 0 else shared[: shared.rfind(" ") + 1]
 
 
 def shorten(ids, length, tokenizer):
@@ -109,7 +62,9 @@ class Preparation:
             replies = [row[f"{column}_ids"] for column in self.responses]
             row["num_tokens"] = len(row["prompt_ids"]) + max(map(len, replies), default=0)
             same = len(replies) == 2 and replies[0] == replies[1]  # of a pair
-            row["flaw"] = EMPTY if not row["prompt"] else IDENTICAL if same else ""
+            blank = "completion" in self.responses and not as_reply(row["completion"]).strip()
+            row["flaw"] = (EMPTY if not row["prompt_ids"] else IDENTICAL if same else
+                           BLANK if blank else "")
             for name in row.keys() & RESPONSES:
                 row[name] = as_reply(row[name])
         names = [*self.targets, *id_columns(self.tokenized), "num_tokens", "flaw"]
@@ -138,20 +93,22 @@ class Preparation:
         """One row with its prompt and responses found and checked."""
         try:
             row = split_row(row, self.sources) | {"options": template_options(row)}
+            for name in row.keys() & {"prompt", *RESPONSES}:
+                row[name] = joined_parts(row[name])
         except Exception as error:
             stop(f"{self.what}: row {index} does not follow TRL's conventions: "
                  f"{type(error).__name__}: {one_line(error)}")
         if self.wrap and isinstance(row["prompt"], str):
             row["prompt"] = [{"role": "user", "content": row["prompt"]}] if row["prompt"] else []
         self.check(row, index)
-        if self.system and row["prompt"] and row["prompt"][0]["role"] != "system":
+        if self.system and row["prompt"] and row["prompt"][0]["role"] not in SYSTEM:
             row["prompt"] = [{"role": "system", "content": self.system}, *row["prompt"]]
         return row
 
     def check(self, row, index):
         """Exit with one line if a row's prompt or responses are neither texts nor messages."""
         is_turn = lambda turn: isinstance(turn, dict) and "role" in turn and (
-            turn.get("content") is not None or turn.get("tool_calls"))
+            isinstance(turn.get("content"), str) or turn.get("tool_calls"))
         turns = row["prompt"] if self.chat and isinstance(row["prompt"], list) else []
         require(isinstance(row["prompt"], list if self.chat else str) and all(map(is_turn, turns)),
                 f"{self.what}: column 'prompt' must hold text, or lists of messages with role and "
@@ -249,7 +206,7 @@ def prepare_all(dataset, preparation, example):
                  "flaw": text}
     folders = [Path(file["filename"]).parent for file in dataset.cache_files]
     # Rows that an earlier version of the code has made do not count.
-    code = [Path(file).read_text() for file in (__file__, chat.__file__)]
+    code = [Path(file).read_text() for file in (__file__, chat.__file__, layouts.__file__)]
     if len(dataset) > 50_000 and is_first():
         datasets.enable_progress_bars()
     dataset = dataset.map(

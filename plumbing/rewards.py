@@ -17,6 +17,7 @@ from plumbing.errors import one_line, require, stop
 from plumbing.files import find, load_function, load_module
 from plumbing.models import freeze, load_classifier, load_tokenizer
 from plumbing.processes import rank_slice
+from plumbing.tryout import check_length
 
 OURS = {"prompt_ids", "completion_ids", "chosen_ids", "rejected_ids", "num_tokens"}  # of load_rows
 
@@ -65,8 +66,9 @@ def load_rewards(args, device, noise=0.0):
     weights = args.reward_weights or [1.0] * len(args.reward)
     require(len(weights) == len(args.reward), f"--reward-weights: {len(weights)} weights for "
                                               f"{len(args.reward)} rewards; give one for each")
-    require(len(set(args.reward)) == len(args.reward),
-            f"--reward: {args.reward[0]} is given twice; use --reward-weights instead")
+    twice = [name for name in args.reward if args.reward.count(name) > 1]
+    require(not twice,
+            f"--reward: {''.join(twice[:1])} is given twice; use --reward-weights instead")
     names = [Path(name).name.rpartition(":")[2] for name in args.reward]
     names = names if len(set(names)) == len(names) else args.reward
     loaded, gold = {}, find_gold(args.gold, args.dataset)
@@ -84,11 +86,16 @@ def find_gold(gold, dataset):
     return None if gold in ("auto", "none") else gold
 
 
-def shares_ids(reward, tokenizer, responses):
-    """Whether a classifier can read the policy's token ids (N, T) as they are."""
+def shares_ids(reward, tokenizer, responses, prompts):
+    """Whether a classifier can read the policy's token ids (N, T) as they are.
+
+    Not if it would render conversations in another way, by a chat template of its own.
+    """
     # A policy's vocabulary may be padded beyond the tokenizer's, and extra ids can be sampled.
     known = responses.max() < reward.model.get_input_embeddings().num_embeddings
-    return known and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
+    same = (isinstance(prompts[0], str)
+            or reward.tokenizer.chat_template in (None, tokenizer.chat_template))
+    return known and same and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
 def models_sharing_ids(rewards, tokenizer):
@@ -108,7 +115,9 @@ def own_ids(reward, examples, texts, ended):
     prompts, options = [row["prompt"] for row in rows], list(map(template_options, rows))
     what = f"reward {reward.name}"
     ids = prompt_tokens(reward.tokenizer, prompts, what, options)
-    return ids, reply_tokens(reward.tokenizer, prompts, ids, texts, what, options, ended)
+    replies = reply_tokens(reward.tokenizer, prompts, ids, texts, what, options, ended)
+    check_length(reward.model, max(len(start) + len(reply) for start, reply in zip(ids, replies)))
+    return ids, replies
 
 
 def call_function(reward, examples, completions, completion_ids):
@@ -156,10 +165,16 @@ def checked_values(reward, columns):
         values = reward.function(**columns)
         if inspect.isawaitable(values):
             values = wait_for(values)
-        values = [value.item() if hasattr(value, "item") else value for value in values]
-        values = [None if value is None else float(value) for value in values]
     except Exception as error:
         stop(f"reward {reward.name}: raised {type(error).__name__}: {one_line(error)}")
+    try:
+        if isinstance(values, (str, dict, set)):
+            raise TypeError
+        values = [value.item() if hasattr(value, "item") else value for value in values]
+        values = [None if value is None else float(value) for value in values]
+    except Exception:
+        stop(f"reward {reward.name}: returned {one_line(repr(values))[:80]}; it must return a list "
+             "of numbers")
     require(len(values) == count,
             f"reward {reward.name}: returned {len(values)} values for {count} completions")
     bad = [value for value in values

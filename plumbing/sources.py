@@ -54,6 +54,8 @@ def load_dataset(name, split, config=None, texts=TEXTS):
     require(isinstance(dataset, datasets.Dataset),
             f"dataset {name}: the function must return a datasets.Dataset, not {type(dataset)}")
     require(len(dataset) > 0, f"dataset {name}, split {split}: is empty")
+    require("__index_level_0__" not in dataset.column_names,  # what pandas makes of such rows
+            f"dataset {name}: rows have more fields than the header; quote texts with commas")
     return dataset
 
 

@@ -141,9 +141,9 @@ RLOO = [  # flags, and the line that a person sees; … stands for another libra
      "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number, or "
      "None"),
     ({"reward": ("{bad}/rewards.py:text",)},
-     "reward {bad}/rewards.py:text: raised ValueError: could not convert string to float: 'good'"),
+     "reward {bad}/rewards.py:text: returned ['good', 'good']; it must return a list of numbers"),
     ({"reward": ("{bad}/rewards.py:none",)},
-     "reward {bad}/rewards.py:none: raised TypeError: 'NoneType' object is not iterable"),
+     "reward {bad}/rewards.py:none: returned None; it must return a list of numbers"),
     ({"gold": "{bad}/rewards.py:nan"},
      "reward {bad}/rewards.py:nan: returned [nan]; every value must be a finite number, or "
      "None"),

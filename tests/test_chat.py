@@ -213,6 +213,61 @@ def test_a_last_turn_that_is_no_text_of_the_assistant(given, message, rows, caps
         assert rows([given], prompt_column="messages")
 
 
+def test_turns_that_need_a_closer_look(rows, capsys):
+    end = "<|im_end|>"
+    parts = turn("user", [{"type": "text", "text": "Hi, "}, {"type": "text", "text": "you?"}])
+    for given in ({"prompt": [parts], "completion": [turn("assistant", f"It is 5.{end}")]},
+                  {"prompt": [HI], "completion": f"It is 5.{end}"},  # the end is there already
+                  {"prompt": [turn("system", "a"), HI], "completion": [HI, ANSWER]}):
+        (found,) = rows([given], ["prompt", "completion"])
+        assert found["prompt"].endswith(f"user\nHi, you?{end}\n<|im_start|>assistant\n")
+        assert found["prompt"].count("you?") == 1 and found["completion"] == f"It is 5.{end}"
+    called = {"prompt": [HI, CALL], "completion": "It is 5."}  # a call is not continued
+    assert rows([called], ["prompt", "completion"])[0]["prompt"].endswith("</call><|im_end|>\n"
+                                                                         "<|im_start|>assistant\n")
+    picture = {"prompt": [turn("user", [{"type": "image", "image": "a.png"}])]}
+    assert "row 0 does not" in refused(capsys, lambda: rows([picture]))
+    developer = {"prompt": [turn("developer", "a"), HI]}
+    assert "system" not in rows([developer], system_prompt="b")[0]["prompt"]
+
+
+def test_empty_responses_and_prompts_without_tokens(rows, capsys):
+    given = [{"prompt": "a", "completion": text} for text in (" b", "", "  ")]
+    assert len(rows(given, ["prompt", "completion"])) == 1
+    assert "dropped 2 of 3 rows with an empty response" in capsys.readouterr().out
+    assert len(rows(given)) == 3  # prompts alone
+
+
+def test_implicit_prompts_of_texts(rows):
+    for chosen, rejected, prompt in (
+            ("Q: x\nyes", "Q: x\nno", "Q: x\n"), ("Say: hello there", "Say: help me", "Say: "),
+            ("\n\nHuman: a\n\nAssistant: My Assistant: b", "\n\nHuman: a\n\nAssistant: My c",
+             "\n\nHuman: a\n\nAssistant:")):
+        (found,) = rows([{"chosen": chosen, "rejected": rejected}],
+                        ["prompt", "chosen", "rejected"])
+        assert found["prompt"] == prompt and prompt + found["chosen"] == f"{chosen}<|im_end|>"
+
+
+def test_the_end_of_a_turn_in_odd_templates():
+    wants_system = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = wants_system + CHATML
+    assert turn_end(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    plain = byte_level(["<eos>"], eos_token="<eos>", pad_token="<eos>", chat_template=CHATML)
+    ids = prompt_tokens(plain, [[HI]], "x")
+    done, cut = (plain.decode(reply_tokens(plain, [[HI]], ids, ["It is"], "x", ended=[ended])[0])
+                 for ended in (True, False))
+    assert turn_end(plain) is None and (done, cut) == ("It is<|im_end|><eos>", "It is")
+
+
+def test_a_bos_that_is_written_is_not_added_again():
+    tokenizer = sentencepiece_like()
+    written, added = prompt_tokens(tokenizer, ["<s>The cat", "The cat"], "x")
+    assert written == added and written.count(tokenizer.bos_token_id) == 1
+    ids = reply_tokens(tokenizer, ["<s>The cat,", "The cat,"], [added, added], ["a", "a"], "x")
+    assert ids[0] == ids[1]
+
+
 def test_a_template_that_rewrites_earlier_turns(tmp_path, capsys):
     """As those that leave out what was thought before the last turn."""
     tokenizer = tokenizer_of("chatml")
@@ -272,6 +327,31 @@ def test_a_reward_model_reads_a_reply_by_its_own_template(name, folders):
     card = model(**own(text, return_tensors="pt", add_special_tokens=False)).logits.item()
     found = load_scorer(reward, ours)(batch, {"prompt": [TALK]}).item()
     assert found == pytest.approx(card, abs=1e-5)
+
+
+def test_a_reward_model_with_the_same_tokens_and_another_template(folders, tmp_path):
+    tokenizer = tokenizer_of("chatml")
+    (ids,) = prompt_tokens(tokenizer, [[HI]], "x")
+    (reply,) = reply_tokens(tokenizer, [[HI]], [ids], [[ANSWER]], "x")
+    batch, scores = make_batch(tokenizer, [ids], [reply], CPU), []
+    for name, template in (("same", CHATML), ("none", None), ("own", f"{{{{ '!' }}}}{CHATML}")):
+        model = AutoModelForSequenceClassification.from_pretrained(f"{folders['chatml']}/reward")
+        model.save_pretrained(tmp_path / name)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+        tokenizer.chat_template = CHATML
+        scores.append(load_scorer(str(tmp_path / name), tokenizer)(batch, {"prompt": [[HI]]}))
+    text = "!" + tokenizer.decode(ids + reply)
+    own = model(**tokenizer(text, return_tensors="pt")).logits.item()
+    assert scores[0] == scores[1] != scores[2] and scores[2].item() == pytest.approx(own, abs=1e-5)
+
+
+def test_rows_too_long_for_a_reward_model_of_its_own(folders, capsys):
+    tokenizer, long = tokenizer_of("chatml"), "a b c " * 200
+    batch = make_batch(tokenizer, [[5]], [[6] * 40], CPU)
+    scorer = load_scorer(f"{folders['gemma']}/reward", tokenizer)
+    line = refused(capsys, lambda: scorer(batch, {"prompt": [long]}))
+    assert "do not fit the 512 positions of model" in line
 
 
 def test_the_same_text_is_a_tie_in_the_win_rate(folders, rows, tmp_path):

@@ -324,6 +324,7 @@ def test_ties_with_the_datasets_completions_count_half(policy, tokenizer):
     expected = [1.0 if ours > theirs else 0.5 if ours == theirs else 0.0 for ours, theirs in pairs]
     assert values["win_rate"].tolist() == expected and {0.0, 0.5, 1.0} == set(expected)
     assert wins(values["score"], values["score"] + 1).tolist() == [0.0] * 16
+    assert wins(torch.tensor([math.nan, 1.0]), torch.ones(2)).isnan().tolist() == [True, False]
 
 
 def test_the_judge_decides_the_win_rate(policy, tokenizer, dataset):

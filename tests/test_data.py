@@ -186,7 +186,7 @@ def test_rows_are_tokenized_once(qwen, jsonl, tmp_path):
             == before[::-1])
 
 
-@pytest.mark.parametrize("edited_file", ["data", "chat"])
+@pytest.mark.parametrize("edited_file", ["data", "chat", "layouts"])
 def test_other_flags_tokenizers_or_code_do_not_see_each_others_rows(qwen, jsonl, tmp_path,
                                                                     monkeypatch, edited_file):
     rows = [{"prompt": "a b c d e f g h", "other": "x y", "completion": "z"}] * 2
@@ -211,7 +211,7 @@ def test_other_flags_tokenizers_or_code_do_not_see_each_others_rows(qwen, jsonl,
         make_tokenizer(order).save_pretrained(tmp_path / "words")
         found = load_tokenizer(str(tmp_path / "words"))
         assert load(found) == [found.get_vocab()[word] for word in words[:8]]
-    edited = data if edited_file == "data" else data.chat
+    edited = data if edited_file == "data" else getattr(data, edited_file)
     monkeypatch.setattr(edited, "__file__", __file__)  # as if a student had edited it
     monkeypatch.setattr(data, "prompt_tokens", lambda *_: [[7], [7]])
     assert load(tokenizer, length=100) == [7]

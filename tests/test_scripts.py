@@ -4,6 +4,7 @@ import json
 import math
 import re
 import signal
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -19,7 +20,7 @@ import reward_model
 import rloo
 import sft
 from common import token_logprobs
-from plumbing import load_model, load_tokenizer
+from plumbing import Reward, load_model, load_tokenizer
 
 
 def test_sft_loss_is_the_models_own_on_responses_with_eos(world):
@@ -104,6 +105,21 @@ def test_reward_model_learns_the_pairs(world, tmp_path, tokens, capsys):
     good, bad = (model(**tokenizer(text, return_tensors="pt")).logits.item()
                  for text in ("a a b c <eos>", "a d e <eos>"))
     assert good > bad + 1  # plain transformers says the same, without our reading of the last token
+
+
+def test_a_gold_reward_that_is_none_leaves_a_pair_out(world):
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward)
+    tokenizer, texts = load_tokenizer(world.reward), ["a b", "c", "d d", "e", "f", "a"]
+    ids = [ids + [tokenizer.eos_token_id] for ids in token_ids(tokenizer, texts)]
+    pairs = Dataset.from_dict({"prompt": ["a"] * 3, "prompt_ids": [[2]] * 3, "chosen_ids": ids[:3],
+                               "rejected_ids": ids[3:]})
+    known = dict(zip(texts, [3.0, 2.0, 1.0, 0.0, 5.0, None]))
+    gold = Reward("gold", function=lambda completions, **_: [known[text] for text in completions])
+    args = SimpleNamespace(microbatch_tokens=99)
+    found, first = (reward_model.evaluate_pairs(model, tokenizer, rows, gold, args)
+                    for rows in (pairs, pairs.select([0, 1])))
+    assert found["gold_accuracy"] == first["gold_accuracy"]  # the third pair has one None
+    assert math.isfinite(found["gold_spearman"])
 
 
 def test_evaluate_table_and_json(world, tmp_path, capsys):

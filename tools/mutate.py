@@ -583,7 +583,8 @@ def sweep(args, original):
 def main(args):
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         original = Path(folder).resolve() / "original"
-        shutil.copytree(ROOT, original, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+        left_out = shutil.ignore_patterns(".git", ".[!g]*", "runs", "__pycache__")
+        shutil.copytree(ROOT, original, ignore=left_out)
         sweep(args, original)
 
 
