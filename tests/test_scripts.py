@@ -83,6 +83,9 @@ def test_spearman():
             and reward_model.spearman(x, -x) == pytest.approx(-1))
     assert reward_model.spearman(torch.tensor([1.0, 1, 2]),
                                  torch.tensor([1.0, 2, 2])) == pytest.approx(0.5)
+    # Ranks 2, 2, 2, 4 and 1, 2, 3, 4.
+    assert reward_model.spearman(torch.tensor([1.0, 1, 1, 2]),
+                                 torch.tensor([1.0, 2, 3, 4])) == pytest.approx(3 / 15**0.5)
 
 
 @pytest.mark.slow
