@@ -49,7 +49,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def compute_advantages(rewards, k, scale_std=True):
     """A_i = (r_i - mean) / (std + 1e-4), with mean and std (k - 1 in the denominator) over the
     prompt's k rewards.

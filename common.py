@@ -28,7 +28,7 @@ class Batch:
     prompts: torch.Tensor  # (N, P) token ids, padded on the left
     prompt_mask: torch.Tensor  # (N, P) bool
     responses: torch.Tensor  # (N, T) token ids, padded on the right
-    response_mask: torch.Tensor  # (N, T) bool, True up to and including the first EOS
+    response_mask: torch.Tensor  # (N, T) bool, True up to and including its EOS
     ended: torch.Tensor  # (N,) bool, True where the response has an EOS
     old_logprobs: torch.Tensor  # (N, T) log-probs under the policy that sampled, 0 where masked
 
@@ -296,9 +296,10 @@ def no_grad_values(critic, batch, max_tokens):
 def reward_scores(reward, tokenizer, batch, examples):
     """What one reward (see load_reward) says of each response. Returns (N,), NaN where it is None.
 
-    A classifier gets the rollout's token ids if it shares the policy's tokenizer. Otherwise the
-    text is tokenized again (messages by its own chat template), with what ends it if the response
-    has ended. `examples` holds the dataset's B rows of the N = B * k rows of `batch`, as columns.
+    A classifier gets the rollout's token ids if it shares the policy's tokenizer and chat template.
+    Otherwise the text is tokenized again (messages by its own template), with what ends it if the
+    response has ended. `examples` holds the dataset's B rows of the N = B * k rows of `batch`, as
+    columns.
     """
     scores, texts = torch.zeros_like(batch.old_logprobs[:, 0]), decode(tokenizer, batch)  # (N,)
     if reward.function:
@@ -339,10 +340,9 @@ def score(rewards, tokenizer, batch, examples, noise=True):
 def dry_run(policy, tokenizer, datasets, rewards, args, *others):
     """Catch what would stop the run later: rows too long for a model, a reward that fails.
 
-    Returns: what the rewards say of one response to each of two prompts, see `all_scores`.
-
     Args: policy; tokenizer; datasets (list of what load_rows returns); rewards; args; others (more
     models that read the rows, such as the reference).
+    Returns: what the rewards say of one response to each of two prompts, see `all_scores`.
     """
     try_out(policy, datasets, args, *others, *models_sharing_ids(rewards, tokenizer))
     examples = datasets[0][:2]

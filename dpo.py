@@ -42,7 +42,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def compute_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_ref_logprobs,
                  beta):
     """- log sigma of the difference between the two responses' implicit rewards beta

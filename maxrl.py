@@ -50,7 +50,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def compute_advantages(rewards, k):
     """A_i = (r_i - mean) / mean, with the mean over the prompt's k rewards; 0 if all are 0.
 

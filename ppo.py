@@ -50,7 +50,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def compute_advantages(rewards, values, response_mask, gamma, lam):
     """GAE: A_t = delta_t + gamma lam A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t; V and A are 0
     after the last token.

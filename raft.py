@@ -40,7 +40,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def select_best(rewards, k):
     """The row number of each prompt's best response. Args: rewards (N,), prompt-major; k. Returns:
     rows (B,)."""

@@ -41,7 +41,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def compute_baseline(history, kind, window, decay):
     """The baseline b, from the mean rewards of past steps; 0 at the first step.
 

@@ -48,7 +48,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def normalize_scores(scores, clip):
     """( r - mean ) / std over the batch (N in the denominator), clipped to +- clip; 0 if all scores
     are equal.

@@ -38,7 +38,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def center_scores(scores, k):
     """r - mean of the prompt's k scores. Args: scores (N,), prompt-major; k. Returns: (N,)."""
     groups = scores.view(-1, k)  # (B, k)

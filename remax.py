@@ -37,7 +37,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def compute_advantages(rewards, baseline, response_mask):
     """A_t = sum of the rewards from token t on, minus the greedy response's score.
 

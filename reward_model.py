@@ -32,7 +32,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def compute_loss(chosen, rejected, center):
     """Bradley-Terry loss plus the centring term, summed over pairs.
 

@@ -41,7 +41,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def compute_advantages(rewards, k):
     """A_i = R_i - mean of the other k - 1 rewards for the same prompt.
 

@@ -24,7 +24,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def compute_loss(logprobs):
     """Negative log-likelihood. A sum: the caller divides by the number of response tokens.
 

@@ -41,7 +41,6 @@ except ModuleNotFoundError as missing:
                      "script, and install requirements.txt")
 
 
-
 def compute_advantages(rewards, values, response_mask):
     """A_t = G_t - V_t, where G_t is the sum of the rewards from token t on.
 

@@ -33,7 +33,6 @@ except ModuleNotFoundError as missing:
                      "lab.importance, and install requirements.txt")
 
 
-
 def compute_advantages(rewards, k):
     """A_i = R_i - mean of the other k - 1 rewards for the same prompt.
 

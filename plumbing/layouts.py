@@ -13,8 +13,8 @@ def split_row(row, sources):
 
     Of conversations, a reply is all that follows the prompt. "messages" are a prompt and a last
     turn. Chosen and rejected without a prompt have an implicit one, which both begin with: whole
-    turns, or text up to the last "Assistant:" if there is one. So they have beside a prompt that is
-    text, if they are conversations.
+    turns, or text up to the last line that begins with "Assistant:", if there is one. Conversations
+    have it also beside a prompt that is text.
 
     Args: row (dict of columns); sources (dict target -> column that the flags name for it).
     """
