@@ -7,7 +7,9 @@ form one curve: their mean, with a band of one standard deviation (except agains
 metric (--y) is plotted against every x-axis (--x).
 """
 
+import itertools
 import json
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,18 @@ import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lab.family import FAMILY
 from plumbing import require
 
 plt.switch_backend("agg")  # pictures are written, not shown
 
 UNSEEN = {"seed", "output", "resume", "save_every", "keep", "device", "plain",
           "nproc_per_node"}  # flags that do not start another curve
+# Okabe and Ito's colours for the colour-blind, without the yellow, which is too light for a line.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^vDPX*<>p"  # 11 of them and 7 colours, so that the same two meet again after 77
+STYLES = [{"color": COLORS[i % 7], "marker": MARKERS[i % 11], "linestyle": ("-", "--", ":")[i // 7]}
+          for i in range(21)]
 AXES = {"updates": None, "samples": "time/samples", "seconds": "time/seconds", "kl": "eval/kl"}
 NAMES = {"kl": "KL to the reference", "seconds": "training seconds"}
 
@@ -38,6 +46,27 @@ class Args:
     """x-axes to plot them against: updates, samples, seconds, kl"""
     output: str = "runs/curves.png"
     """PNG file to write"""
+
+
+def style(name):
+    """The entry of STYLES that an algorithm of lab/family.py has in every picture."""
+    return STYLES[list(FAMILY).index(name)]
+
+
+def styles(names):
+    """A style for each curve of a picture: dict name -> entry of STYLES, all different up to 21.
+
+    A name that begins with an algorithm's, as "ppo", "ppo.py --lam 1" and "ppo, no clip" do, gets
+    the algorithm's own style. A second one of the same algorithm, and every other name, gets one
+    that is free.
+    """
+    found = {}
+    for name in names:
+        script = re.match(r"\w*", name)[0]
+        if script in FAMILY and style(script) not in found.values():
+            found[name] = style(script)
+    free = itertools.cycle([one for one in STYLES if one not in found.values()] or STYLES)
+    return {name: found.get(name) or next(free) for name in names}
 
 
 def read_run(folder):
