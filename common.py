@@ -359,6 +359,13 @@ def all_scores(rewards, tokenizer, batch, examples):
         for name, reward in rewards.held_out.items()}
 
 
+def judge_scores(rewards, tokenizer, batch, examples):
+    """What the judge of the win rate says of each response: a held-out reward, or the score. (N,)"""
+    if rewards.judge in rewards.held_out:
+        return reward_scores(rewards.held_out[rewards.judge], tokenizer, batch, examples)
+    return score(rewards, tokenizer, batch, examples, noise=False)["score"]
+
+
 @torch.no_grad()
 def evaluate(policy, reference, tokenizer, rewards, dataset, args, k=1, greedy=False, more=None):
     """Sample k responses to each held-out prompt and score them. Training's random state stays.
@@ -378,7 +385,7 @@ def evaluate(policy, reference, tokenizer, rewards, dataset, args, k=1, greedy=F
         if "completion" in examples:
             given = make_batch(tokenizer, examples["prompt_ids"], examples["completion_ids"],
                                policy.device)  # B rows
-            theirs = all_scores(rewards, tokenizer, given, examples)[rewards.judge]  # (B,)
+            theirs = judge_scores(rewards, tokenizer, given, examples)  # (B,)
             values["win_rate"] = wins(values[rewards.judge], theirs.repeat_interleave(k))
         ref_logprobs = no_grad_logprobs(reference, batch, args.temperature,
                                         args.microbatch_tokens)  # (N, T)

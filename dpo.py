@@ -81,7 +81,7 @@ class Args(EvaluationArgs, DataArgs, SystemArgs):  # see plumbing/flags.py
     max_new_tokens: Count = 32
     """maximum response length in tokens, in evaluation"""
     model: str = "tasks/mini_tldr-sft"
-    """initial policy: hub name or folder"""
+    """initial policy: hub name, folder, or path/to/file.py:function"""
     reference: str | None = None
     """reference policy; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
@@ -106,7 +106,7 @@ def main(args):
     device = setup(args)
     tokenizer = load_tokenizer(args.model)
     policy = load_policy(args, device)
-    reference = load_reference(args, tokenizer, device)
+    reference = load_reference(args, tokenizer, device, policy)
     reward_fns = load_rewards(args, device)  # only logged
     train = load_rows(args, args.train_split, tokenizer, ["prompt", "chosen", "rejected"],
                       args.max_length)

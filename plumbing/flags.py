@@ -129,9 +129,9 @@ class EvaluationArgs:
     """column of reference responses for the win rate, if it is not called completion"""
     max_prompt_length: Count = 512
     """drop prompts with more tokens than this"""
-    eval_every: CountOrZero = 40
+    eval_every: CountOrZero = 10
     """updates between evaluations; 0 evaluates only before and after training"""
-    eval_prompts: Count = 256
+    eval_prompts: Count = 100
     """number of held-out prompts per evaluation, with one sampled response each"""
     eval_batch_size: Count = 256
     """responses to sample at once in an evaluation"""

@@ -178,15 +178,21 @@ def load_policy(args, device):
                       args.gradient_checkpointing)
 
 
-def load_reference(args, tokenizer, device):
-    """The frozen reference policy for the KL: --reference, or --model if there is none."""
+def load_reference(args, tokenizer, device, policy=None):
+    """The frozen reference policy for the KL: --reference, or the initial policy if there is none.
+
+    Args: args; tokenizer (the policy's); device; policy (before training; not read if there is
+    a --reference).
+    """
     name = args.reference or args.model
-    require(args.reference or ".py:" not in name,
-            f"model {name}: a second call of the function may return other weights; give "
-            "--reference as well")
     require(load_tokenizer(name).get_vocab() == tokenizer.get_vocab(),
             f"reference {name}: its vocabulary is not the policy's, so there is no KL between them")
-    return freeze(load_model(name, device, args.dtype, args.shard, args.plain), args.dtype)
+    reference = load_model(name, device, args.dtype, args.shard, args.plain)
+    require(reference is not policy, f"model {name}: the function returns the same model each "
+                                     "time; let it make or load a new one at each call")
+    if not args.reference and ".py:" in name:  # whose second call may return other weights
+        reference.load_state_dict(policy.state_dict())
+    return freeze(reference, args.dtype)
 
 
 def load_classifier(name, device, dtype="float32", shard=False, plain=False,

@@ -130,3 +130,38 @@ def test_copied_into_an_empty_folder_it_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "model" / "model.safetensors").is_file() and "held-out prompts" in done.stdout
+
+
+MODEL = """
+import itertools
+from helpers.tiny import make_policy, make_tokenizer
+
+TOKENIZER = make_tokenizer("a b c d e f".split())
+SEEDS, SAME = itertools.count(), make_policy(8, 1)
+
+def new():
+    return make_policy(8, 1, seed=next(SEEDS)), TOKENIZER
+
+def same():
+    return SAME, TOKENIZER
+"""
+
+
+def test_a_model_from_a_function_is_its_own_reference(world, tmp_path):
+    """Each call returns other weights: the reference still is the initial policy, frozen."""
+    (tmp_path / "my.py").write_text(MODEL)
+    flags = world.flags | {"model": f"{tmp_path}/my.py:new", "num_updates": 2, "eval_every": 1}
+    rloo.main(rloo.Args(**flags, output=str(tmp_path / "run")))
+    (_, before), _, (_, after) = scalars(tmp_path / "run")["eval/kl"]
+    assert abs(before) < 1e-5 < 1e-3 < abs(after)
+
+
+def test_a_function_that_returns_the_same_model_again_is_refused(world, tmp_path, capsys):
+    """The reference would be the policy itself, and the KL always 0."""
+    (tmp_path / "my.py").write_text(MODEL)
+    flags = world.flags | {"model": f"{tmp_path}/my.py:same", "output": str(tmp_path / "run")}
+    with pytest.raises(SystemExit):
+        rloo.main(rloo.Args(**flags))
+    assert capsys.readouterr().err == (
+        f"error: model {tmp_path}/my.py:same: the function returns the same model each time; let "
+        "it make or load a new one at each call\n")

@@ -228,7 +228,7 @@ def measure_ours(args, folder):
                       temperature=TEMPERATURE, beta=BETA, lr=LR)
     flags.microbatch_tokens = args.microbatch_tokens or fitting_tokens(flags.model, device)
     tokenizer, policy = load_tokenizer(flags.model), load_policy(flags, device)
-    reference = load_reference(flags, tokenizer, device)
+    reference = load_reference(flags, tokenizer, device, policy)
     reward_fns = load_rewards(flags, device)
     train = load_rows(flags, "train", tokenizer)
     optimizer = torch.optim.Adam(policy.parameters(), lr=flags.lr)
