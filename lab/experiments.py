@@ -1,6 +1,6 @@
 """The papers' experiments, as data for lab/papers.py: claims, commands, and what is drawn."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 COLUMNS = ("score", "final score", "final gold", "final kl", "final length")
@@ -24,11 +24,18 @@ class Experiment:
     claims: list[Claim]
     panels: list[tuple[str, str]]  # x and y of each part of the picture; x "" for one point per arm
     columns: tuple[str, ...] = COLUMNS  # of the table
-    seeds: int = 5
+    seeds: range = range(1, 21)
     tax: bool = False  # whether evaluate.py measures the trained policies
+    lag: bool = False  # whether the KL that the policy moves during each rollout's use is measured
+    # Where a number is varied: its name, and label -> (curve, number). Pictures then show each
+    # curve's numbers against it.
+    varied: str = ""
+    points: dict[str, tuple[str, float]] = field(default_factory=dict)
+    tuned: bool = False  # whether each algorithm has its own learning rate, or all the common one
 
 
-RATES = ("2.5e-5", "5e-5", "1e-4")
+COMMON = "1e-4"  # the learning rate where a command has none
+RATES = ("2.5e-5", "5e-5", "1e-4", "3e-4", "6e-4", "1e-3", "3e-3")
 RUN = "--num-updates 60 --eval-every 20"
 K4, K1 = f"--prompts-per-step 4 {RUN}", f"--prompts-per-step 16 {RUN}"  # 16 responses per update
 PPO = "ppo.py --value-clip inf --minibatches 2"
@@ -37,6 +44,9 @@ TUNED = {
     "rloo.py": K4,
     "raft.py": K4,
     "grpo.py": K4,
+    "gspo.py": K4,
+    "cispo.py": K4,
+    "dapo.py": K4,
     "reinforce_pp.py": K4,
     "reinforce_pp_baseline.py": K4,
     "reinforce.py": K1,
@@ -77,6 +87,49 @@ MATH = ("--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy "
         "--lr 1e-4 --num-updates 60 --eval-every 20 --eval-prompts 512")
 
 
+# Several optimizer steps per rollout of 64 responses, without a KL penalty, at a rate at which the
+# policy moves away from the one that sampled.
+STALE = "--prompts-per-step 16 --num-updates 15 --eval-every 5 --beta 0 --lr 3e-4"
+STALE_MATH = ("--prompts-per-step 16 --num-updates 15 --eval-every 5 --beta 0 --lr 1e-3 "
+              "--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy "
+              "--dataset tasks/mini_math.py:prompts --temperature 1 --max-new-tokens 5 "
+              "--eval-prompts 512")
+REUSED = {"RLOO, no ratio": "lab/reuse.py --ratio none",
+          "RLOO, token ratio": "lab/reuse.py --ratio token",
+          "RLOO, clipped": "lab/reuse.py --ratio clip",
+          "RLOO, sequence ratio": "lab/reuse.py --ratio sequence",
+          "PPO": "ppo.py --k 4 --value-clip inf",
+          "REINFORCE++": "reinforce_pp.py",
+          "GRPO": "grpo.py",
+          "GSPO": "gspo.py",
+          "CISPO": "cispo.py",
+          "DAPO": "dapo.py"}
+
+
+def stale(title, setting, gold):
+    """The experiment of several steps per rollout. Args: title; setting (flags); gold (metrics)."""
+    points = {f"{name}, {steps} steps": (name, steps) for name in REUSED for steps in (1, 4, 16)}
+    # With one step every ratio is 1, and the four forms of RLOO are one.
+    arms = {label: f"{REUSED['RLOO, no ratio' if 'RLOO' in name and steps == 1 else name]} "
+                   f"{setting} --minibatches {steps}" for label, (name, steps) in points.items()}
+
+    def above(a, b, steps):
+        return Claim(f"{steps} steps: {a} above {b}", "score", (f"{a}, {steps} steps",),
+                     (f"{b}, {steps} steps",))
+
+    orders = [("RLOO, token ratio", "RLOO, no ratio"), ("RLOO, clipped", "RLOO, token ratio"),
+              ("RLOO, clipped", "RLOO, no ratio"), ("RLOO, sequence ratio", "RLOO, token ratio"),
+              ("GSPO", "GRPO"), ("CISPO", "GRPO"), ("DAPO", "GRPO"), ("PPO", "GRPO"),
+              ("REINFORCE++", "GRPO")]
+    return Experiment(
+        title, "GSPO, MiniMax-M1 (CISPO), DAPO and PPO; ours", arms,
+        [above(a, b, steps) for steps in (4, 16) for a, b in orders],
+        [("", metric) for metric in ("score", *gold, "final kl", "lag")],
+        ("score", "final score", *gold, "final kl", "final length", "lag", "clipfrac"),
+        seeds=range(1, 6), lag=True, varied="optimizer steps per rollout", points=points,
+    )
+
+
 def pairs(metric, labels, text):
     """A claim for each two neighbours of `labels`, the first being above the second."""
     return [Claim(text.format(a, b), metric, (a,), (b,)) for a, b in zip(labels, labels[1:])]
@@ -84,11 +137,16 @@ def pairs(metric, labels, text):
 
 EXPERIMENTS = {
     "lr": Experiment(
-        "The learning rate of each algorithm", "our choice, on seed 100",
+        "The learning rate of each algorithm", "ours, on seeds that are not used again",
         {f"{name} --lr {rate}": f"{BASE[name]} --num-updates 40 --lr {rate}"
          for name in TUNED for rate in RATES},
-        [], [], ("score",), seeds=0,
+        [], [("", "score"), ("", "final gold"), ("", "final kl")],
+        ("score", "final score", "final gold", "final kl", "final length"),
+        seeds=range(101, 106), varied="learning rate",
+        points={f"{name} --lr {rate}": (name, float(rate)) for name in TUNED for rate in RATES},
     ),
+    "stale": stale("Several steps per rollout (mini TL;DR)", STALE, ("final gold",)),
+    "stale_math": stale("Several steps per rollout (mini math)", STALE_MATH, ()),
     "fig2": Experiment(
         "REINFORCE, RLOO, vanilla PG and PPO", "Back to Basics, figure 2",
         RLOO4 | REINFORCE | VANILLA | PPO95 | PPO_ONE,
@@ -327,3 +385,8 @@ EXPERIMENTS = {
         ("score", "final score", "wrong_length_before", "wrong_length_after"),
     ),
 }
+# The same experiments with each algorithm's own learning rate, where commands leave it open.
+EXPERIMENTS |= {f"{name}_tuned": replace(experiment, tuned=True,
+                                         title=f"{experiment.title}, each at its own rate")
+                for name, experiment in EXPERIMENTS.items()
+                if any("--lr " not in command for command in experiment.arms.values())}

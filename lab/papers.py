@@ -1,20 +1,25 @@
 """Run the papers' experiments again at toy scale: a picture, a table and a verdict for each.
 
-    python -m lab.papers                    # the list: what each shows, costs, and its last result
+    python -m lab.papers                    # the list: what each shows, costs, seeds done, results
     python -m lab.papers fig1 fig3 table1   # runs what is missing, then draws; "all" for all
+    python -m lab.papers all --minutes 170  # starts no run after 170 minutes
     python -m lab.papers fig1 --redraw      # only draws, from the numbers in docs/results
     python -m lab.papers fig1 --again       # makes the runs again, although docs/results has them
 
-Finished runs are kept, so you can stop a sweep and start it again. Each experiment leaves its
-numbers and its picture in docs/results, and docs/results.md is brought up to date.
+The numbers of each run are in docs/results as soon as it is finished, so you can stop a sweep and
+start it again. It goes seed by seed through all experiments, and in the end each has its picture,
+and docs/results.md is brought up to date.
 
 Unless an experiment's commands say otherwise, runs start from the SFT policy of mini TL;DR and
-generate 960 responses, 16 per update, at a constant learning rate. The rate of each algorithm is
-the one of RATES with the highest mean score over 40 updates from seed 100, which is not used again.
-An interval is Student's, at 95%, over seeds; differences are taken seed by seed, since runs of one
-seed see the same prompts. A claim holds if its interval lies above 0, does not hold if it lies
-below (or is exactly 0), and otherwise these runs cannot tell. Of many claims some are decided by
-chance: "after correction" are those that are still decided if at most 5% of the page's decisions
+generate 960 responses, 16 per update, at a constant learning rate of 1e-4. An experiment named
+"fig2_tuned" is "fig2" with the rate of each algorithm that has the highest mean score in "lr", over
+seeds that are not used again.
+
+An interval is Student's, at 95%, over seeds, plus what other held-out prompts would change;
+differences are taken seed by seed. A claim holds if its interval lies above 0, and does not hold if
+it lies below (or is exactly 0). If the interval is within a tenth of what training changes, the
+difference is too small to matter; otherwise these runs cannot tell. Of many claims some are decided
+by chance: "after correction" are those that are still decided if at most 5% of the page's decisions
 may be wrong (Benjamini and Hochberg 1995).
 """
 
@@ -29,19 +34,21 @@ import shlex
 import shutil
 import statistics
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
 import evaluate
 import plot
-from lab.experiments import EXPERIMENTS, RATES, TUNED
+from common import no_grad_logprobs
+from lab.experiments import COMMON, EXPERIMENTS, RATES, TUNED
+from lab.intervals import discoveries, interval, p_value, prompt_variance, verdict
 from plumbing import require
 from tools import kill
 
@@ -50,9 +57,13 @@ RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 MARKER = "<!-- everything below is written by lab/papers.py -->"
 VERDICTS = {"does not hold": "What does not hold here",
-            "cannot tell": "What these runs cannot tell", "holds": "What holds here"}
+            "cannot tell": "What these runs cannot tell",
+            "too small": "What is too small to matter here", "holds": "What holds here"}
 EVERY_RUN = "--lr-schedule constant --save-every 0"  # a checkpoint only at the end
-FALSE_DISCOVERIES = 0.05  # the share of the page's decisions that may be wrong
+PROMPTS = "--eval-prompts 256"  # unless a command says otherwise
+CURVES = ("score", "gold", "win_rate", "kl", "length")
+MARGIN = 0.1  # of what training changes: a smaller difference does not matter
+HALVES = ("odd", "even")  # seeds
 
 
 @dataclass
@@ -61,11 +72,13 @@ class Args:
     """experiments to run, by their names in the list; "all" for all of them"""
     jobs: int = 2
     """runs in parallel, each on one core"""
+    minutes: float = math.inf
+    """start no further run after so many minutes"""
     redraw: bool = False
     """run nothing: draw pictures and tables from the numbers in docs/results"""
     again: bool = False
-    """make the runs again, even if docs/results has their numbers; finished ones in --output are
-    kept"""
+    """make the runs again, even if docs/results has their numbers, which go; finished ones in
+    --output are kept"""
     output: str = "runs/papers"
     """folder for the runs"""
 
@@ -76,34 +89,77 @@ class Args:
 def commands(experiment, rates):
     """The full command of each arm, without the seed: dict label -> command.
 
-    Args: experiment; rates (see `chosen_rates`).
+    Args: experiment; rates (see `chosen_rates`; only tuned experiments read it).
     """
     full = {}
     for label, command in experiment.arms.items():
         if "--lr " not in command:
-            tuned = max((name for name in TUNED if command.startswith(name)), key=len)
-            command += f" --lr {rates[tuned]}"
+            command += f" --lr {rate_of(command, rates) if experiment.tuned else COMMON}"
+        if "--eval-prompts " not in command:
+            command += f" {PROMPTS}"
         full[label] = f"{command} {EVERY_RUN}"
     return full
 
 
+def rate_of(command, rates):
+    """The chosen rate of the longest command in TUNED that this one begins with."""
+    return rates[max((name for name in TUNED if command.startswith(name)), key=len)]
+
+
 def folder_of(command, seed, output):
     """The folder of a run: its flags, without those that every run has."""
-    name = command.removesuffix(EVERY_RUN).replace(".py", "").replace("--", "")
+    name = command.removesuffix(EVERY_RUN).replace(PROMPTS, "").replace(".py", "").replace("--", "")
     return Path(output).resolve() / f"{re.sub('[^a-zA-Z0-9.]+', '_', name).strip('_')}_seed{seed}"
 
 
-def train(command, folder):
-    """Run one script into a folder, and write what it cost to cost.json."""
+def train(command, folder, lag):
+    """Run one script into a folder, and write what it cost, and the prompts' numbers, beside it.
+
+    Args: command; folder; lag (whether to note how far the policy moves during a rollout's use).
+    """
     time.perf_counter = time.process_time  # so time/seconds is CPU time, whoever else is busy
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     script, *flags = shlex.split(command)
-    module = importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    evaluations, lags = [], []
+
+    class NotedRun(module.Run):
+        def log_evaluation(self, evaluation):
+            evaluations.append(evaluation[0])
+            super().log_evaluation(evaluation)
+
+    module.Run = NotedRun
+    if lag:
+        module.rollout = measured(module.rollout, lags)
     module.main(tyro.cli(module.Args, args=[*flags, "--output", str(folder)]))
     usage = resource.getrusage(resource.RUSAGE_SELF)
     cost = {"cpu_seconds": usage.ru_utime + usage.ru_stime,
             "peak_mb": (usage.ru_maxrss - before) / 1024}
+    if lag:
+        cost["lag"] = statistics.mean(lags)
     (folder / "cost.json").write_text(json.dumps(cost))
+    torch.save(evaluations, folder / "evaluations.pt")
+
+
+def measured(rollout, lags):
+    """A script's `rollout` that notes KL(pi_old || pi) at the end of the last rollout's use.
+
+    Args: rollout; lags (list to append to: sum over tokens of ratio - 1 - log ratio, in nats, mean
+    over responses; an unbiased estimate, since the tokens come from pi_old).
+    """
+    last = []
+
+    def noting(policy, tokenizer, prompt_ids, k, temperature, *others):
+        for batch in last:
+            logprobs = no_grad_logprobs(policy, batch, temperature, 4096)  # (N, T)
+            log_ratio = logprobs - batch.old_logprobs  # (N, T)
+            kl = (log_ratio.exp() - 1 - log_ratio).sum(1).mean().item()
+            if kl > 0:  # the same policy may roll out several times (dynamic sampling)
+                lags.append(kl)
+        last[:] = [rollout(policy, tokenizer, prompt_ids, k, temperature, *others)]
+        return last[0]
+
+    return noting
 
 
 def alone(function, log, *values):
@@ -124,17 +180,19 @@ def call(context, function, log, *values):
     require(process.exitcode == 0, f"a run failed; its command and output are in {log}")
 
 
-def finish(context, command, seed, tax, output):
-    """Run one command with one seed, and evaluate.py on its policy if `tax`, unless that is done.
+def finish(context, job, output):
+    """Make one run, and evaluate.py's of its policy if that is asked for, unless that is done.
 
+    Args: context (of processes); job (command, seed, tax, lag: see Experiment); output.
     Returns: its numbers (see `read_numbers`), with those of evaluate.py as "tax".
     """
+    command, seed, tax, lag = job
     folder = folder_of(command, seed, output)
     numbers, taxed, log = folder / "numbers.json", folder / "tax.json", f"{folder}.log"
     if not numbers.exists():
         shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted sweep
         Path(log).write_text(f"python {command} --seed {seed}\n")
-        call(context, train, log, f"{command} --seed {seed}", folder)
+        call(context, train, log, f"{command} --seed {seed}", folder, lag)
         numbers.write_text(json.dumps(read_numbers(folder)))
         shutil.rmtree(folder / "checkpoints")
     found = json.loads(numbers.read_text())
@@ -148,12 +206,15 @@ def finish(context, command, seed, tax, output):
 
 
 def read_numbers(folder):
-    """What pictures and tables need of one run: curves over its evaluations, and what it cost."""
+    """What pictures and tables need of one run: curves over its evaluations, and what it cost.
+
+    "prompts" has the curves of each of the P held-out prompts: name -> (evaluations, P).
+    """
     settings, scalars = plot.read_run(folder)
     steps = sorted(scalars["eval/score"])
     samples = {0: 0} | scalars["time/samples"]
     numbers = {"updates": steps, "samples": [int(samples[step]) for step in steps]}
-    for name in ("score", "gold", "win_rate", "kl", "length"):
+    for name in CURVES:
         if f"eval/{name}" in scalars:
             numbers[name] = [round(scalars[f"eval/{name}"][step], 4) for step in steps]
     if "policy/clipfrac" in scalars:
@@ -163,7 +224,10 @@ def read_numbers(folder):
     if "mini_math" in settings["dataset"]:
         numbers |= wrong_lengths(folder)
     cost = json.loads((folder / "cost.json").read_text())
-    return numbers | {name: round(value, 2) for name, value in cost.items()}
+    evaluations = torch.load(folder / "evaluations.pt", weights_only=True)
+    prompts = {name: [values[name].tolist() for values in evaluations]
+               for name in CURVES if name in evaluations[0]}
+    return numbers | {name: round(value, 4) for name, value in cost.items()} | {"prompts": prompts}
 
 
 def wrong_lengths(folder):
@@ -178,68 +242,7 @@ def wrong_lengths(folder):
     return numbers | {"growth_of_wrong": round(growth, 4)}
 
 
-# --------------------------------------------------------------------------------------- statistics
-
-
-def tails(t, df):
-    """Probability that Student's t is further from 0 than t, on either side.
-
-    Args: t; df (degrees of freedom). (Abramowitz and Stegun 1964, equations 26.7.3 and 26.7.4)
-    """
-    angle, odd = math.atan2(abs(t), math.sqrt(df)), df % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if df > 1 else 0.0
-    for n in range(2 + odd, df - 1, 2):
-        term *= math.cos(angle) ** 2 * (n - 1) / n
-        total += term
-    inside = math.sin(angle) * total
-    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
-
-
-@functools.cache
-def quantile(df):
-    """The t beyond which Student's t lies in 5% of all cases, on both sides together."""
-    low, high = 0.0, 20.0
-    for _ in range(60):  # bisection
-        middle = (low + high) / 2
-        low, high = (middle, high) if tails(middle, df) > 0.05 else (low, middle)
-    return high
-
-
-def interval(values):
-    """Mean, and Student's 95% interval for it: (mean, low, high); nan if a value is.
-
-    Args: values (2 floats or more).
-    """
-    if any(map(math.isnan, values)):
-        return math.nan, math.nan, math.nan
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    mean, half = statistics.mean(values), quantile(len(values) - 1) * error
-    return mean, mean - half, mean + half
-
-
-def p_value(values):
-    """Of Student's two-sided test that the mean is 0; 1 if a value is nan, or if all are 0."""
-    if any(map(math.isnan, values)) or not any(values):
-        return 1.0
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return tails(statistics.mean(values) / error, len(values) - 1) if error else 0.0
-
-
-def discoveries(p_values, share=FALSE_DISCOVERIES):
-    """Which differences from 0 are decided if at most this share of decisions may be wrong.
-
-    Returns: list of bool. (Benjamini and Hochberg 1995, procedure (1).)
-    """
-    ranked = sorted(p_values)
-    limit = max((p for i, p in enumerate(ranked, 1) if p <= share * i / len(ranked)),
-                default=-1.0)
-    return [p <= limit for p in p_values]
-
-
-def verdict(low, high):
-    """What an interval says about a claim that a number is above 0."""
-    return "holds" if low > 0 else "does not hold" if high <= 0 else "cannot tell"
+# ----------------------------------------------------------------------------------------- measures
 
 
 def at_kl(run, name, kl):
@@ -288,60 +291,141 @@ def measure(run, metric):
     return run[kind][run["updates"].index(int(name))]  # at update
 
 
+def effect(claim, number):
+    """What a claim says is above 0. Args: claim; number (function label -> its metric)."""
+    return sum(map(number, claim.more)) - sum(map(number, claim.less)) - claim.least
+
+
 def judge(claim, arms):
-    """The interval of a claim, its verdict and its p-value: (mean, low, high, verdict, p).
+    """What the runs say of a claim: (mean, low, high, verdict, p-value, margin).
 
-    Args: claim (see lab/experiments.py); arms (label -> {"runs": {seed: numbers}}).
+    Args: claim (see lab/experiments.py); arms (see `read`).
     """
-    def total(labels, seed):
-        return sum(measure(arms[label]["runs"][seed], claim.metric) for label in labels)
+    labels = (*claim.more, *claim.less)
+    values = [effect(claim, lambda label: measure(arms[label]["runs"][seed], claim.metric))
+              for seed in common_seeds(arms[label] for label in labels)]
+    spread, margin = prompts_share(claim, arms), margin_of(claim, arms)
+    mean, low, high = interval(values, spread)
+    return mean, low, high, verdict(low, high, margin), p_value(values, spread), margin
 
-    seeds = [set(arms[label]["runs"]) for label in (*claim.more, *claim.less)]
-    values = [total(claim.more, seed) - total(claim.less, seed) - claim.least
-              for seed in sorted(set.intersection(*seeds))]
-    mean, low, high = interval(values)
-    return mean, low, high, verdict(low, high), p_value(values)
+
+def common_seeds(arms):
+    """The seeds that all arms have."""
+    return sorted(set.intersection(*(set(arm["runs"]) for arm in arms)), key=int)
+
+
+def prompts_share(claim, arms):
+    """The variance of a claim's effect from the choice of prompts; 0 where it is not known."""
+    used = {label: arms[label] for label in (*claim.more, *claim.less)}
+    if any("prompts" not in arm or set(arm["prompts"]) != set(HALVES) for arm in used.values()):
+        return 0.0
+
+    def curves(arm, half):
+        """The arm's mean run on all prompts (last column), and without each of them: (E, P + 1)."""
+        found = {}
+        for name, rows in arm["prompts"][half]["curves"].items():
+            table = np.array(rows)  # (E, P)
+            total = table.sum(1, keepdims=True)  # (E, 1)
+            left_out = (total - table) / (table.shape[1] - 1)  # (E, P)
+            found[name] = np.concatenate([left_out, total / table.shape[1]], 1).tolist()
+        return found
+
+    prompts = len(next(iter(used.values()))["prompts"]["odd"]["curves"]["score"][0])
+    halves = [{label: curves(arm, half) for label, arm in used.items()} for half in HALVES]
+    first = {label: next(iter(arm["runs"].values())) for label, arm in used.items()}
+
+    def on_prompts(half, left_out):
+        column = -1 if left_out is None else left_out
+
+        def number(label):
+            run = {name: [row[column] for row in rows] for name, rows in half[label].items()}
+            axes = {name: first[label][name] for name in ("updates", "samples")}
+            return measure(axes | run, claim.metric)
+
+        return effect(claim, number)
+
+    return prompt_variance(on_prompts, halves, prompts)
+
+
+def margin_of(claim, arms):
+    """MARGIN of what training changes, a mean over the claim's runs; 0 for a claim with a bound."""
+    if not claim.less or not claim.more or claim.least:
+        return 0.0
+    return MARGIN * statistics.mean(abs(change(run, claim.metric))
+                                    for label in (*claim.more, *claim.less)
+                                    for run in arms[label]["runs"].values())
+
+
+def change(run, metric):
+    """What training has changed of a metric; the metric itself if that is a change, or a cost."""
+    value, (first, *_, last) = measure(run, metric), metric.split() * 2
+    if first == "log":
+        return 1.0
+    curve = run.get(last if first == "final" else first)
+    return value - curve[0] if isinstance(curve, list) else value
 
 
 def chosen_rates(arms):
     """The learning rate of each tuned command: dict command -> rate.
 
-    Args: arms (of the experiment "lr").
+    Args: arms (of the experiment "lr"), or None.
+    Returns: {} if a run is missing.
     """
+    experiment = EXPERIMENTS["lr"]
+    if not arms or seeds_done(experiment, arms) < len(experiment.seeds):
+        return {}
+
     def score(name, rate):
-        return measure(arms[f"{name} --lr {rate}"]["runs"]["100"], "score")
+        return statistics.mean(measure(run, "score")
+                               for run in arms[f"{name} --lr {rate}"]["runs"].values())
 
     return {name: max(RATES, key=functools.partial(score, name)) for name in TUNED}
+
+
+def seeds_done(experiment, arms):
+    """The number of an experiment's seeds that all of its arms have."""
+    return len(set(map(str, experiment.seeds)) & set(common_seeds(arms.values())))
 
 
 # ------------------------------------------------------------------------------ pictures and tables
 
 
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
-          "#999999"]  # Okabe and Ito
-MARKERS = "osD^vP*X"
 AXES = {"updates": "steps (rollouts)", "samples": "responses", "score": "reward",
-        "gold": "gold reward", "win_rate": "win rate", "kl": "KL to the reference", "√kl": "√KL",
-        "length": "response length (tokens)", "seconds": "CPU seconds per update",
-        "wrong_length_after": "length of wrong answers", "variance": "variance of the reward"}
+        "gold": "gold reward", "win_rate": "win rate", "kl": "KL to the reference (nats)",
+        "√kl": "√KL (√nats)", "length": "response length (tokens)",
+        "seconds": "CPU seconds per update", "cpu": "CPU seconds of training",
+        "wrong_length_after": "length of wrong answers", "variance": "variance of the reward",
+        "final gold": "gold reward at the end", "final score": "reward at the end",
+        "final kl": "KL to the reference at the end (nats)",
+        "lag": "KL(π_old ‖ π) at the end of a rollout's use (nats)"}
 
 
 def draw(name, arms):
     """Write an experiment's picture: a panel with curves, or with one point per arm, for each."""
-    panels = EXPERIMENTS[name].panels
+    experiment = EXPERIMENTS[name]
+    panels, points = experiment.panels, experiment.points
     figure, axes = plot.plt.subplots(1, len(panels), squeeze=False,
                                      figsize=(4.2 * len(panels), 3.4))
+    curves = dict.fromkeys(curve for curve, _ in points.values()) if points else arms
+    looks = plot.styles([label.removesuffix(".py") for label in curves])
+    looks = {label: {**look, "markersize": 5} for label, look in zip(curves, looks.values())}
     for axis, (x, y) in zip(axes[0], panels):
-        for i, (label, arm) in enumerate(arms.items()):
+        if points:
+            for curve, look in looks.items():
+                draw_points(axis, curve, y, arms, points, look)
+            axis.set_xscale("log")
+            axis.set_xlabel(experiment.varied)
+        for i, (label, arm) in enumerate(() if points else arms.items()):
             runs = list(arm["runs"].values())
-            style = {"color": COLORS[i], "marker": MARKERS[i], "markersize": 5}
             if x:
-                draw_curve(axis, runs, x, y, label, style)
+                draw_curve(axis, runs, x, y, label, looks[label])
             else:
                 mean, low, high = interval([measure(run, y) for run in runs])
-                axis.errorbar(mean, -i, xerr=[[mean - low], [high - mean]], capsize=3, **style)
-        axis.set_xlabel(AXES.get(x or y, x or y))
-        if x:
+                axis.errorbar(mean, -i, xerr=[[mean - low], [high - mean]], capsize=3,
+                              **looks[label])
+        if not points:
+            axis.set_xlabel(AXES.get(x or y, x or y))
+        if x or points:
             axis.set_ylabel(AXES.get(y, y))
         else:
             axis.set_yticks([-i for i in range(len(arms))], list(arms))
@@ -355,16 +439,30 @@ def draw(name, arms):
     plot.plt.close(figure)
 
 
+def draw_points(axis, curve, y, arms, points, look):
+    """Means of y, with 95% intervals, against the number that is varied."""
+    found = [(number, *interval([measure(run, y) for run in arms[label]["runs"].values()]))
+             for label, (other, number) in points.items() if other == curve]
+    numbers, means, lows, highs = map(np.array, zip(*found))
+    axis.errorbar(numbers, means, yerr=[means - lows, highs - means], label=curve, capsize=2,
+                  elinewidth=0.8, **look)
+
+
 def draw_curve(axis, runs, x, y, label, style):
     """The mean of y against the mean of x over runs, with its 95% band."""
     points = [interval(list(values)) for values in zip(*(run[y] for run in runs))]
     mean, low, high = zip(*points)
-    columns = zip(*(run[x.removeprefix("√")] for run in runs))
-    xs = [statistics.mean(values) for values in columns]
-    xs = [math.sqrt(max(0.0, value)) for value in xs] if x == "√kl" else xs
+    xs = [statistics.mean(values) for values in zip(*(along(run, x) for run in runs))]
     axis.plot(xs, mean, label=label, **style)
     if "kl" not in x:  # the KL differs between seeds, and can fall
         axis.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def along(run, x):
+    """Where a run's evaluations lie on the axis x."""
+    if x == "√kl":
+        return [math.sqrt(max(0.0, value)) for value in run["kl"]]
+    return [run["seconds"] * update for update in run["updates"]] if x == "cpu" else run[x]
 
 
 def markdown(rows):
@@ -401,31 +499,35 @@ def saved():
 def judge_all():
     """Every claim of the page: dict (experiment, claim's text) -> what is to be said of it.
 
-    That is (claim, mean, low, high, verdict, corrected verdict). The last is the plain verdict, or
-    "cannot tell" where that may well be chance (see `discoveries`).
+    That is (claim, mean, low, high, margin, verdict, corrected verdict). The last is the plain one,
+    or what is left of it where it may well be chance (see `discoveries`).
     """
     found = {(name, claim.text): (claim, *judge(claim, arms)) for name, arms in saved().items()
              for claim in EXPERIMENTS[name].claims}
-    decided, judged = discoveries([p for *_, p in found.values()]), {}
-    for (key, (claim, mean, low, high, said, _)), sure in zip(found.items(), decided):
-        corrected = said if sure or low == high else "cannot tell"  # low == high: all are 0
-        judged[key] = claim, mean, low, high, said, corrected
+    decided, judged = discoveries([p for *_, p, _ in found.values()]), {}
+    for (key, (claim, mean, low, high, said, _, margin)), sure in zip(found.items(), decided):
+        if sure or low == high:  # low == high: all are the same
+            corrected = said
+        else:  # the p-value decides nothing; the size may
+            corrected = "too small" if -margin < low and high < margin else "cannot tell"
+        judged[key] = claim, mean, low, high, margin, said, corrected
     return judged
 
 
 def claim_rows():
     """One row of the page for each claim: (verdict, cells)."""
     rows = []
-    for (name, _), (claim, *values, said, corrected) in judge_all().items():
+    for (name, _), (claim, *values, margin, said, corrected) in judge_all().items():
         mean, low, high = (value + claim.least for value in values)
         bound = f" (above {claim.least:g}?)" if claim.least or not claim.less else ""
         if not claim.more:  # the claim is that a number is below a bound
             mean, low, high, bound = -mean, -high, -low, f" (below {0 - claim.least:g}?)"
         digits = 3 if max(abs(low), abs(high)) < 0.1 else 2
         here = "{} [{}, {}]".format(*(number(value, digits) for value in (mean, low, high)))
+        small = f"± {number(margin, digits)}" if margin else "–"
         rows.append((said, [
-            claim.text, EXPERIMENTS[name].source, f"{claim.metric}: {here}{bound}",
-            str(EXPERIMENTS[name].seeds), f"**{said}**", corrected,
+            claim.text, EXPERIMENTS[name].source, f"{claim.metric}: {here}{bound}", small,
+            f"{seeds_done(EXPERIMENTS[name], read(name))}", f"**{said}**", corrected,
             f"`python -m lab.papers {name} --again`", f"[{name}](results/{name}.png)"]))
     return rows
 
@@ -434,25 +536,32 @@ def write_page():
     """Bring docs/results.md up to date from the marker on: claims, then pictures and tables."""
     claims = claim_rows()
     runs, minutes = cost(EXPERIMENTS)
-    count = lambda verdicts: [verdicts.count(said) for said in VERDICTS]
-    not_so, open_, so = count([said for said, _ in claims])
-    less, more_open, fewer = count([cells[5] for _, cells in claims])
-    parts = [MARKER, f"{len(claims)} claims: {so} hold, {not_so} do not, and for {open_} these "
-                     f"runs cannot tell. After correction for their number: {fewer}, {less} and "
-                     f"{more_open}. {runs} runs, {minutes:.0f} CPU minutes."]
-    header = ["claim", "source", "result: mean [95% interval]", "seeds", "verdict",
-              "after correction", "command", "picture"]
+    count = lambda verdicts: ", ".join(f"{said} {verdicts.count(said)}" for said in VERDICTS)
+    parts = [MARKER, f"{len(claims)} claims: {count([said for said, _ in claims])}. After "
+                     f"correction for their number: {count([cells[6] for _, cells in claims])}. "
+                     f"{runs} runs, {minutes:.0f} CPU minutes."]
+    header = ["claim", "source", "result: mean [95% interval]", "too small within", "seeds",
+              "verdict", "after correction", "command", "picture"]
     for said, heading in VERDICTS.items():
         rows = [cells for verdict, cells in claims if verdict == said]
         parts += [f"## {heading}", markdown([header, *rows])]
     parts.append("## Numbers and pictures\n\nMeans ± half of the 95% interval.")
-    for name, arms in saved().items():
+    drawn = {name: arms for name in EXPERIMENTS
+             if EXPERIMENTS[name].panels and (arms := read(name))}
+    for name, arms in drawn.items():
         title = EXPERIMENTS[name].title
         parts += [f"### {name}: {title}", f"![{title}](results/{name}.png)",
                   markdown(arm_rows(name, arms)),
-                  "\n".join(f"    python {arm['command']}" for arm in arms.values())]
+                  "\n".join(f"    python {shown(arm['command'])}" for arm in arms.values())]
     before = PAGE.read_text().partition(MARKER)[0]
     PAGE.write_text(before + "\n\n".join(parts) + "\n")
+
+
+def shown(command):
+    """A command as one types it: a script in a folder runs as a module."""
+    script, _, flags = command.partition(" ")
+    module = script.removesuffix(".py").replace("/", ".")
+    return f"-m {module} {flags}" if "/" in script else command
 
 
 def cost(names):
@@ -460,92 +569,108 @@ def cost(names):
 
     A run that several share counts once.
     """
-    runs = {(arm["command"], seed): numbers["cpu_seconds"] for name in names if read(name)
-            for arm in read(name).values() for seed, numbers in arm["runs"].items()}
+    runs = {(arm["command"], seed): numbers["cpu_seconds"] for name in names
+            for arm in stored_arms(name).values() for seed, numbers in arm["runs"].items()}
     return len(runs), sum(runs.values()) / 60
 
 
 def print_list():
-    """What each experiment shows, what it cost, and its last result."""
-    judged = judge_all()
+    """What each experiment shows, its seeds, what they cost, what is missing, and its results."""
+    judged, rates = judge_all(), chosen_rates(read("lr"))
     for name, experiment in EXPERIMENTS.items():
-        found = [said for (other, _), (*_, said, _) in judged.items() if other == name]
-        counts = [f"{said}: {found.count(said)}" for said in VERDICTS if said in found]
-        done = "not run yet"
-        if read(name):
-            done = "{} runs, {:.0f} CPU minutes; ".format(*cost([name]))
-            done += ", ".join(counts) or "no claims"
-        print(f"{name:<8} {experiment.title} ({experiment.source})\n{'':<8} {done}")
+        runs, minutes = cost([name])
+        asked = len(experiment.arms) * len(experiment.seeds)
+        said = [found[-2] for (other, _), found in judged.items() if other == name]
+        counts = ", ".join(f"{word}: {said.count(word)}" for word in VERDICTS if word in said)
+        done = seeds_done(experiment, arms) if (arms := read(name)) else 0
+        line = f"{done} of {len(experiment.seeds)} seeds, {minutes:.0f} CPU minutes"
+        if done < len(experiment.seeds):
+            each = minutes / runs if runs else 0.3  # minutes
+            line += f", about {(asked - runs) * each:.0f} to go"
+        if experiment.tuned and not rates:
+            line += " (after lr)"
+        print(f"{name:<10} {experiment.title} ({experiment.source})\n{'':<10} {line}"
+              + (f"; {counts}" if counts else ""))
 
 
 # --------------------------------------------------------------------------------------------- main
 
 
-def seeds_of(experiment):
-    """Its seeds; those of the learning rates are not reported elsewhere."""
-    return range(1, experiment.seeds + 1) or [100]
-
-
-def stored():
-    """Every run in docs/results: dict (command, seed, whether evaluated) -> numbers."""
-    runs = {}
-    for path in RESULTS.glob("*.json"):
-        for arm in json.loads(path.read_text()).values():
-            for seed, numbers in arm["runs"].items():
-                runs[arm["command"], int(seed), "tax" in numbers] = numbers
-    return runs
-
-
 def sweep(names, rates, args):
-    """Run what is missing of some experiments; save the numbers of each as soon as it is complete.
+    """Make the runs of some experiments that docs/results lacks, seed by seed, and save each.
 
     Args: names (of experiments); rates (see `chosen_rates`); args.
     """
-    known, waiting = {} if args.again and names != ["lr"] else stored(), defaultdict(list)
-    plans = {name: commands(EXPERIMENTS[name], rates) for name in names}
-    for name in names:
-        for seed in seeds_of(EXPERIMENTS[name]):
-            for command in plans[name].values():
-                job = command, seed, EXPERIMENTS[name].tax
-                if job not in known:
-                    waiting[job].append(name)
-    missing = {name: sum(name in users for users in waiting.values()) for name in names}
-    for name in names:
-        if not missing[name]:
-            save(name, plans[name], known)
-    context = kill.processes() if waiting else None
+    plans, users = {name: commands(EXPERIMENTS[name], rates) for name in names}, {}
+    for name, plan in plans.items():
+        experiment = EXPERIMENTS[name]
+        kept = {} if args.again else stored_arms(name)
+        arms = {label: kept[label] if kept.get(label, {}).get("command") == command else
+                {"command": command, "runs": {}} for label, command in plan.items()}
+        for i, seed in enumerate(experiment.seeds):
+            for label, command in plan.items():
+                if str(seed) not in arms[label]["runs"]:
+                    job = command, seed, experiment.tax, experiment.lag
+                    users.setdefault((i, job), []).append((name, arms, label))
+    jobs = sorted(users, key=lambda user: user[0])  # the first seeds of all come first
+    context = kill.processes() if jobs else None
     Path(args.output).mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * args.minutes
+
+    def in_time(job):
+        return finish(context, job[1], args.output) if time.monotonic() < end else None
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = pool.map(lambda job: finish(context, *job, args.output), waiting)
-        results = tqdm(results, total=len(waiting), unit="run")
-        for (job, users), numbers in zip(waiting.items(), results):
-            known[job] = numbers
-            for name in users:
-                missing[name] -= 1
-                if not missing[name]:
-                    save(name, plans[name], known)
+        for job, numbers in zip(jobs, tqdm(pool.map(in_time, jobs), total=len(jobs), unit="run")):
+            for name, arms, label in users[job] if numbers else ():
+                add(arms[label], job[1][1], numbers, curves_of(EXPERIMENTS[name]))
+                save(name, arms)
 
 
-def save(name, plan, known):
-    """Write an experiment's numbers to docs/results."""
-    experiment, arms = EXPERIMENTS[name], {}
-    for label, command in plan.items():
-        runs = {str(seed): known[command, seed, experiment.tax] for seed in seeds_of(experiment)}
-        arms[label] = {"command": command, "runs": runs}
+def curves_of(experiment):
+    """The curves whose numbers on each prompt an experiment's claims need."""
+    words = {word for claim in experiment.claims for word in claim.metric.lower().split()}
+    return [name for name in CURVES if name in words | {"score"}]
+
+
+def add(arm, seed, numbers, curves):
+    """Add a run to an arm: its numbers, and to the mean over its half of the seeds, its prompts'.
+
+    Args: arm ({"command", "runs", "prompts"}); seed; numbers (see `read_numbers`); curves (names).
+    """
+    prompts = numbers["prompts"]
+    arm["runs"][str(seed)] = {name: value for name, value in numbers.items() if name != "prompts"}
+    halves = arm.setdefault("prompts", {})
+    half = halves.setdefault(HALVES[seed % 2 == 0], {"seeds": [], "curves": {}})
+    n = len(half["seeds"])
+    for name in curves:
+        new, old = np.array(prompts[name]), np.array(half["curves"].get(name, 0.0))  # (E, P)
+        half["curves"][name] = ((old * n + new) / (n + 1)).round(3).tolist()
+    half["seeds"].append(seed)
+
+
+def save(name, arms):
+    """Write an experiment's numbers to docs/results; the old file stays until they are written."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    lines = [f"{json.dumps(label, ensure_ascii=False)}: {json.dumps(arm)}"
+    lines = [f"{json.dumps(label, ensure_ascii=False)}: {json.dumps(arm, separators=(',', ':'))}"
              for label, arm in arms.items()]
-    (RESULTS / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    new = RESULTS / f"{name}.json.new"
+    new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    new.rename(RESULTS / f"{name}.json")
+
+
+def stored_arms(name):
+    """What docs/results has of an experiment: dict label -> {"command", "runs", "prompts"}."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read(name):
-    """An experiment's saved numbers; None if an arm is missing.
-
-    Returns: dict label -> {"command", "runs": {seed: numbers}}.
-    """
-    path = RESULTS / f"{name}.json"
-    arms = json.loads(path.read_text()) if path.exists() else {}
-    return arms if EXPERIMENTS[name].arms.keys() <= arms.keys() else None
+    """An experiment's saved arms (see `stored_arms`); None if they have no two seeds in common."""
+    arms, labels = stored_arms(name), EXPERIMENTS[name].arms.keys()
+    if not labels <= arms.keys() or len(common_seeds(arms.values())) < 2:
+        return None
+    return arms
 
 
 def main(args):
@@ -554,13 +679,17 @@ def main(args):
         require(name in EXPERIMENTS, f"{name}: unknown experiment; choose from "
                                      f"{', '.join(EXPERIMENTS)}, or all")
     require(args.jobs >= 1, f"--jobs {args.jobs}: must be 1 or more")
-    if names and not args.redraw:
-        sweep(["lr"], {}, args)
-        sweep(names, chosen_rates(read("lr")), args)
+    require(args.minutes > 0, f"--minutes {args.minutes}: must be above 0")
+    rates = chosen_rates(read("lr"))
     for name in names:
-        require(read(name),
+        require(rates or args.redraw or not EXPERIMENTS[name].tuned or args.experiments == ("all",),
+                f"{name}: takes the learning rates that lr finds; run lr first")
+        require(read(name) or not args.redraw,
                 f"{name}: docs/results has no numbers of it yet; run it without --redraw")
-        if EXPERIMENTS[name].panels:
+    if names and not args.redraw:
+        sweep([name for name in names if rates or not EXPERIMENTS[name].tuned], rates, args)
+    for name in names:
+        if read(name) and EXPERIMENTS[name].panels:
             draw(name, read(name))
     if names:
         write_page()
