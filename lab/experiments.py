@@ -58,6 +58,14 @@ TUNED = {
 }
 BASE = {name: f"{name} {size}" for name, size in TUNED.items()}
 
+
+def budget(name):
+    """960 responses again, but 4 prompts (or pairs) to an update, of 16, 8 or 4 responses."""
+    updates = {K4: 60, K1: 240}.get(TUNED[name], 120)
+    size = "--batch-size 4" if name == "dpo.py" else "--prompts-per-step 4"
+    return f"{name} {size} --num-updates {updates} --eval-every {updates // 4}"
+
+
 RLOO4, RAFT4 = {"RLOO, k 4": BASE["rloo.py"]}, {"RAFT, k 4": BASE["raft.py"]}
 # As many prompts per step, half the responses.
 K2 = "--k 2 --prompts-per-step 4 --num-updates 120 --eval-every 20"
@@ -90,10 +98,12 @@ MATH = ("--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy "
 # Several optimizer steps per rollout of 64 responses, without a KL penalty, at a rate at which the
 # policy moves away from the one that sampled.
 STALE = "--prompts-per-step 16 --num-updates 15 --eval-every 5 --beta 0 --lr 3e-4"
+MATH5 = ("--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy "
+         "--dataset tasks/mini_math.py:prompts --temperature 1 --max-new-tokens 5 "
+         "--eval-prompts 512")
 STALE_MATH = ("--prompts-per-step 16 --num-updates 15 --eval-every 5 --beta 0 --lr 1e-3 "
-              "--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy "
-              "--dataset tasks/mini_math.py:prompts --temperature 1 --max-new-tokens 5 "
-              "--eval-prompts 512")
+              f"{MATH5}")
+BINARY = ("maxrl.py", "rloo.py", "grpo.py")  # on scores of 0 and 1
 REUSED = {"RLOO, no ratio": "lab/reuse.py --ratio none",
           "RLOO, token ratio": "lab/reuse.py --ratio token",
           "RLOO, clipped": "lab/reuse.py --ratio clip",
@@ -144,6 +154,22 @@ EXPERIMENTS = {
         ("score", "final score", "final gold", "final kl", "final length"),
         seeds=range(101, 106), varied="learning rate",
         points={f"{name} --lr {rate}": (name, float(rate)) for name in TUNED for rate in RATES},
+    ),
+    "lr_math": Experiment(
+        "The learning rate of MaxRL and its relatives (mini math)",
+        "ours, on seeds that are not used again",
+        {f"{name} --lr {rate}": f"{name} {K4} --num-updates 40 {MATH5} --beta 0 --lr {rate}"
+         for name in BINARY for rate in RATES},
+        [], [("", "score"), ("", "final score"), ("", "final kl")],
+        ("score", "final score", "final kl", "final length"),
+        seeds=range(101, 106), varied="learning rate",
+        points={f"{name} --lr {rate}": (name, float(rate)) for name in BINARY for rate in RATES},
+    ),
+    "budget": Experiment(
+        "Equal responses, equal updates, equal CPU time", "ours",
+        {name: budget(name) for name in TUNED},
+        [], [("samples", "score"), ("updates", "score"), ("cpu", "score")],
+        ("score", "final score", "final gold", "final kl", "seconds"),
     ),
     "stale": stale("Several steps per rollout (mini TL;DR)", STALE, ("final gold",)),
     "stale_math": stale("Several steps per rollout (mini math)", STALE_MATH, ()),

@@ -310,8 +310,9 @@ def judge(claim, arms):
 
 
 def common_seeds(arms):
-    """The seeds that all arms have."""
-    return sorted(set.intersection(*(set(arm["runs"]) for arm in arms)), key=int)
+    """The seeds that all arms (of an iterable) have."""
+    seeds = [set(arm["runs"]) for arm in arms]
+    return sorted(set.intersection(*seeds), key=int) if seeds else []
 
 
 def prompts_share(claim, arms):
@@ -453,6 +454,7 @@ def draw_curve(axis, runs, x, y, label, style):
     points = [interval(list(values)) for values in zip(*(run[y] for run in runs))]
     mean, low, high = zip(*points)
     xs = [statistics.mean(values) for values in zip(*(along(run, x) for run in runs))]
+    xs = [math.sqrt(max(0.0, value)) for value in xs] if x == "√kl" else xs
     axis.plot(xs, mean, label=label, **style)
     if "kl" not in x:  # the KL differs between seeds, and can fall
         axis.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -460,9 +462,9 @@ def draw_curve(axis, runs, x, y, label, style):
 
 def along(run, x):
     """Where a run's evaluations lie on the axis x."""
-    if x == "√kl":
-        return [math.sqrt(max(0.0, value)) for value in run["kl"]]
-    return [run["seconds"] * update for update in run["updates"]] if x == "cpu" else run[x]
+    if x == "cpu":
+        return [run["seconds"] * update for update in run["updates"]]
+    return run[x.removeprefix("√")]
 
 
 def markdown(rows):

@@ -8,13 +8,14 @@ import shlex
 from dataclasses import replace
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-from lab import papers
-from lab.experiments import EXPERIMENTS, RATES, TUNED, Claim, Experiment
+from lab import intervals, papers
+from lab.experiments import COMMON, EXPERIMENTS, RATES, TUNED, Claim, Experiment
 
 RUN = {"updates": [0, 20, 40], "score": [0.0, 1.0, 3.0], "gold": [4.0, 6.0, 5.0],
        "kl": [0.0, 2.0, 4.0], "samples": [0, 16, 32], "clipfrac": 0.25, "seconds": math.e}
@@ -33,31 +34,31 @@ def test_intervals_by_hand():
     std sqrt(2.5), divided by sqrt(5) 0.70711, times 2.77645; std sqrt(2), half-width 12.7062.
     """
     wanted = (3, 3 - 1.96325, 3 + 1.96325)
-    assert papers.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(wanted, abs=1e-4)
-    assert papers.interval([0.0, 2.0]) == pytest.approx((1, -11.7062, 13.7062))
+    assert intervals.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(wanted, abs=1e-4)
+    assert intervals.interval([0.0, 2.0]) == pytest.approx((1, -11.7062, 13.7062))
 
 
 @pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 9, 10, 19, 30])
 def test_tails_are_what_the_density_leaves(df):
     """Student's t, integrated from 0; beyond the quantile there is a fortieth on each side."""
     scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
-    for t in (0.0, 0.3, 1.0, 4.0, papers.quantile(df)):
+    for t in (0.0, 0.3, 1.0, 4.0, intervals.quantile(df)):
         x = torch.linspace(0, t, 20_001, dtype=torch.float64)
         inside = torch.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x).item()
-        both = papers.tails(t, df), papers.tails(-t, df)
+        both = intervals.tails(t, df), intervals.tails(-t, df)
         assert both[0] == both[1] == pytest.approx(1 - 2 * inside, abs=1e-7)
-    assert papers.tails(papers.quantile(df), df) == pytest.approx(0.05, abs=1e-12)
+    assert intervals.tails(intervals.quantile(df), df) == pytest.approx(0.05, abs=1e-12)
 
 
 def test_p_values_by_hand():
     """0 and 2: t is 1 with one degree of freedom, a half. The others decide nothing, or all."""
-    assert papers.p_value([0.0, 2.0]) == pytest.approx(0.5)
-    assert papers.p_value([1.0, math.nan]) == papers.p_value([0.0, 0.0]) == 1
-    assert papers.p_value([2.0, 2.0]) == 0
+    assert intervals.p_value([0.0, 2.0]) == pytest.approx(0.5)
+    assert intervals.p_value([1.0, math.nan]) == intervals.p_value([0.0, 0.0]) == 1
+    assert intervals.p_value([2.0, 2.0]) == 0
     values = [0.1, 0.5, 0.2, 0.9]
-    mean, low, _ = papers.interval(values)
+    mean, low, _ = intervals.interval(values)
     edge = [value - low for value in values]  # an interval that begins at 0
-    assert papers.p_value(edge) == pytest.approx(0.05)
+    assert intervals.p_value(edge) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("p_values, sure", [
@@ -66,14 +67,60 @@ def test_p_values_by_hand():
     ([0.06, 0.9], [False, False]), ([0.04], [True]), ([0.02, 0.9], [True, False]),
     ([0.03, 0.9], [False, False])])
 def test_discoveries_by_hand(p_values, sure):
-    assert papers.discoveries(p_values) == sure
+    assert intervals.discoveries(p_values) == sure
 
 
-@pytest.mark.parametrize("low, high, said", [
-    (0.1, 0.3, "holds"), (-0.3, -0.1, "does not hold"), (-0.1, 0.3, "cannot tell"),
-    (0.0, 0.3, "cannot tell"), (0.0, 0.0, "does not hold"), (math.nan, math.nan, "cannot tell")])
-def test_verdicts(low, high, said):
-    assert papers.verdict(low, high) == said
+@pytest.mark.parametrize("low, high, margin, said", [
+    (0.1, 0.3, 0.5, "holds"), (-0.3, -0.1, 0.5, "does not hold"), (-0.1, 0.3, 0.0, "cannot tell"),
+    (0.0, 0.3, 0.0, "cannot tell"), (0.0, 0.0, 0.0, "does not hold"),
+    (math.nan, math.nan, 0.5, "cannot tell"), (-0.1, 0.3, 0.31, "too small"),
+    (-0.1, 0.3, 0.3, "cannot tell"), (-0.3, 0.1, 0.3, "cannot tell")])
+def test_verdicts(low, high, margin, said):
+    assert intervals.verdict(low, high, margin) == said
+
+
+def test_the_variance_of_prompts_is_added_once():
+    """Seeds 1 ... 5 have a squared error of 0.5; prompts add 0.5 more: sqrt 1 times 2.77645."""
+    mean, low, high = intervals.interval([1.0, 2.0, 3.0, 4.0, 5.0], 0.5)
+    assert (mean, high - mean, mean - low) == pytest.approx((3, 2.77645, 2.77645), abs=1e-4)
+    assert intervals.p_value([1.0, 2.0, 3.0, 4.0, 5.0], 0.5) == intervals.tails(3.0, 4)
+
+
+def test_the_variance_of_prompts_by_hand():
+    """A mean over prompts: pseudo-values are the prompts' numbers less their mean.
+
+    1, 2, 6 and 1, 4, 4: deviations -2, -1, 3 and -2, 1, 1, covariance (4 - 1 + 3) / 2 = 3, over 3
+    prompts 1. Prompts on which the halves disagree add nothing.
+    """
+    def effect(half, left_out):
+        kept = [value for i, value in enumerate(half) if i != left_out]
+        return sum(kept) / len(kept)
+
+    assert intervals.prompt_variance(effect, [[1, 2, 6], [1, 4, 4]], 3) == pytest.approx(1)
+    assert intervals.prompt_variance(effect, [[1, 2, 6], [6, 2, 1]], 3) == 0
+    assert intervals.prompt_variance(lambda *_: math.nan, [[1, 2], [1, 2]], 2) == 0
+
+
+def test_intervals_cover_other_seeds_and_other_prompts():
+    """Of 300 simulated claims, with 8 seeds, 20 prompts and noise: about 95%, and 60% without.
+
+    The true mean is 0. A seed adds noise of 0.1, a prompt of 1, each response of 1.
+    """
+    rng, covered, narrow = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        table = (rng.normal(0, 0.1, (8, 1)) + rng.normal(0, 1, 20) + rng.normal(0, 1, (8, 20)))
+
+        def effect(half, left_out):
+            means = table[half::2].mean(0)
+            return (means if left_out is None else np.delete(means, left_out)).mean()
+
+        values = table.mean(1).tolist()
+        spread = intervals.prompt_variance(effect, [0, 1], 20)
+        _, low, high = intervals.interval(values, spread)
+        covered += low < 0 < high
+        _, low, high = intervals.interval(values)
+        narrow += low < 0 < high
+    assert 0.92 < covered / 300 < 0.99 and narrow / 300 < 0.75
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -81,10 +128,10 @@ def test_differences_are_taken_seed_by_seed():
     claim, a = Claim("", "height", ("a",), ("b",)), [1.0, 11.0, 21.0]
     found = papers.judge(claim, arms(a=a, b=[0.5, 10.0, 20.5]))  # 0.5, 1, 0.5: half-width 0.717
     assert found[0] == pytest.approx(2 / 3) and found[3] == "cannot tell"
-    mean, low, high, *found = papers.judge(claim, arms(a=a, b=[0.5, 10.4, 20.5]))
+    mean, low, high, *found, _ = papers.judge(claim, arms(a=a, b=[0.5, 10.4, 20.5]))
     assert mean == pytest.approx(1.6 / 3)
     assert (low, high) == pytest.approx((0.3899, 0.6768), abs=1e-4)
-    assert found == ["holds", papers.p_value([0.5, 0.6, 0.5])]
+    assert found == ["holds", intervals.p_value([0.5, 0.6, 0.5])]
 
 
 def test_claims_add_and_subtract_arms_and_a_threshold():
@@ -116,9 +163,58 @@ def test_evaluated_policies_are_measured_by_evaluate():
 
 
 def test_the_rate_with_the_highest_score_is_chosen():
-    runs = {f"{name} --lr {rate}": {"runs": {"100": {"score": [9.0, abs(i - j % 3) * -1.0]}}}
+    """In the mean over all seeds; one of them has another best rate. Nothing before all are in."""
+    def run(height):
+        return {"score": [9.0, height]}
+
+    seeds = EXPERIMENTS["lr"].seeds
+    runs = {f"{name} --lr {rate}": {"runs": {str(seed): run(-abs(i - j % 7) + 9.0 * (seed == i))
+                                             for seed in seeds}}
             for j, name in enumerate(TUNED) for i, rate in enumerate(RATES)}
-    assert papers.chosen_rates(runs) == {name: RATES[j % 3] for j, name in enumerate(TUNED)}
+    assert papers.chosen_rates(runs) == {name: RATES[j % 7] for j, name in enumerate(TUNED)}
+    del runs["rloo.py --lr 3e-3"]["runs"]["105"]
+    assert papers.chosen_rates(runs) == papers.chosen_rates(None) == {}
+
+
+@pytest.mark.parametrize("metric, by", [
+    ("score", 2.0), ("final gold", 1.0), ("growth of score", 3.0), ("fall of gold", 1.0),
+    ("score at update 20", 1.0), ("gold at KL 0.5", 1.0), ("clipfrac", 0.25), ("log seconds", 1.0),
+    ("kl", 3.0)])
+def test_what_training_changes_by_hand(metric, by):
+    assert papers.change(RUN, metric) == pytest.approx(by)
+
+
+def test_a_difference_is_too_small_within_a_tenth_of_what_training_changes():
+    """Heights 2 above the start: margin 0.2. A bound of 0.5 has none, nor has a single arm."""
+    close = {"a": {"runs": {"1": RUN, "2": RUN}},
+             "b": {"runs": {"1": RUN | {"score": [0.0, 1.0, 3.2]},
+                            "2": RUN | {"score": [0.0, 1.0, 2.81]}}}}
+    claim = Claim("", "score", ("a",), ("b",))
+    assert papers.margin_of(claim, close) == pytest.approx(0.2, abs=1e-3)
+    assert papers.judge(claim, close)[3] == "cannot tell"  # 2 seeds
+    same = {"a": close["a"], "b": {"runs": {"1": RUN | {"score": [0.0, 1.0, 3.001]},
+                                            "2": RUN | {"score": [0.0, 1.0, 2.998]}}}}
+    assert papers.judge(claim, same)[3] == "too small"
+    assert papers.margin_of(claim._replace(least=0.5), same) == 0
+    assert papers.margin_of(claim._replace(less=()), same) == 0
+
+
+def halves(odd, even):
+    """An arm's numbers on each prompt, for two evaluations of which the first is all 0."""
+    return {half: {"seeds": [seed], "curves": {"score": [[0.0] * len(values), values]}}
+            for half, seed, values in (("odd", 1, odd), ("even", 2, even))}
+
+
+def test_the_prompts_share_of_a_claim_by_hand():
+    """a - b on three prompts is 1, 2, 6 in one half and 1, 4, 4 in the other, as above: 1."""
+    run = {"updates": [0, 20], "samples": [0, 16], "score": [0.0, 1.0]}
+    both = {"a": {"runs": {"1": run, "2": run}, "prompts": halves([2.0, 4, 9], [4.0, 5, 6])},
+            "b": {"runs": {"1": run, "2": run}, "prompts": halves([1.0, 2, 3], [3.0, 1, 2])}}
+    claim = Claim("", "score", ("a",), ("b",))
+    assert papers.prompts_share(claim, both) == pytest.approx(1)
+    assert papers.prompts_share(claim._replace(metric="clipfrac"), both) == 0
+    del both["b"]["prompts"]["even"]  # one seed so far
+    assert papers.prompts_share(claim, both) == 0
 
 
 # ------------------------------------------------------------------------------------------- sweeps
@@ -130,10 +226,11 @@ class FakeRuns:
     def __init__(self):
         self.done, self.most = [], 100
 
-    def __call__(self, context, function, log, command, folder):
+    def __call__(self, context, function, log, command, folder, lag):
         (folder / "checkpoints").mkdir(parents=True)  # fails if the folder is there
         papers.require(len(self.done) < self.most, "out of disk space")
-        (folder / "note.json").write_text(json.dumps({"command": command}))
+        note = {"command": command, "prompts": {"score": [[0.0, 1.0], [len(self.done), 2.0]]}}
+        (folder / "note.json").write_text(json.dumps(note))
         self.done.append(command)
 
 
@@ -141,10 +238,13 @@ class FakeRuns:
 def fake(tmp_path, monkeypatch):
     """Two experiments of two arms that share one, with fake runs."""
     def pair(a, b):
-        return Experiment("", "", {k: f"rloo.py --k {k}" for k in (a, b)}, [], [], seeds=2)
+        arms = {k: f"rloo.py --k {k}" for k in (a, b)}
+        return Experiment("", "", arms, [], [], seeds=range(1, 3), tuned=True)
 
     runs = FakeRuns()
-    monkeypatch.setattr(papers, "EXPERIMENTS", {"first": pair("2", "3"), "second": pair("3", "4")})
+    lr = Experiment("", "", {}, [], [], seeds=range(101, 103))
+    monkeypatch.setattr(papers, "EXPERIMENTS",
+                        {"lr": lr, "first": pair("2", "3"), "second": pair("3", "4")})
     monkeypatch.setattr(papers, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(papers.kill, "processes", lambda: None)
     monkeypatch.setattr(papers, "read_numbers",
@@ -158,7 +258,8 @@ def test_runs_that_experiments_share_are_made_once(fake, tmp_path):
                  papers.Args(output=str(tmp_path / "new" / "runs")))
     assert len(fake.done) == len(set(fake.done)) == 6
     runs = papers.read("second")["3"]["runs"]
-    assert runs["2"]["command"] == f"rloo.py --k 3 --lr 0.1 {papers.EVERY_RUN} --seed 2"
+    ends = f"--lr 0.1 {papers.PROMPTS} {papers.EVERY_RUN}"
+    assert runs["2"]["command"] == f"rloo.py --k 3 {ends} --seed 2"
     assert runs == papers.read("first")["3"]["runs"]
 
 
@@ -168,10 +269,35 @@ def test_an_interrupted_sweep_goes_on(fake, tmp_path):
     with pytest.raises(SystemExit):
         papers.sweep(["first"], {"rloo.py": "0.1"}, args)
     assert len(fake.done) == 3 and papers.read("first") is None
+    kept = papers.stored_arms("first")  # seed by seed: both arms have the first one
+    assert [sorted(arm["runs"]) for arm in kept.values()] == [["1", "2"], ["1"]]
     fake.most = 100
     papers.sweep(["first"], {"rloo.py": "0.1"}, args)
     assert len(fake.done) == len(set(fake.done)) == 4
     assert [sorted(arm["runs"]) for arm in papers.read("first").values()] == [["1", "2"]] * 2
+
+
+def test_no_run_starts_after_its_time(fake, tmp_path, monkeypatch):
+    clock = iter([0.0, 30.0, 50.0, 61.0, 70.0])
+    monkeypatch.setattr(papers.time, "monotonic", lambda: next(clock))
+    papers.sweep(["first"], {"rloo.py": "0.1"},
+                 papers.Args(output=str(tmp_path / "runs"), jobs=1, minutes=1.0))
+    assert [command.split()[2] for command in fake.done] == ["2", "3"]
+
+
+def test_more_seeds_are_added_to_those_that_are_there(fake, tmp_path):
+    """Prompts' numbers are means over the odd and the even seeds: runs 0, 2 and 4, 6 of the arm."""
+    args = papers.Args(output=str(tmp_path / "runs"), jobs=1)
+    papers.sweep(["first"], {"rloo.py": "0.1"}, args)
+    papers.EXPERIMENTS["first"].seeds = range(1, 5)
+    papers.sweep(["first"], {"rloo.py": "0.1"}, args)
+    assert len(fake.done) == len(set(fake.done)) == 8
+    arm = papers.read("first")["2"]
+    assert list(arm["runs"]) == ["1", "2", "3", "4"]
+    assert arm["prompts"] == {
+        "odd": {"seeds": [1, 3], "curves": {"score": [[0.0, 1.0], [2.0, 2.0]]}},
+        "even": {"seeds": [2, 4], "curves": {"score": [[0.0, 1.0], [4.0, 2.0]]}}}
+    assert all("prompts" not in run for run in arm["runs"].values())
 
 
 def test_saved_numbers_are_not_computed_again(fake, tmp_path):
@@ -185,12 +311,33 @@ def test_saved_numbers_are_not_computed_again(fake, tmp_path):
     again = papers.Args(output=str(tmp_path / "third"), again=True)
     papers.sweep(["first"], {"rloo.py": "0.2"}, again)
     assert len(fake.done) == 12
+    assert papers.read("first")["2"]["prompts"]["odd"]["seeds"] == [1]
+
+
+def test_how_far_a_rollouts_use_moves_the_policy(monkeypatch):
+    """Ratios of 2 and 1/2: 2 - 1 - log 2 and 1/2 - 1 + log 2 add up to 1/2; over two rows 1/4.
+
+    Twice the same policy, as where it rolls out until a batch is full, is no use of a rollout.
+    """
+    class Batch:
+        old_logprobs = torch.zeros(2, 2)
+
+    now, lags = [torch.zeros(2, 2)], []
+    monkeypatch.setattr(papers, "no_grad_logprobs", lambda *given: now[0])
+    rollout = papers.measured(lambda *given: Batch(), lags)
+    rollout("policy", "tokenizer", [], 2, 1.0)
+    rollout("policy", "tokenizer", [], 2, 1.0)
+    assert lags == []
+    now[0] = torch.tensor([[math.log(2), -math.log(2)], [0.0, 0.0]])
+    rollout("policy", "tokenizer", [], 2, 1.0)
+    assert lags == [pytest.approx(0.25)]
 
 
 def test_the_length_of_wrong_answers_is_that_of_the_wrong_ones(tmp_path):
     """Of four answers on mini math two are wrong before training, with 2 and 5 tokens, then one."""
     (tmp_path / "args.json").write_text(json.dumps({"dataset": "tasks/mini_math.py:prompts"}))
     (tmp_path / "cost.json").write_text(json.dumps({"cpu_seconds": 7.129, "peak_mb": 3.0}))
+    torch.save([{"score": torch.tensor([1.0, 0.0])}], tmp_path / "evaluations.pt")
     with SummaryWriter(tmp_path) as writer:
         for step, score in ((0, 0.5), (1, 0.25), (2, 0.75)):
             writer.add_scalar("eval/score", score, step)
@@ -209,7 +356,8 @@ def test_the_length_of_wrong_answers_is_that_of_the_wrong_ones(tmp_path):
     assert papers.read_numbers(tmp_path) == {
         "updates": [0, 1, 2], "samples": [0, 8, 16], "score": [0.5, 0.25, 0.75],
         "clipfrac": 0.1875, "seconds": 12.0, "wrong_length_before": 3.5, "wrong_length_after": 4.0,
-        "growth_of_wrong": 0.5, "cpu_seconds": 7.13, "peak_mb": 3.0}
+        "growth_of_wrong": 0.5, "cpu_seconds": 7.129, "peak_mb": 3.0,
+        "prompts": {"score": [[1.0, 0.0]]}}
 
 
 @pytest.mark.slow
@@ -228,20 +376,23 @@ def test_a_real_run_with_its_evaluation(context, world, tmp_path, monkeypatch):
                f"--dataset {world.data} --k 2 --num-updates 2 --prompts-per-step 4 "
                "--max-new-tokens 6 --eval-prompts 4 --eval-every 1 --device cpu")
     monkeypatch.setattr(papers, "folder_of", lambda command, seed, output: tmp_path / f"run{seed}")
-    found = papers.finish(context, command, 3, True, None)
+    job = command, 3, True, True
+    found = papers.finish(context, job, None)
     _, scalars = papers.plot.read_run(tmp_path / "run3")
     assert found["updates"] == [0, 1, 2] and found["samples"] == [0, 8, 16]
     assert found["score"] == pytest.approx(list(scalars["eval/score"].values()), abs=1e-4)
     assert found["cpu_seconds"] > found["seconds"] > 0 and found["tax"]["perplexity"] > 1
     assert "--seed 3" in (tmp_path / "run3.log").read_text()
-    assert papers.finish(None, command, 3, True, None) == found
+    assert np.mean(found["prompts"]["score"], axis=1) == pytest.approx(found["score"], abs=1e-4)
+    assert found["lag"] > 0
+    assert papers.finish(None, job, None) == found
 
 
 @pytest.mark.slow
 def test_a_failing_run_names_its_log(context, tmp_path, capsys):
     log = tmp_path / "run9.log"
     with pytest.raises(SystemExit):
-        papers.call(context, papers.train, str(log), "rloo.py --k 1", tmp_path / "run9")
+        papers.call(context, papers.train, str(log), "rloo.py --k 1", tmp_path / "run9", False)
     assert str(log) in capsys.readouterr().err and "--k 1" in log.read_text()
 
 
@@ -280,7 +431,7 @@ def test_a_picture_by_hand(fake, figures):
         ends = [end for end, _ in area.get_segments()[0]]
         assert ends == pytest.approx([mean - half, mean + half])
     assert [label.get_text() for label in points.get_yticklabels()] == ["2", "3"]
-    assert [axis.get_xlabel() for axis in figure.axes] == ["steps (rollouts)", "√KL",
+    assert [axis.get_xlabel() for axis in figure.axes] == ["steps (rollouts)", "√KL (√nats)",
                                                            "CPU seconds per update"]
     assert [axis.get_ylabel() for axis in figure.axes] == ["reward", "gold reward", ""]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["2", "3"]
@@ -298,20 +449,28 @@ def test_the_numbers_of_a_run(tmp_path):
             writer.add_scalar("policy/clipfrac", 0.25 * (step % 2), step)
     (tmp_path / "args.json").write_text(json.dumps({"dataset": "tasks/mini_tldr.py:prompts"}))
     (tmp_path / "cost.json").write_text(json.dumps({"cpu_seconds": 61.23456, "peak_mb": 100.0}))
+    torch.save([{"kl": torch.tensor([0.5]), "eos_rate": torch.ones(1)}] * 2,
+               tmp_path / "evaluations.pt")
     assert papers.read_numbers(tmp_path) == {
         "updates": [0, 10, 20], "samples": [0, 160, 320], "score": [0.1235, 1.0, 2.0],
-        "kl": [0.0617, 0.5, 1.0], "clipfrac": 0.125, "seconds": 3.0, "cpu_seconds": 61.23,
-        "peak_mb": 100.0}
+        "kl": [0.0617, 0.5, 1.0], "clipfrac": 0.125, "seconds": 3.0, "cpu_seconds": 61.2346,
+        "peak_mb": 100.0, "prompts": {"kl": [[0.5], [0.5]]}}
 
 
 def test_the_longest_tuned_command_gives_the_rate():
+    """If the experiment is tuned; otherwise all have the common one, unless one is given."""
     arms = {"a": "reinforce.py --baseline none --k 1", "b": "reinforce.py --k 1",
-            "c": "rloo.py --lr 3"}
+            "c": "rloo.py --lr 3", "d": "rloo.py --lr 3 --eval-prompts 8"}
     rates = {"reinforce.py": "1", "reinforce.py --baseline none": "2"}
-    assert papers.commands(Experiment("", "", arms, [], []), rates) == {
-        "a": f"reinforce.py --baseline none --k 1 --lr 2 {papers.EVERY_RUN}",
-        "b": f"reinforce.py --k 1 --lr 1 {papers.EVERY_RUN}",
-        "c": f"rloo.py --lr 3 {papers.EVERY_RUN}"}
+    ends = f"{papers.PROMPTS} {papers.EVERY_RUN}"
+    wanted = {"a": f"reinforce.py --baseline none --k 1 --lr 2 {ends}",
+              "b": f"reinforce.py --k 1 --lr 1 {ends}",
+              "c": f"rloo.py --lr 3 {ends}",
+              "d": f"rloo.py --lr 3 --eval-prompts 8 {papers.EVERY_RUN}"}
+    assert papers.commands(Experiment("", "", arms, [], [], tuned=True), rates) == wanted
+    common = papers.commands(Experiment("", "", arms, [], []), rates)
+    assert common == wanted | {"a": f"reinforce.py --baseline none --k 1 --lr {COMMON} {ends}",
+                               "b": f"reinforce.py --k 1 --lr {COMMON} {ends}"}
 
 
 def test_rows_of_the_tables_by_hand(fake, monkeypatch):
@@ -327,28 +486,33 @@ def test_rows_of_the_tables_by_hand(fake, monkeypatch):
                     Claim("more", "clipfrac", ("2",), ("3",), 0.2),
                     Claim("little", "clipfrac", (), ("3",), -0.05)]
     monkeypatch.setattr(papers, "saved", lambda: {"first": arms})
+    monkeypatch.setattr(papers, "read", lambda name: arms)
     told = [(said, cells[0], cells[2]) for said, cells in papers.claim_rows()]
     assert told == [("holds", "grows", "growth of score: 3.00 [3.00, 3.00] (above 0?)"),
                     ("holds", "more", "clipfrac: 0.25 [0.25, 0.25] (above 0.2?)"),
                     ("holds", "little", "clipfrac: 0.001 [0.001, 0.001] (below 0.05?)")]
     assert papers.claim_rows()[0][1] == [
-        "grows", "a paper", told[0][2], "2", "**holds**", "holds",
+        "grows", "a paper", told[0][2], "–", "2", "**holds**", "holds",
         "`python -m lab.papers first --again`", "[first](results/first.png)"]
 
 
 def test_the_list_says_what_was_run(fake, tmp_path, monkeypatch, capsys):
     """A run that two experiments share counts once."""
-    papers.print_list()
-    assert capsys.readouterr().out.count("not run yet") == 2
-    monkeypatch.setattr(papers, "read_numbers", lambda folder: RUN | {"cpu_seconds": 90.0})
+    def listed():
+        papers.print_list()
+        return [line.strip() for line in capsys.readouterr().out.splitlines()[3::2]]
+
+    assert listed() == ["0 of 2 seeds, 0 CPU minutes, about 1 to go (after lr)"] * 2
+    monkeypatch.setattr(papers, "read_numbers", lambda folder: RUN | {
+        "cpu_seconds": 90.0, "prompts": {"score": [[0.0], [0.0], [0.0]]}})
     claims = [Claim("a", "score", ("3",)), Claim("b", "score", ("3",), ("4",))]
     papers.EXPERIMENTS["second"].claims = claims
-    papers.sweep(["first", "second"], {"rloo.py": "0.1"},
-                 papers.Args(output=str(tmp_path / "runs")))
-    papers.print_list()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.strip() for line in lines[1::2]] == [
-        "4 runs, 6 CPU minutes; no claims", "4 runs, 6 CPU minutes; does not hold: 1, holds: 1"]
+    args = papers.Args(output=str(tmp_path / "runs"))
+    papers.sweep(["first", "second"], {"rloo.py": "0.1"}, args)
+    papers.EXPERIMENTS["first"].seeds = range(1, 4)
+    papers.EXPERIMENTS["second"].tuned = False
+    assert listed() == ["2 of 3 seeds, 6 CPU minutes, about 3 to go (after lr)",
+                        "2 of 2 seeds, 6 CPU minutes; does not hold: 1, holds: 1"]
     assert papers.cost(papers.EXPERIMENTS) == (6, 9.0)
 
 
@@ -362,29 +526,34 @@ def test_what_is_run_and_drawn(monkeypatch):
 
     for name in ("sweep", "draw", "write_page", "print_list"):
         note(name, None)
-    note("chosen_rates", "rates")
+    monkeypatch.setattr(papers, "chosen_rates", lambda arms: {"rloo.py": "1"})
     monkeypatch.setattr(papers, "read", lambda name: f"arms of {name}")
     papers.main(papers.Args(("lr", "fig3")))
-    assert calls == [
-        ("sweep", ["lr"], {}), ("chosen_rates", "arms of lr"), ("sweep", ["lr", "fig3"], "rates"),
-        ("draw", "fig3", "arms of fig3"), ("write_page",), ("print_list",)]
+    assert calls == [("sweep", ["lr", "fig3"], {"rloo.py": "1"}), ("draw", "lr", "arms of lr"),
+                     ("draw", "fig3", "arms of fig3"), ("write_page",), ("print_list",)]
     calls.clear()
     papers.main(papers.Args(("all",), redraw=True))
     drawn = [name for _, *names in calls for name in names[:1]]
-    assert drawn == [name for name in EXPERIMENTS if name != "lr"]
+    assert drawn == list(EXPERIMENTS)
     calls.clear()
     papers.main(papers.Args())
     assert calls == [("print_list",)]
+    monkeypatch.setattr(papers, "chosen_rates", lambda arms: {})
+    calls.clear()
+    papers.main(papers.Args(("all",)))
+    assert not any("tuned" in name for name in calls[0][1])
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"experiments": ("fig1", "fig9")}, "fig9: unknown experiment; choose from lr, fig2, "),
+    ({"experiments": ("fig1", "fig9")}, "fig9: unknown experiment; choose from lr, stale, "),
+    ({"experiments": ("fig1_tuned",)}, "fig1_tuned: takes the learning rates that lr finds; run "),
+    ({"minutes": 0.0}, "--minutes 0.0: must be above 0"),
     ({"experiments": ("first",), "redraw": True}, "first: docs/results has no numbers of it yet"),
     ({"jobs": 0}, "--jobs 0: must be 1 or more"),
 ])
 def test_bad_flags_get_one_line(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(papers, "RESULTS", tmp_path)
     if flags.get("redraw"):
-        monkeypatch.setattr(papers, "RESULTS", tmp_path)
         monkeypatch.setitem(papers.EXPERIMENTS, "first", EXPERIMENTS["fig1"])
     with pytest.raises(SystemExit):
         papers.main(papers.Args(**flags))
@@ -399,10 +568,10 @@ def test_every_command_parses():
              for command in papers.commands(experiment, dict.fromkeys(TUNED, RATES[0])).values()}
     for command in found:
         script, *flags = shlex.split(command)
-        module = importlib.import_module(script.removesuffix(".py"))
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         tyro.cli(module.Args, args=[*flags, "--output", "x"])
     folders = {papers.folder_of(command, 1, "x").name for command in found}
-    assert len(folders) == len(found) > 60 and max(map(len, folders)) < 230
+    assert len(folders) == len(found) > 60 and max(map(len, folders)) + len(".log") <= 255
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -411,7 +580,9 @@ def test_claims_are_about_the_experiments_arms(name):
     for claim in experiment.claims:
         assert {*claim.more, *claim.less} <= experiment.arms.keys()
     assert len({claim.text for claim in experiment.claims}) == len(experiment.claims)
-    assert len(experiment.arms) <= len(papers.COLORS) or not experiment.panels
+    curves = {curve for curve, _ in experiment.points.values()} or experiment.arms
+    assert len(curves) <= len(papers.plot.STYLES) or not experiment.panels
+    assert experiment.points.keys() in (set(), experiment.arms.keys())
 
 
 def test_the_page_agrees_with_the_saved_numbers(tmp_path, monkeypatch):
@@ -465,12 +636,14 @@ def test_a_sentence_that_says_more_is_noticed(edit, tmp_path, monkeypatch):
         test_conclusions_say_no_more_than_the_verdicts_after_correction()
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if papers.stored_arms(name)])
 def test_saved_numbers_are_of_todays_commands(name):
-    experiment, saved = EXPERIMENTS[name], papers.read(name)
-    rates = {} if name == "lr" else papers.chosen_rates(papers.read("lr"))
-    assert {label: arm["command"] for label, arm in saved.items()} == papers.commands(experiment,
-                                                                                      rates)
-    for arm in saved.values():
-        assert sorted(map(int, arm["runs"])) == list(papers.seeds_of(experiment))
+    """Each arm has some of its seeds, and no others; those with prompts' numbers say which."""
+    experiment, arms = EXPERIMENTS[name], papers.stored_arms(name)
+    plan = papers.commands(experiment, papers.chosen_rates(papers.read("lr")))
+    assert {label: arm["command"] for label, arm in arms.items()} == plan
+    for arm in arms.values():
+        assert set(map(int, arm["runs"])) <= set(experiment.seeds)
         assert all(("tax" in run) == experiment.tax for run in arm["runs"].values())
+        counted = [seed for half in arm.get("prompts", {}).values() for seed in half["seeds"]]
+        assert len(counted) == len(set(counted)) and set(map(str, counted)) <= set(arm["runs"])
