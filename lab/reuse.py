@@ -116,7 +116,7 @@ def main(args):
     device = setup(args)
     tokenizer = load_tokenizer(args.model)
     policy = load_policy(args, device)
-    reference = load_reference(args, tokenizer, device)
+    reference = load_reference(args, tokenizer, device, policy)
     reward_fns = load_rewards(args, device, args.reward_noise)  # maximized, or only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
