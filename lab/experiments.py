@@ -116,11 +116,14 @@ REUSED = {"RLOO, no ratio": "lab/reuse.py --ratio none",
           "DAPO": "dapo.py"}
 
 
-def stale(title, setting, gold):
-    """The experiment of several steps per rollout. Args: title; setting (flags); gold (metrics)."""
-    points = {f"{name}, {steps} steps": (name, steps) for name in REUSED for steps in (1, 4, 16)}
+def stale(title, setting, commands, gold=()):
+    """The experiment of several steps per rollout.
+
+    Args: title; setting (flags of all); commands (name -> command); gold (metrics of that reward).
+    """
+    points = {f"{name}, {steps} steps": (name, steps) for name in commands for steps in (1, 4, 16)}
     # With one step every ratio is 1, and the four forms of RLOO are one.
-    arms = {label: f"{REUSED['RLOO, no ratio' if 'RLOO' in name and steps == 1 else name]} "
+    arms = {label: f"{commands['RLOO, no ratio' if 'RLOO' in name and steps == 1 else name]} "
                    f"{setting} --minibatches {steps}" for label, (name, steps) in points.items()}
 
     def above(a, b, steps):
@@ -129,7 +132,7 @@ def stale(title, setting, gold):
 
     orders = [("RLOO, token ratio", "RLOO, no ratio"), ("RLOO, clipped", "RLOO, token ratio"),
               ("RLOO, clipped", "RLOO, no ratio"), ("RLOO, sequence ratio", "RLOO, token ratio"),
-              ("GSPO", "GRPO"), ("CISPO", "GRPO"), ("DAPO", "GRPO"), ("PPO", "GRPO"),
+              ("GSPO", "GRPO"), ("CISPO", "GRPO"), (list(commands)[-1], "GRPO"), ("PPO", "GRPO"),
               ("REINFORCE++", "GRPO")]
     return Experiment(
         title, "GSPO, MiniMax-M1 (CISPO), DAPO and PPO; ours", arms,
@@ -171,8 +174,10 @@ EXPERIMENTS = {
         [], [("samples", "score"), ("updates", "score"), ("cpu", "score")],
         ("score", "final score", "final gold", "final kl", "seconds"),
     ),
-    "stale": stale("Several steps per rollout (mini TL;DR)", STALE, ("final gold",)),
-    "stale_math": stale("Several steps per rollout (mini math)", STALE_MATH, ()),
+    "stale": stale("Several steps per rollout (mini TL;DR)", STALE, REUSED, ("final gold",)),
+    # Where many groups have no differences, DAPO samples up to four times as many responses.
+    "stale_math": stale("Several steps per rollout (mini math)", STALE_MATH,
+                        REUSED | {"DAPO, one round": "dapo.py --max-rounds 1"}),
     "fig2": Experiment(
         "REINFORCE, RLOO, vanilla PG and PPO", "Back to Basics, figure 2",
         RLOO4 | REINFORCE | VANILLA | PPO95 | PPO_ONE,

@@ -154,7 +154,7 @@ def measured(rollout, lags):
             logprobs = no_grad_logprobs(policy, batch, temperature, 4096)  # (N, T)
             log_ratio = logprobs - batch.old_logprobs  # (N, T)
             kl = (log_ratio.exp() - 1 - log_ratio).sum(1).mean().item()
-            if kl > 0:  # the same policy may roll out several times (dynamic sampling)
+            if kl > 1e-6:  # the same policy may roll out several times (dynamic sampling)
                 lags.append(kl)
         last[:] = [rollout(policy, tokenizer, prompt_ids, k, temperature, *others)]
         return last[0]
@@ -398,7 +398,7 @@ AXES = {"updates": "steps (rollouts)", "samples": "responses", "score": "reward"
         "wrong_length_after": "length of wrong answers", "variance": "variance of the reward",
         "final gold": "gold reward at the end", "final score": "reward at the end",
         "final kl": "KL to the reference at the end (nats)",
-        "lag": "KL(π_old ‖ π) at the end of a rollout's use (nats)"}
+        "lag": "KL(π_old ‖ π) after a rollout (nats)"}
 
 
 def draw(name, arms):
@@ -415,6 +415,9 @@ def draw(name, arms):
             for curve, look in looks.items():
                 draw_points(axis, curve, y, arms, points, look)
             axis.set_xscale("log")
+            numbers = sorted({number for _, number in points.values()})
+            axis.set_xticks(numbers, [f"{number:g}" for number in numbers], rotation=30)
+            axis.set_xticks([], minor=True)
             axis.set_xlabel(experiment.varied)
         for i, (label, arm) in enumerate(() if points else arms.items()):
             runs = list(arm["runs"].values())

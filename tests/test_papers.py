@@ -437,6 +437,28 @@ def test_a_picture_by_hand(fake, figures):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["2", "3"]
 
 
+def test_a_picture_against_the_number_that_is_varied(fake, figures):
+    """One curve of two points, with the intervals of two runs each, and ticks where they are."""
+    first = papers.EXPERIMENTS["first"]
+    first.panels, first.varied = [("", "score"), ("", "lag")], "k"
+    first.points = {"2": ("RLOO", 2), "3": ("RLOO", 3)}
+    papers.RESULTS.mkdir()
+    more = RUN | {"score": [0.0, 3.0, 5.0], "lag": 3.0}
+    arms = {"2": {"runs": {"1": RUN | {"lag": 1.0}, "2": more}},
+            "3": {"runs": {"1": more, "2": more}}}
+    papers.draw("first", arms)
+    (figure,) = figures
+    for axis, points in zip(figure.axes, ([[2, 3], [3, 4]], [[2, 2], [3, 3]])):
+        assert axis.lines[0].get_xydata().tolist() == points
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == ["2", "3"]
+        (low, high), narrow = (line[:, 1] for line in axis.collections[0].get_segments())
+        assert high - points[0][1] == pytest.approx(12.7062, abs=1e-3)
+        assert points[0][1] - low == pytest.approx(12.7062, abs=1e-3)
+        assert narrow.tolist() == [points[1][1]] * 2
+    assert figure.axes[0].get_xlabel() == "k"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["RLOO"]
+
+
 def test_the_numbers_of_a_run(tmp_path):
     """In the order of updates; seconds are per update; the share of clipped tokens is a mean."""
     with SummaryWriter(tmp_path) as writer:
