@@ -34,6 +34,7 @@ import math
 import random
 import shlex
 import statistics
+import textwrap
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -443,8 +444,9 @@ def draw(results, path):
     figure.draw_without_rendering()  # now pixels are known
     for biased, side, align in ((False, -1, "right"), (True, 1, "left")):
         for place, numbers in labels(places[biased], axes.transData.transform):
-            axes.annotate(", ".join(map(str, numbers)), place, xytext=(7 * side, 0), ha=align,
-                          va="center", textcoords="offset points", fontsize=8)
+            text = textwrap.fill(", ".join(map(str, numbers)), 14)
+            axes.annotate(text, place, xytext=(7 * side, 0), ha=align, va="center",
+                          textcoords="offset points", fontsize=8)
     plot.save(figure, path)
 
 
