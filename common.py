@@ -360,7 +360,10 @@ def all_scores(rewards, tokenizer, batch, examples):
 
 
 def judge_scores(rewards, tokenizer, batch, examples):
-    """What the judge of the win rate says of each response: a held-out reward, or the score. (N,)"""
+    """What the judge of the win rate says of each response: a held-out reward, or the score.
+
+    Returns: (N,).
+    """
     if rewards.judge in rewards.held_out:
         return reward_scores(rewards.held_out[rewards.judge], tokenizer, batch, examples)
     return score(rewards, tokenizer, batch, examples, noise=False)["score"]

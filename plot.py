@@ -47,9 +47,9 @@ BOUNDS = {"kl": (0, np.inf), "length": (0, np.inf), "win_rate": (0, 1), "eos_rat
 
 # Okabe and Ito's colours for the colour-blind, without the yellow, which is too light for a line.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^vDPX*<>p"  # 11 of them and 7 colours, so that the same two meet again after 77
-STYLES = [{"color": COLORS[i % 7], "marker": MARKERS[i % 11], "linestyle": ("-", "--", ":")[i // 7]}
-          for i in range(21)]
+MARKERS = "os^DvPX*<>p"  # 11 of them and 7 colours, so that the same two meet again after 77
+STYLES = [{"color": COLORS[i % 7], "marker": MARKERS[i % 11],
+           "linestyle": ("-", "--", ":", "-.")[i // 7]} for i in range(28)]
 
 
 def style(name):
@@ -58,7 +58,7 @@ def style(name):
 
 
 def styles(names):
-    """A style for each curve of a picture: dict name -> entry of STYLES, all different up to 21.
+    """A style for each curve of a picture: dict name -> entry of STYLES, all different up to 28.
 
     A name that begins with an algorithm's, as "ppo", "ppo.py --lam 1" and "ppo, no clip" do, gets
     the algorithm's own style. A second one of the same algorithm, and every other name, gets one

@@ -32,6 +32,7 @@ ALGORITHMS = {  # name in the table -> script, flags
 MATH = ("--model tasks/mini_math-sft --reward tasks/mini_math.py:accuracy --temperature 1 "
         "--max-new-tokens 5")
 PROMPTS, PAIRS = "tasks/mini_math.py:prompts", "tasks/mini_math.py:comparisons"
+EVALUATION = "--eval-every 10 --eval-prompts 256".split()
 TASKS = {  # flags for the scripts that sample, and for those that learn from pairs
     "mini_tldr": ([], []),
     "mini_math": (f"{MATH} --beta 0.001 --dataset {PROMPTS}".split(),
@@ -61,8 +62,7 @@ def run(script, flags, folder):
     memory = folder / "peak_memory.json"
     if not (folder / "evaluation.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted comparison
-        command = [sys.executable, f"{script}.py", *flags, "--eval-every", "10", "--output",
-                   str(folder)]
+        command = [sys.executable, f"{script}.py", *flags, *EVALUATION, "--output", str(folder)]
         with open(f"{folder}.log", "w") as log:
             one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=one_core)
@@ -122,11 +122,10 @@ def compare(task, args):
             rows[name].append(numbers)
             folders.append(str(folder))
     table(base.parent / f"compare-{task}.md", rows)
-    # Where a task has a gold reward of its own.
-    reward = ("eval/score", "eval/gold") if task == "mini_tldr" else ("eval/score",)
-    plot.main(plot.Args(runs=tuple(folders), y=(*reward, "eval/kl"),
-                        x=("updates", "samples", "seconds"),
-                        output=str(base.parent / f"compare-{task}.png")))
+    # On mini_math gold is the score, and the references are right too.
+    ys = plot.Args.y if task == "mini_tldr" else ("eval/score", "eval/kl")
+    plot.main(plot.Args(runs=tuple(sorted(folders)), y=ys, x="samples", bands=False,
+                        training=False, output=str(base.parent / f"compare-{task}.png")))
 
 
 def table(path, rows):

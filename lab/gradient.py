@@ -34,22 +34,21 @@ import math
 import random
 import shlex
 import statistics
+import textwrap
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import matplotlib.pyplot as plt
 import torch
 import tyro
 from tqdm import tqdm
 
+import plot
 from lab import blackbox, stale
 from lab.family import FAMILY
 from plumbing import (Between, NotNegative, Positive, check_ranges, load_module, one_line,
                       require)
-
-plt.switch_backend("agg")  # draws without a screen
 
 WORLD = str(Path(__file__).resolve().parent / "tiny_world.py")
 ROWS = [f"{name}.py {flags}".strip() for name in FAMILY for flags in FAMILY[name].lab]
@@ -421,33 +420,34 @@ def draw(results, path):
     several = any(len(worlds) > 1 for worlds in results.values() if not isinstance(worlds, str))
     share = "share of the true gradient's squared norm"
     share = f"as a multiple of that of {next(iter(results))}" if several else share
-    figure, axes = plt.subplots(figsize=(10, 5), dpi=120, facecolor="white", layout="constrained")
+    figure, axes = plot.plt.subplots(figsize=(8.3, 4.6), layout="constrained")
     axes.set(yscale="log", xlabel="bias: angle between mean and true gradient (degrees)",
              ylabel=f"variance × responses, at length 1\n({share})")
     places = {False: {}, True: {}}  # whether it is biased -> place -> numbers in the key
-    colors, found = {False: "#0072b2", True: "#d55e00"}, points(results)
+    found = points(results)
     for number, (angles, noises) in enumerate(found.values(), 1):
         angle, noise = statistics.median(angles), statistics.median(noises)
         biased = max(angles) > 1e-3
         places[biased].setdefault((angle, noise), []).append(number)
-        axes.hlines(noise, min(angles), max(angles), colors[biased], alpha=0.3)
-        axes.vlines(angle, min(noises), max(noises), colors[biased], alpha=0.3)
-    for biased, marker, name in ((False, "o", "no bias"), (True, "^", "biased")):
+        axes.hlines(noise, min(angles), max(angles), plot.COLORS[biased], alpha=0.3)
+        axes.vlines(angle, min(noises), max(noises), plot.COLORS[biased], alpha=0.3)
+    for biased, name in ((False, "no bias"), (True, "biased")):
         columns = zip(*places[biased] or [(math.nan, 1.0)])
-        axes.scatter(*columns, c=colors[biased], marker=marker, s=45, label=name, zorder=2)
+        style = plot.STYLES[biased] | {"linestyle": ""}
+        axes.plot(*columns, **style, markersize=6, label=name)
     axes.margins(0.35 if several else 0.15, 0.1)
+    axes.xaxis.set_major_formatter(lambda angle, _: f"{angle:g}" if angle >= 0 else "")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, ncols=2)
     key = "\n".join(f"{number}  {command}" for number, command in enumerate(found, 1))
-    axes.text(1.02, 0.9, key, transform=axes.transAxes, va="top", fontsize=9, linespacing=1.5)
+    axes.text(1.02, 0.9, key, transform=axes.transAxes, va="top", fontsize=8, linespacing=1.5)
     figure.draw_without_rendering()  # now pixels are known
     for biased, side, align in ((False, -1, "right"), (True, 1, "left")):
         for place, numbers in labels(places[biased], axes.transData.transform):
-            axes.annotate(", ".join(map(str, numbers)), place, xytext=(7 * side, 0), ha=align,
-                          va="center", textcoords="offset points", fontsize=9)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+            text = textwrap.fill(", ".join(map(str, numbers)), 14)
+            axes.annotate(text, place, xytext=(7 * side, 0), ha=align, va="center",
+                          textcoords="offset points", fontsize=8)
+    plot.save(figure, path)
 
 
 def labels(places, pixel):

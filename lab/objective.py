@@ -19,14 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt
 import torch
 import tyro
 
+import plot
 from lab.blackbox import ROOT
 from plumbing import load_module, require
-
-plt.switch_backend("agg")  # draws without a screen
 
 LIMITS = {  # what it climbs -> its derivative
     "p": lambda p: 1.0, "2 arcsin √p": lambda p: (p * (1 - p)) ** -0.5, "log p": lambda p: 1 / p}
@@ -59,22 +57,21 @@ def slope(compute_advantages, p, k):
 
 def draw(curves, path):
     """f against p, a panel for each script. Args: curves (dict script -> dict k -> list); path."""
-    figure, axes = plt.subplots(1, len(curves), figsize=(1 + 4 * len(curves), 4), dpi=120,
-                                sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plot.plt.subplots(1, len(curves), figsize=(8.3, 3.6), sharey=True,
+                                     squeeze=False, layout="constrained")
     for axis, (script, found) in zip(axes[0], curves.items()):
         for name, derivative in LIMITS.items():
             axis.plot(GRID, [derivative(p) for p in GRID], "k", alpha=0.3, linewidth=3)
             axis.annotate(name, (0.05, derivative(0.05)), xytext=(8, 4), fontsize=8,
                           textcoords="offset points")
-        for k, values in found.items():
-            axis.plot(GRID, values, label=f"k {k}")
+        styles = plot.styles([f"k {k}" for k in found])
+        for i, ((name, style), values) in enumerate(zip(styles.items(), found.values())):
+            axis.plot(GRID, values, markevery=(8 * i % 33, 33), label=name, **style)
         axis.set(yscale="log", title=script, xlabel="p, the probability of a right response")
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("f(p): the mean gradient is f(p) ∇p")
     axes[0, -1].legend(frameon=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    plot.save(figure, path)
 
 
 def main(args):

@@ -13,12 +13,11 @@ Their size is found by bisection. The KL is that of responses, in nats, averaged
 import copy
 import math
 import statistics
-from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+import plot
 from plumbing import require
 
 LAGS = {"policy": "along the policy's own updates", "random": "in a random direction"}
@@ -78,26 +77,25 @@ def draw(results, path):
     Args: results (dict (lag, kl) -> dict command -> list of Results, or one line); path.
     """
     lags = list(dict.fromkeys(lag for lag, _ in results))
-    figure, axes = plt.subplots(2, len(lags), figsize=(4 + 4 * len(lags), 7), dpi=120, sharex=True,
-                                sharey="row", squeeze=False, facecolor="white",
-                                layout="constrained")
+    commands = dict.fromkeys(command for found in results.values() for command in found)
+    styles = plot.styles(commands)
+    figure, axes = plot.plt.subplots(2, len(lags), figsize=(8.3, 6 + 0.1 * len(styles)),
+                                     sharex=True, sharey="row", squeeze=False,
+                                     layout="constrained")
     for column, lag in zip(axes.T, lags):
         column[0].set_title(f"lag {LAGS[lag]}", fontsize=10)
         column[1].set(xscale="log", xlabel="KL(π ‖ π_old) in nats")
         for axis, name in zip(column, ("angle", "length")):
             for number, (command, points) in enumerate(curves(results, lag, name).items()):
                 # Where curves coincide, the later one is the thinner.
-                axis.plot(*zip(*points), color=f"C{number % 10}", label=command,
-                          linestyle=("-", "--", ":")[number // 10 % 3], marker="o", markersize=3,
-                          linewidth=max(1.0, 3.5 - 0.3 * number))
+                axis.plot(*zip(*points), label=command, linewidth=max(1.0, 3.5 - 0.3 * number),
+                          **styles[command])
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("angle to the true gradient (degrees)")
     axes[1, 0].set_ylabel("length of the projection on it\n(share of its norm)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center",
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3,
                   frameon=False, fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    plot.save(figure, path)
 
 
 def curves(results, lag, name):

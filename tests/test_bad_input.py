@@ -356,7 +356,7 @@ OTHERS = [
     (plot, {"runs": ("{bad}/used",)}, "{bad}/used: its TensorBoard log holds no scalars"),
     (plot, {"runs": ("{bad}/used",), "output": "{bad}/used/args.json"},
      "--output {bad}/used/args.json: must be a .png file"),
-    (plot, {"runs": ("{bad}/used",), "x": ("days",)},
+    (plot, {"runs": ("{bad}/used",), "x": "days"},
      "--x days: unknown; choose from updates, samples, seconds, kl"),
 ]
 

@@ -111,8 +111,8 @@ def test_a_run_is_made_once_and_again_if_it_was_interrupted(processes, tmp_path)
     folder = tmp_path / "run"
     for _ in range(2):
         assert compare.run("rloo", ["--k", "2"], folder) == 3.0  # MB
-    assert processes.commands == [["rloo.py", "--k", "2", "--eval-every", "10", "--output",
-                                   str(folder)]]
+    assert processes.commands == [["rloo.py", "--k", "2", "--eval-every", "10", "--eval-prompts",
+                                   "256", "--output", str(folder)]]
     (folder / "evaluation.json").unlink()
     compare.run("rloo", ["--k", "2"], folder)
     assert len(processes.commands) == 2
@@ -136,7 +136,7 @@ def test_every_algorithm_runs_with_every_seed_and_is_drawn(processes, tmp_path, 
     names = "reinforce, no baseline", "dpo"
     args = compare.Args(("mini_tldr", "mini_math"), names, seeds=2, output=str(base))
     compare.main(args)
-    found = {command[-1]: command[:-4] for command in processes.commands}
+    found = {command[-1]: command[:-6] for command in processes.commands}
     wanted, none = {}, ["--baseline", "none"]
     for seed in (1, 2):
         for folder, *command in (
@@ -149,11 +149,11 @@ def test_every_algorithm_runs_with_every_seed_and_is_drawn(processes, tmp_path, 
     assert (base / "compare-mini_math.md").read_text().splitlines()[2:] == [
         "| reinforce, no baseline | 1.50 ± 0.50 | 3.00 ± 0.00 |",
         "| dpo | 1.50 ± 0.50 | 3.00 ± 0.00 |"]
-    assert [picture.y for picture in drawn] == [("eval/score", "eval/gold", "eval/kl"),
-                                                ("eval/score", "eval/kl")]
+    assert [picture.y for picture in drawn] == [
+        ("eval/score", "eval/gold", "eval/win_rate", "eval/kl"), ("eval/score", "eval/kl")]
     for task, picture in zip(("mini_tldr", "mini_math"), drawn, strict=True):
         assert picture.output == f"{base}/compare-{task}.png"
-        assert sorted(picture.runs) == sorted(folder for folder in found if task in folder)
-        assert picture.x == ("updates", "samples", "seconds")
+        assert picture.runs == tuple(sorted(folder for folder in found if task in folder))
+        assert picture.x == "samples"
     compare.main(args)
     assert len(processes.commands) == 8  # none is made again

@@ -20,6 +20,7 @@ import reward_model
 import rloo
 import sft
 from common import token_logprobs
+from lab.family import FAMILY
 from plumbing import Reward, load_model, load_tokenizer
 
 
@@ -254,53 +255,135 @@ def write_run(folder, settings, **metrics):
     return str(folder)
 
 
-def test_plotted_curves_by_hand(tmp_path, monkeypatch):
-    """Two seeds are one curve, their mean with a band of one std; another flag is another curve."""
-    runs = [write_run(tmp_path / name,
-                      {"k": k, "seed": seed, "output": name, "nproc_per_node": seed},
-                      eval_score={0: 1.0, 5: score, 9: 4.0}, eval_kl={0: 0.0, 5: kl, 9: 3.0},
-                      policy_loss={5: 9.0}, time_samples={n: 4.0 * n * k for n in range(1, 10)},
-                      time_seconds={5: 10.0 * seed, 9: 20.0})
-            for name, k, seed, score, kl in (("a", 2, 1, 2.0, 1.0), ("b", 2, 2, 6.0, 2.0),
-                                             ("c", 3, 1, 8.0, 5.0))]
-    figures, real = [], plot.plt.subplots
-    monkeypatch.setattr(plot.plt, "subplots",
-                        lambda *args, **kwargs: figures.append(real(*args, **kwargs)) or figures[0])
-    plot.main(plot.Args(runs=tuple(runs), y=("eval/score", "eval/none"),
+@pytest.fixture
+def figures(monkeypatch):
+    """The pictures that are drawn."""
+    found = []
+    monkeypatch.setattr(plot.plt, "close", found.append)
+    return found
+
+
+def lines_of(axis):
+    """The lines of a panel that have points: lists of (x, y)."""
+    return [line.get_xydata().tolist() for line in axis.lines if len(line.get_xydata())]
+
+
+def band_of(area):
+    """The corners of a band, as a set."""
+    return {tuple(point) for point in area.get_paths()[0].vertices.round(5).tolist()}
+
+
+def write_seeds(tmp_path):
+    """Three runs: two seeds with k 2, one with k 3. Each evaluates after 0, 5 and 9 updates."""
+    return tuple(
+        write_run(tmp_path / name, {"k": k, "seed": seed, "output": name, "nproc_per_node": seed},
+                  eval_score={0: 1.0, 5: score, 9: 4.0}, eval_kl={0: 0.0, 5: kl, 9: 3.0},
+                  objective_scores={1: 0.5, 2: score}, policy_loss={5: 9.0},
+                  time_samples={n: 4.0 * n * k for n in range(1, 10)},
+                  time_seconds={5: 10.0 * seed, 9: 20.0})
+        for name, k, seed, score, kl in (("a", 2, 1, 2.0, 1.0), ("b", 2, 2, 6.0, 2.0),
+                                         ("c", 3, 1, 8.0, 5.0)))
+
+
+@pytest.mark.parametrize("x, name, ours, theirs, first", [
+    ("updates", "updates", (0, 5, 9), (0, 5, 9), (1, 2)),
+    ("samples", "sampled responses", (0, 40, 72), (0, 60, 108), (8, 16)),
+    ("seconds", "seconds of training", (0, 15, 20), (0, 10, 20), ()),
+    ("kl", "KL to the reference (nats)", (0, 1.5, 3), (0, 5, 3), ())])
+def test_plotted_curves_by_hand(x, name, ours, theirs, first, tmp_path, figures):
+    """Two seeds are one curve, their mean with a band of one std; another flag is another curve.
+
+    The dots of training are means too, where the x-axis was logged.
+    """
+    plot.main(plot.Args(runs=write_seeds(tmp_path), x=x, y=("eval/score", "eval/none"),
+                        output=f"{tmp_path}/new/a.png"))
+    ((axis,),) = [figure.axes for figure in figures]
+    assert axis.get_xlabel() == name and axis.get_title() == "score"
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
+        "rloo --k 2 (2 seeds)", "rloo --k 3 (1 seed)", "dots: rollouts of training"]
+    lines = [[list(point) for point in zip(ours, (1, 4, 4))],
+             [list(point) for point in zip(theirs, (1, 8, 4))]]
+    dots = [[list(point) for point in zip(first, (0.5, 4))],
+            [list(point) for point in zip([4 * 3 * n if x == "samples" else n for n in (1, 2)],
+                                          (0.5, 8))]]
+    assert lines_of(axis) == ([dots[0], lines[0], dots[1], lines[1]] if first else lines)
+    if x == "kl":  # which can decrease
+        assert not axis.collections
+    else:  # of one seed there is none
+        (area,) = axis.collections
+        assert band_of(area) == {(a, m + sign * s) for a, m, s in zip(ours, (1, 4, 4), (0, 2, 0))
+                                 for sign in (-1, 1)}
+
+
+def test_dots_and_bands_can_be_left_out(tmp_path, figures):
+    plot.main(plot.Args(runs=write_seeds(tmp_path), y=("eval/score",), training=False, bands=False,
                         output=f"{tmp_path}/a.png"))
-    (figure, ((*axes,),)) = figures[0]
-    assert [axis.get_xlabel() for axis in axes] == ["updates", "samples", "training seconds",
-                                                    "KL to the reference"]
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["rloo --k 2 (2 seeds)", "rloo --k 3 (1 seed)"]
-    xs = ([[0, 5, 9], [0, 40, 72], [0, 15, 20], [0, 1.5, 3]],
-          [[0, 5, 9], [0, 60, 108], [0, 10, 20], [0, 5, 3]])
-    for number, (mean, std) in enumerate((([1, 4, 4], [0, 2, 0]), ([1, 8, 4], [0, 0, 0]))):
-        for axis, x in zip(axes, xs[number], strict=True):
-            assert (axis.lines[number].get_xdata().tolist() == x
-                    and axis.lines[number].get_ydata().tolist() == mean)
-            if x[-1] != 3:  # not against the KL
-                band = {tuple(point) for point
-                        in axis.collections[number].get_paths()[0].vertices.tolist()}
-                assert band == {(a, m + sign * s)
-                                for a, m, s in zip(x, mean, std) for sign in (-1, 1)}
-    assert not axes[3].collections
+    (axis,) = figures[0].axes
+    assert len(lines_of(axis)) == 2 and not axis.collections
+    assert len(figures[0].legends[0].get_texts()) == 2
+
+
+def test_a_band_stays_where_the_metric_can_be(tmp_path, figures):
+    """A KL not below 0, a win rate not above 1; a score has no bounds."""
+    runs = tuple(write_run(tmp_path / f"{seed}", {"seed": seed}, eval_score={0: score},
+                           eval_win_rate={0: rate}, eval_kl={0: kl})
+                 for seed, score, rate, kl in ((1, -1.0, 0.7, 0.0), (2, 1.0, 1.0, 1.0),
+                                               (3, 0.0, 1.0, 5.0)))
+    plot.main(plot.Args(runs=runs, output=f"{tmp_path}/a.png"))
+    ends = [sorted({y for _, y in band_of(axis.collections[0])}) for axis in figures[0].axes[:3]]
+    assert ends == [pytest.approx([-((2 / 3) ** 0.5), (2 / 3) ** 0.5], abs=1e-5),
+                    pytest.approx([0.9 - 0.02**0.5, 1], abs=1e-5),
+                    pytest.approx([0, 2 + (14 / 3) ** 0.5], abs=1e-5)]
+
+
+def test_a_second_run_does_not_stretch_the_axes_unseen(tmp_path, figures, capsys):
+    """The same flags and seed again are the same curve; a longer run is another, and is named."""
+    write = lambda name, number, score: write_run(
+        tmp_path / name, {"seed": 1, "num_updates": number},
+        eval_score={step: score for step in range(0, number + 1, 2)})
+    runs = write("rloo-1", 4, 1.0), write("rloo-2", 4, 2.0)
+    plot.main(plot.Args(runs=runs, output=f"{tmp_path}/a.png"))
+    assert capsys.readouterr().out == f"rloo (1 seed): 4 updates\nwrote {tmp_path}/a.png\n"
+    assert lines_of(figures[0].axes[0]) == [[[0, 2], [2, 2], [4, 2]]]
+    plot.main(plot.Args(runs=(*runs, write("rloo-3", 8, 3.0)), output=f"{tmp_path}/a.png"))
+    assert capsys.readouterr().out == (
+        "rloo --num-updates 4 (1 seed): 4 updates\nrloo --num-updates 8 (1 seed): 8 updates\n"
+        "note: these curves do not end at the same update; to see one closely, name its runs "
+        f"alone\nwrote {tmp_path}/a.png\n")
+
+
+def test_every_algorithm_has_a_style_of_its_own():
+    """No two curves of one picture look alike, whatever they are, and none has a colour alone."""
+    assert len(plot.STYLES) >= len(FAMILY) >= 14
+    assert len({(one["color"], one["marker"]) for one in plot.STYLES}) == len(plot.STYLES)
+    assert len({(one["color"], one["linestyle"]) for one in plot.STYLES}) == len(plot.STYLES)
+    assert plot.styles(FAMILY) == {name: plot.style(name) for name in FAMILY}
+    names = ["mine", "ppo.py --lam 1", "ppo, no clip", "lab/rloo_token.py", "rloo --k 2 (1 seed)"]
+    found = plot.styles(names)
+    assert list(found) == names
+    assert found["ppo.py --lam 1"] == plot.style("ppo")
+    assert found["rloo --k 2 (1 seed)"] == plot.style("rloo")
+    assert len({str(one) for one in found.values()}) == 5
+    many = plot.styles([f"run{i}" for i in range(30)])
+    assert len({str(one) for one in list(many.values())[:28]}) == 28 and len(many) == 30
 
 
 @pytest.mark.slow
-def test_plot_groups_seeds_and_draws_every_axis(world, tmp_path, capsys):
+def test_plot_groups_seeds_and_draws_every_metric(world, tmp_path, capsys):
     for k, seed in ((2, 1), (2, 2), (3, 1)):
         rloo.main(rloo.Args(**world.flags | {"k": k}, seed=seed,
                             output=str(tmp_path / f"k{k}-{seed}")))
     runs = tuple(str(path) for path in sorted(tmp_path.iterdir()))
-    settings, curves = plot.read_run(runs[0])
+    settings, scalars = plot.read_run(runs[0])
     assert plot.label(settings, [settings, settings | {"k": 3}]) == "rloo --k 2"
-    points = plot.curve(curves, "samples", "eval/score")
-    assert [points[step][0] for step in (0, 2, 3)] == [0, 16, 24]
-    assert plot.curve(curves, "updates", "eval/score")[3] == (3, curves["eval/score"][3])
+    x, ys = plot.points([scalars], "samples", "eval/score")
+    assert x.tolist() == [0, 16, 24] and ys.tolist() == [list(scalars["eval/score"].values())]
+    assert plot.points([scalars], "updates", "objective/scores")[0].tolist() == [1, 2, 3]
+    x, _ = plot.points([scalars], "kl", "objective/scores")
+    assert x.tolist() == list(scalars["objective/kl"].values())
     plot.main(plot.Args(runs=runs, output=str(tmp_path / "curves.png")))
     image = matplotlib.image.imread(tmp_path / "curves.png")
-    assert image.shape[0] > 200 and image.shape[1] > 800 and image.std() > 0.05
+    assert image.shape[0] > 400 and image.shape[1] == 1245 and image.std() > 0.05
 
 
 def test_plot_says_what_it_cannot_draw(tmp_path, capsys):
@@ -312,7 +395,7 @@ def test_plot_says_what_it_cannot_draw(tmp_path, capsys):
         ({"runs": (run, empty)}, f"{empty}: its TensorBoard log holds no scalars"),
         ({"runs": (run,), "y": ("eval/gold", "eval/kl")},
          "--y eval/gold eval/kl: no run has any of these metrics"),
-        ({"runs": (run,), "x": ("updates", "steps")},
+        ({"runs": (run,), "x": "steps"},
          "--x steps: unknown; choose from updates, samples, seconds, kl"),
         ({"runs": (run,), "output": "a.pdf"}, "--output a.pdf: must be a .png file"),
     ]:
