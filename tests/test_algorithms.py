@@ -126,6 +126,12 @@ def test_every_flag_is_read_and_explained(name):
         assert isinstance(text, ast.Expr) and isinstance(text.value.value, str), field.name
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_evaluations_of_a_default_run_draw_a_curve(name):
+    args = importlib.import_module(name).Args()
+    assert args.num_updates / args.eval_every >= 8
+
+
 def test_help_shows_every_flag_once_and_the_algorithms_own_last(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ppo.py", "--help"])
     with pytest.raises(SystemExit):

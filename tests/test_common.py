@@ -338,6 +338,16 @@ def test_the_judge_decides_the_win_rate(policy, tokenizer, dataset):
                 and values["other"].tolist() == words(texts))
 
 
+@pytest.mark.parametrize("judge", ["score", "gold"])
+def test_only_the_judge_reads_the_reference_texts(judge, policy, tokenizer, dataset):
+    """The reward model need not, where a gold reward judges: it would be a fifth of the time."""
+    read = []
+    note = lambda name: lambda completions: read.append((name, completions)) or words(completions)
+    reward_fns = rewards(note("score"), judge, gold=note("gold"))
+    _, texts = evaluate(policy, policy, tokenizer, reward_fns, dataset, EvaluateArgs)
+    assert read == [("score", texts), ("gold", texts), (judge, dataset["completion"][:])]
+
+
 def test_the_gold_reward_judges_if_there_is_one(tmp_path):
     (tmp_path / "data.py").write_text("def gold_reward(completions, **_):\n"
                                       "    return [1.0] * len(completions)\n")
