@@ -405,62 +405,57 @@ def draw(name, arms):
     """Write an experiment's picture: a panel with curves, or with one point per arm, for each."""
     experiment = EXPERIMENTS[name]
     panels, points = experiment.panels, experiment.points
-    figure, axes = plot.plt.subplots(1, len(panels), squeeze=False,
-                                     figsize=(4.2 * len(panels), 3.4))
     curves = dict.fromkeys(curve for curve, _ in points.values()) if points else arms
-    looks = plot.styles([label.removesuffix(".py") for label in curves])
-    looks = {label: {**look, "markersize": 5} for label, look in zip(curves, looks.values())}
+    looks = {label: look | {"label": label} for label, look in plot.styles(curves).items()}
+    figure, axes = plot.plt.subplots(1, len(panels), squeeze=False, layout="constrained",
+                                     figsize=(4 * len(panels), 3 + 0.15 * len(curves)))
     for axis, (x, y) in zip(axes[0], panels):
         if points:
-            for curve, look in looks.items():
-                draw_points(axis, curve, y, arms, points, look)
-            axis.set_xscale("log")
-            numbers = sorted({number for _, number in points.values()})
-            axis.set_xticks(numbers, [f"{number:g}" for number in numbers], rotation=30)
-            axis.set_xticks([], minor=True)
-            axis.set_xlabel(experiment.varied)
-        for i, (label, arm) in enumerate(() if points else arms.items()):
-            runs = list(arm["runs"].values())
-            if x:
-                draw_curve(axis, runs, x, y, label, looks[label])
-            else:
-                mean, low, high = interval([measure(run, y) for run in runs])
-                axis.errorbar(mean, -i, xerr=[[mean - low], [high - mean]], capsize=3,
-                              **looks[label])
-        if not points:
-            axis.set_xlabel(AXES.get(x or y, x or y))
+            draw_against(axis, experiment, y, arms, looks)
+        elif x:
+            for label, arm in arms.items():
+                draw_curve(axis, list(arm["runs"].values()), x, y, looks[label])
+        else:
+            draw_marks(axis, y, arms, looks)
+        axis.set_xlabel(experiment.varied or AXES.get(x or y, x or y))
         if x or points:
             axis.set_ylabel(AXES.get(y, y))
-        else:
-            axis.set_yticks([-i for i in range(len(arms))], list(arms))
         axis.grid(alpha=0.3)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="lower center", ncols=4, bbox_to_anchor=(0.5, 1.0),
-                      fontsize=9)
-    figure.tight_layout()
-    figure.savefig(RESULTS / f"{name}.png", dpi=100, bbox_inches="tight")
-    plot.plt.close(figure)
+    if any(x for x, _ in panels) or points:
+        plot.add_legend(figure, axes[0], training=False)
+    plot.save(figure, RESULTS / f"{name}.png")
 
 
-def draw_points(axis, curve, y, arms, points, look):
-    """Means of y, with 95% intervals, against the number that is varied."""
-    found = [(number, *interval([measure(run, y) for run in arms[label]["runs"].values()]))
-             for label, (other, number) in points.items() if other == curve]
-    numbers, means, lows, highs = map(np.array, zip(*found))
-    axis.errorbar(numbers, means, yerr=[means - lows, highs - means], label=curve, capsize=2,
-                  elinewidth=0.8, **look)
+def draw_marks(axis, y, arms, looks):
+    """Mean of y and its 95% interval, a line for each arm."""
+    for i, (label, arm) in enumerate(arms.items()):
+        mean, low, high = interval([measure(run, y) for run in arm["runs"].values()])
+        look = {name: looks[label][name] for name in ("color", "marker")}
+        axis.errorbar(mean, -i, xerr=[[mean - low], [high - mean]], capsize=3, **look)
+    axis.set_yticks([-i for i in range(len(arms))], list(arms))
 
 
-def draw_curve(axis, runs, x, y, label, style):
+def draw_against(axis, experiment, y, arms, looks):
+    """Means of y, with 95% intervals, against the number that is varied; a curve for each look."""
+    for curve, look in looks.items():
+        found = [(number, *interval([measure(run, y) for run in arms[label]["runs"].values()]))
+                 for label, (other, number) in experiment.points.items() if other == curve]
+        numbers, means, lows, highs = map(np.array, zip(*found))
+        axis.errorbar(numbers, means, yerr=[means - lows, highs - means], capsize=2,
+                      elinewidth=0.8, markersize=4.5, linewidth=1.3, **look)
+    ticks = sorted({number for _, number in experiment.points.values()})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{number:g}" for number in ticks], rotation=30)
+    axis.set_xticks([], minor=True)
+
+
+def draw_curve(axis, runs, x, y, look):
     """The mean of y against the mean of x over runs, with its 95% band."""
-    points = [interval(list(values)) for values in zip(*(run[y] for run in runs))]
-    mean, low, high = zip(*points)
+    mean, *band = zip(*(interval(list(values)) for values in zip(*(run[y] for run in runs))))
     xs = [statistics.mean(values) for values in zip(*(along(run, x) for run in runs))]
     xs = [math.sqrt(max(0.0, value)) for value in xs] if x == "√kl" else xs
-    axis.plot(xs, mean, label=label, **style)
-    if "kl" not in x:  # the KL differs between seeds, and can fall
-        axis.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    # The KL differs between seeds, and can fall.
+    plot.draw_curve(axis, xs, mean, None if "kl" in x else band, y, **look)
 
 
 def along(run, x):
