@@ -126,17 +126,20 @@ def stale(title, setting, commands, gold=()):
     arms = {label: f"{commands['RLOO, no ratio' if 'RLOO' in name and steps == 1 else name]} "
                    f"{setting} --minibatches {steps}" for label, (name, steps) in points.items()}
 
-    def above(a, b, steps):
-        return Claim(f"{steps} steps: {a} above {b}", "score", (f"{a}, {steps} steps",),
+    def above(metric, a, b, steps):
+        gold_or_not = " (gold)" if metric in gold else ""
+        return Claim(f"{steps} steps: {a} above {b}{gold_or_not}", metric, (f"{a}, {steps} steps",),
                      (f"{b}, {steps} steps",))
 
     orders = [("RLOO, token ratio", "RLOO, no ratio"), ("RLOO, clipped", "RLOO, token ratio"),
-              ("RLOO, clipped", "RLOO, no ratio"), ("RLOO, sequence ratio", "RLOO, token ratio"),
+              ("RLOO, clipped", "RLOO, no ratio"), ("RLOO, clipped", "RLOO, sequence ratio"),
+              ("RLOO, sequence ratio", "RLOO, token ratio"),
               ("GSPO", "GRPO"), ("CISPO", "GRPO"), (list(commands)[-1], "GRPO"), ("PPO", "GRPO"),
               ("REINFORCE++", "GRPO")]
     return Experiment(
         title, "GSPO, MiniMax-M1 (CISPO), DAPO and PPO; ours", arms,
-        [above(a, b, steps) for steps in (4, 16) for a, b in orders],
+        [above(metric, a, b, steps)
+         for metric in ("score", *gold) for steps in (4, 16) for a, b in orders],
         [("", metric) for metric in ("score", *gold, "final kl", "lag")],
         ("score", "final score", *gold, "final kl", "final length", "lag", "clipfrac"),
         seeds=range(1, 6), lag=True, varied="optimizer steps per rollout", points=points,

@@ -645,7 +645,7 @@ def add(arm, seed, numbers, curves):
     n = len(half["seeds"])
     for name in curves:
         new, old = np.array(prompts[name]), np.array(half["curves"].get(name, 0.0))  # (E, P)
-        half["curves"][name] = ((old * n + new) / (n + 1)).round(3).tolist()
+        half["curves"][name] = ((old * n + new) / (n + 1)).round(2).tolist()
     half["seeds"].append(seed)
 
 
