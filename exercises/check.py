@@ -30,7 +30,8 @@ import tyro
 
 from exercises import questions, worker
 from exercises.mistakes import MISTAKES
-from exercises.solutions import OUTPUTS, cases, expected_gradient, right
+from exercises.solutions import OUTPUTS, cases, expectation, right, rollouts
+from exercises.world import World, cosine_and_projection
 from plumbing import one_line, require
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,16 +89,20 @@ class Student:
         finally:
             killer.cancel()
 
-    def call(self, name, arguments):
-        """Outcomes of worker.call, one for each case; or one line that says why there are none."""
+    def call(self, name, arguments, rollouts):
+        """Outcomes of worker.call, one for each case, and worker.advantages for the rollouts.
+
+        Instead of outcomes, one line that says why there are none.
+        """
         with contextlib.suppress(BrokenPipeError):
-            pickle.dump((name, arguments), self.process.stdin)
+            pickle.dump((name, arguments, rollouts), self.process.stdin)
             self.process.stdin.flush()
-        outcomes, why = self.receive(self.seconds)
+        answer, why = self.receive(self.seconds)
         if why:
             self.stop()
             self.start()
-        return why or outcomes or f"there is no function {name} in {self.path}"
+        outcomes, advantages = answer or (why, None)
+        return outcomes or f"there is no function {name} in {self.path}", advantages
 
     def stop(self):
         self.process.kill()
@@ -220,20 +225,28 @@ def settings(name, given):
     return f" ({', '.join(plain)})" if plain else ""
 
 
-def bias(name, arguments, outcome, seed):
-    """A line about the expected gradient that advantages give in the questions' world."""
-    output = outcome["outputs"][0] if outcome["outputs"] else None
-    if not torch.is_tensor(output) or output.shape != arguments[0].shape:
+def bias(name, advantages, ok, seed):
+    """A line about the expected gradient in the questions' world, or "" if it would tell nothing.
+
+    Args: name; advantages (of worker.advantages); ok (whether the function is right); seed.
+    """
+    world = World(seed)
+    rows, arguments = rollouts(world)[name]
+    wanted = worker.advantages(getattr(right, name), arguments)
+    if advantages is None or advantages.shape != wanted.shape or not advantages.isfinite().all():
         return ""
-    if not output.isfinite().all():
+    true = world.gradient(world.scores)
+    (mean, variance), (right_mean, least) = (expectation(each, rows, world)
+                                             for each in (advantages, wanted))
+    if not ok and equal(mean, right_mean) and equal(variance, least):
         return ""
-    world = questions.World(seed)
-    expected, true = expected_gradient(name, output, world), world.gradient(world.scores)
-    if (expected - true).norm() < 1e-5 * true.norm():
-        return "expected gradient in the questions' world: the true gradient"
-    cosine, projection = questions.cosine_and_projection(expected, true)
-    return ("expected gradient in the questions' world: "
-            f"cosine to the true gradient {cosine:.3f}, length along it {projection:.3f}")
+    what = "expected gradient in the questions' world: "
+    if (mean - true).norm() > 1e-5 * true.norm():
+        cosine, projection = cosine_and_projection(mean, true)
+        return (f"{what}cosine to the true gradient {cosine:.3f}, length along it "
+                f"{projection:.3f}")
+    return f"{what}the true gradient" + (
+        "" if ok else f", but with {variance / least:.2f} times the variance")
 
 
 def docstring_line(name, words, path):
@@ -248,22 +261,20 @@ def docstring_line(name, words, path):
     return ""
 
 
-def check_functions(path, names, seed, seconds):
-    """Yield (name, whether it is right, lines of text) for each function."""
-    student, all_cases = Student(path, seconds), cases(seed)
-    for i, name in enumerate(names):
-        if student.error:
-            yield name, False, ["not checked" if i else student.error]
-        else:
-            outcomes = student.call(name, all_cases[name])
-            yield name, *report(name, all_cases[name], outcomes, path, seed)
-    student.stop()
+def check_functions(student, names, seed):
+    """Yield (name, whether it is right, lines of text) for each function of a Student."""
+    all_cases, all_rollouts = cases(seed), rollouts(World(seed))
+    for name in names:
+        _, measured = all_rollouts.get(name, (None, None))
+        answer = student.call(name, all_cases[name], measured)
+        yield name, *report(name, all_cases[name], *answer, student.path, seed)
 
 
-def report(name, arguments, outcomes, path, seed):
+def report(name, arguments, outcomes, advantages, path, seed):
     """Whether a function is right, and lines of text about it.
 
-    Args: name; arguments (of its cases); outcomes (of worker.call, or one line); path; seed.
+    Args: name; arguments (of its cases); outcomes (of worker.call, or one line); advantages (of
+    worker.advantages, or None); path; seed.
     """
     if isinstance(outcomes, str):
         return False, [outcomes]
@@ -271,8 +282,8 @@ def report(name, arguments, outcomes, path, seed):
     lines = [found[0]] if found else []
     if found and found[0] != NOT_DONE:
         lines.append(docstring_line(name, found[1], path) or docstring_line(name, found[1], SHEET))
-    if name in ("rloo_advantages", "remax_advantages", "ppo_advantages"):
-        lines.append(bias(name, arguments[-1], outcomes[-1], seed))
+    if advantages is not None:
+        lines.append(bias(name, advantages, not found, seed))
     printed = "".join(outcome["printed"] for outcome in outcomes).strip()
     if printed:
         lines.append(f"it prints: {printed.splitlines()[0][:80]}")
@@ -311,6 +322,12 @@ def print_verdict(name, ok, lines):
         print(" " * 8, line, flush=True)
 
 
+def result(name, ok, lines):
+    """A verdict as Gradescope reads it: a dict."""
+    return {"name": name, "score": float(ok), "max_score": 1.0, "output": "\n".join(lines),
+            "status": "passed" if ok else "failed"}
+
+
 def main(args):
     path = args.file or (None if args.answers else str(SHEET))
     functions = NAMES if path else []
@@ -324,13 +341,19 @@ def main(args):
     answers = read_answers(args.answers) if args.answers else {}
     functions, asked = ([name for name in names if name in (args.names or names)]
                         for names in (functions, asked))
-    checked = check_functions(path, functions, args.seed, args.seconds) if functions else []
+    student = Student(path, args.seconds) if functions else None
     results = []
-    for name, ok, lines in itertools.chain(checked, check_answers(answers, asked, args.seed)):
+    if student and student.error:
+        print(student.error)
+        results = [result(name, False, [student.error]) for name in functions]
+        functions = []
+    for name, ok, lines in itertools.chain(check_functions(student, functions, args.seed),
+                                           check_answers(answers, asked, args.seed)):
         print_verdict(name, ok, lines)
-        results.append({"name": name, "score": float(ok), "max_score": 1.0,
-                        "output": "\n".join(lines), "status": "passed" if ok else "failed"})
-    score = sum(result["score"] for result in results)
+        results.append(result(name, ok, lines))
+    if student:
+        student.stop()
+    score = sum(found["score"] for found in results)
     print(f"{score:.0f} of {len(results)} right")
     if args.json:
         Path(args.json).write_text(json.dumps({"score": score, "tests": results}, indent=1) + "\n")

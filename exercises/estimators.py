@@ -39,8 +39,8 @@ def token_kl(logprobs, ref_logprobs, response_mask, estimator="k1"):
     k2 = 1/2 (log pi - log pi_ref)^2
     k3 = pi_ref / pi - log(pi_ref / pi) - 1
 
-    Args: logprobs, ref_logprobs (N, T), arbitrary where masked; response_mask (N, T) bool;
-    estimator (name).
+    Args: logprobs, ref_logprobs (N, T), arbitrary where masked, inf and NaN included;
+    response_mask (N, T) bool; estimator (name).
     Returns: (N, T), 0 where masked.
     Source: Schulman, "Approximating KL divergence" (2020); common.token_kl.
 
@@ -181,15 +181,17 @@ def whiten_advantages(advantages, response_mask):
 
     Mean and std are over all real tokens of the batch together.
     The std has n - 1 in its denominator, where n is the number of real tokens.
+    A single token gives 0, too.
 
-    Args: advantages (N, T), arbitrary where masked; response_mask (N, T) bool.
+    Args: advantages (N, T), arbitrary where masked, inf and NaN included; response_mask (N, T)
+    bool.
     Returns: (N, T), 0 where masked.
     Source: Ziegler et al. 2019, code; ppo.whiten_advantages.
 
     >>> mask = torch.tensor([[True, True], [True, False]])
-    >>> whiten_advantages(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), mask)
-    tensor([[-1.,  0.],
-            [ 1.,  0.]])
+    >>> whiten_advantages(torch.tensor([[-1.0, -3.0], [-5.0, -7.0]]), mask)
+    tensor([[ 1.,  0.],
+            [-1.,  0.]])
     """
     raise NotImplementedError
 

@@ -1,8 +1,8 @@
 """Calls a student's functions, in a process of its own: one that hangs or exits harms no other.
 
-check.py starts it as `python -m exercises.worker FILE`. It reads (name, list of arguments) from
-standard input and writes the outcomes to standard output, as pickles. It is no sandbox: the
-functions can do whatever the user can.
+check.py starts it as `python -m exercises.worker FILE`. It reads (name, list of arguments, rollouts
+or None) from standard input, and writes outcomes and advantages to standard output, as pickles. It
+is no sandbox: the functions can do whatever the user can.
 """
 
 import contextlib
@@ -90,6 +90,22 @@ def call(function, arguments, path=""):
     return outcome | {"printed": printed.getvalue()}
 
 
+def advantages(function, arguments):
+    """What a function returns first for each of D rollouts: (D, ...). None if that cannot be had.
+
+    Args: function; arguments (tensors with a first dimension of D, or what is the same for each).
+    """
+    D = next(len(value) for value in arguments if torch.is_tensor(value))
+    columns = [value if torch.is_tensor(value) else [value] * D for value in arguments]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            returned = [function(*map(copied, rollout)) for rollout in zip(*columns)]
+            first = [value[0] if isinstance(value, tuple) else value for value in returned]
+            return torch.stack(first).detach().cpu()
+    except BaseException:  # SystemExit too
+        return None
+
+
 def gradients(outputs, given):
     """Of the first output, if it is a loss, with respect to each argument that requires one."""
     leaves = [value for value in given if torch.is_tensor(value) and value.requires_grad]
@@ -101,7 +117,9 @@ def gradients(outputs, given):
 
 
 def differs(before, after):
-    return not torch.equal(before, after) if torch.is_tensor(before) else before != after
+    if not torch.is_tensor(before):
+        return before != after
+    return before.shape != after.shape or not before.isclose(after, 0, 0, equal_nan=True).all()
 
 
 def main(path):
@@ -119,12 +137,13 @@ def main(path):
     module = load(path)
     answer(module if isinstance(module, str) else None)
     while request := pickle.load(requests):
-        name, cases = request
+        name, cases, rollouts = request
         function = getattr(module, name, None)
         if callable(function):
-            answer([call(function, arguments, path) for arguments in cases])
+            answer(([call(function, arguments, path) for arguments in cases],
+                    rollouts and advantages(function, rollouts)))
         else:
-            answer(None)
+            answer((None, None))
 
 
 if __name__ == "__main__":

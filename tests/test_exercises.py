@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,12 +16,15 @@ from helpers.students.wrong import WRONG
 
 from exercises import check, estimators, questions, worker
 from exercises.mistakes import MISTAKES
-from exercises.solutions import cases, right
+from exercises.solutions import cases, right, rollouts
+from exercises.world import RESPONSES, World
 
 ROOT = Path(__file__).parent.parent
 STUDENTS = ROOT / "tests" / "helpers" / "students"
 SHEET = str(ROOT / "exercises" / "estimators.py")
 CASES = {seed: cases(seed) for seed in (1, 2027)}
+
+MEASURED = rollouts(World())  # functions whose expected gradient is measured
 
 
 def outcomes(name, function, seed=1):
@@ -28,8 +32,18 @@ def outcomes(name, function, seed=1):
 
 
 def verdict(name, function, seed=1):
-    """What check.py says about a function: whether it is right, and its lines."""
-    return check.report(name, CASES[seed][name], outcomes(name, function, seed), SHEET, seed)
+    """What check.py says about a function: whether it is right, and its lines.
+
+    Without that about the expected gradient; `measured` has it.
+    """
+    return check.report(name, CASES[seed][name], outcomes(name, function, seed), None, SHEET, seed)
+
+
+def measured(name, function, seed=1):
+    """The line of check.py about the expected gradient of a function's advantages; "" if none."""
+    _, arguments = rollouts(World(seed))[name]
+    return check.bias(name, worker.advantages(function, arguments), verdict(name, function)[0],
+                      seed)
 
 
 # ------------------------------------------------------------------------------------ what is right
@@ -49,7 +63,14 @@ def test_right_solutions_pass_in_any_style(style):
     student = worker.load(str(STUDENTS / f"{style}.py"))
     for name, seed in itertools.product(check.NAMES, CASES):
         ok, lines = verdict(name, getattr(student, name), seed)
-        assert ok and all("world: the true gradient" in line for line in lines), lines
+        assert ok and not lines, lines
+
+
+def test_right_advantages_give_the_true_gradient():
+    student = worker.load(str(STUDENTS / "loops.py"))
+    for name, seed in itertools.product(MEASURED, CASES):
+        said = measured(name, getattr(student, name), seed)
+        assert said == "expected gradient in the questions' world: the true gradient"
 
 
 def test_the_sheet_is_not_done_yet_but_has_the_right_functions_parameters():
@@ -129,12 +150,25 @@ def test_inputs_are_the_same_in_every_process_and_move_no_random_numbers():
 def test_a_wrong_estimator_is_measured():
     """The mean of the group, not of the others: (k - 1) / k of the true gradient."""
     group_mean = lambda rewards, k: right.grpo_advantages(rewards, k, False)
-    (line,) = verdict("rloo_advantages", group_mean)[1][2:]
+    line = measured("rloo_advantages", group_mean)
     assert line.endswith("cosine to the true gradient 1.000, length along it 0.500")
-    (line,) = verdict("rloo_advantages", right.rloo_advantages)[1]
-    assert line.endswith("world: the true gradient")
-    (line,) = verdict("ppo_advantages", lambda *given: right.ppo_advantages(*given[:4], 0.0))[1][2:]
+    line = measured("ppo_advantages", lambda *given: right.ppo_advantages(*given[:4], 0.0))
     assert line.endswith("cosine to the true gradient 0.930, length along it 0.871")
+
+
+def test_advantages_that_cannot_be_measured_get_no_line():
+    for function in (lambda rewards, k: rewards[:3], lambda rewards, k: rewards * math.nan,
+                     lambda rewards, k: 1 / 0, lambda rewards, k: rewards.tolist()):
+        assert not measured("rloo_advantages", function)
+
+
+@pytest.mark.slow
+def test_no_wrong_function_is_told_that_its_gradient_is_the_true_one():
+    """Nor that it is so with the variance of the right one."""
+    for mistake in MISTAKES:
+        if mistake.name in MEASURED:
+            said = measured(mistake.name, as_people_write_it(mistake))
+            assert not re.search("the true gradient$| 1.00 times", said), mistake
 
 
 def rloo_then(change):
@@ -292,12 +326,11 @@ def test_a_broken_file_and_an_empty_one(tmp_path, capsys, monkeypatch):
     """Named by a relative path, from a folder that is not the project's."""
     monkeypatch.chdir(tmp_path)
     Path("my.py").write_text("def")
-    assert run(capsys, "raft_best", "dpo_loss", "--file", "my.py")[1] == [
-        "raft_best            WRONG",
-        "         my.py cannot be loaded: SyntaxError: invalid syntax (line 1)",
-        "dpo_loss             WRONG",
-        "         not checked",
+    assert run(capsys, "raft_best", "dpo_loss", "--file", "my.py", "--json", "results.json")[1] == [
+        "my.py cannot be loaded: SyntaxError: invalid syntax (line 1)",
         "0 of 2 right"]
+    tests = json.loads(Path("results.json").read_text())["tests"]
+    assert [(test["name"], test["score"]) for test in tests] == [("raft_best", 0), ("dpo_loss", 0)]
     Path("my.py").write_text("")
     ok, lines = run(capsys, "raft_best", "dpo_loss", "--file", "my.py")
     assert not ok and lines == [
@@ -324,9 +357,81 @@ def test_bad_flags_get_one_line(flags, message, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+# ------------------------------------------------------------------ what a student found wrong once
+
+
+def sample_major(rewards, k):
+    groups = rewards.view(k, -1)  # (k, B)
+    return (groups - (groups.sum(0) - groups) / (k - 1)).flatten()
+
+
+def whole_batch(rewards, k):
+    return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
+
+
+@pytest.mark.parametrize("function", [sample_major, whole_batch])
+def test_a_baseline_from_other_prompts_has_no_bias_but_variance(function):
+    """Each rollout is a batch of its own: else the baseline of one leaks into the next."""
+    said = measured("rloo_advantages", function)
+    assert re.search(r"the true gradient, but with [\d.]+ times the variance$", said)
+
+
+@pytest.mark.parametrize("function", [
+    lambda rewards, baseline, mask: to_go(rewards - baseline.unsqueeze(1) * mask),
+    lambda rewards, baseline, mask: (to_go(rewards) - (baseline / mask.sum(1)).unsqueeze(1)) * mask,
+], ids=["within the sum", "over the length"])
+def test_a_wrong_baseline_of_remax_is_measured_where_it_is_not_0(function):
+    assert "cosine to the true gradient 0." in measured("remax_advantages", function)
+
+
+def to_go(rewards):
+    return rewards.flip(1).cumsum(1).flip(1)
+
+
+@pytest.mark.parametrize("gamma, lam", [(None, 1.0), (1.0, None)], ids=["gamma", "lam"])
+def test_the_gradient_is_left_out_where_it_tells_nothing(gamma, lam):
+    """The world has gamma = lam = 1, where whoever ignores one of them is right."""
+    function = lambda rewards, values, mask, right_gamma, right_lam: right.ppo_advantages(
+        rewards, values, mask, gamma or right_gamma, lam or right_lam)
+    assert verdict("ppo_advantages", function)[1][0].startswith("you ignore")
+    assert measured("ppo_advantages", function) == ""
+
+
+def test_a_value_clipped_around_the_return():
+    """It computes what no clip at all does, so the sentence has to fit both."""
+    def value_loss(values, old_values, returns, clip):
+        near = returns + (values - returns).clamp(-clip, clip)
+        return torch.max((values - returns) ** 2, (near - returns) ** 2).sum() / 2
+
+    assert "around the return" in verdict("value_loss", value_loss)[1][0]
+
+
+def test_the_docstring_mentions_the_single_token_that_is_asked_for():
+    lines = verdict("whiten_advantages", lambda advantages, mask: (
+        advantages - advantages[mask].mean()) / (advantages[mask].std() + 1e-8) * mask)[1]
+    assert "single token" in lines[0] and "single token" in lines[1]
+
+
+def test_a_product_of_two_sums():
+    said = verdict("rloo_loss", lambda logprobs, advantages: -advantages.sum() * logprobs.sum())[1]
+    assert "product of two sums" in said[0]
+
+
+@pytest.mark.parametrize("name, function", [
+    ("token_kl", lambda logprobs, ref_logprobs, mask, kind="k1": mask * {
+        "k1": logprobs - ref_logprobs, "k2": (logprobs - ref_logprobs) ** 2 / 2,
+        "k3": (ref_logprobs - logprobs).exp() - 1 + logprobs - ref_logprobs}[kind]),
+    ("whiten_advantages", lambda advantages, mask: right.whiten_advantages(
+        torch.where(mask, advantages, 0), mask) + advantages * 0),
+])
+def test_what_is_arbitrary_where_masked_may_be_infinite(name, function):
+    ok, lines = verdict(name, function)
+    assert not ok and "times 0 is NaN" in lines[0]
+
+
 # ------------------------------------------------------------------------------------ the questions
 
-WORLD = questions.World()
+WORLD = World()
 POLICY, REFERENCE, SCORES = WORLD.policy.tolist(), WORLD.reference.tolist(), WORLD.scores.tolist()
 STATES = {"": 0, "a": 1, "b": 2}
 
@@ -334,7 +439,7 @@ STATES = {"": 0, "a": 1, "b": 2}
 def probabilities(table):
     """Of every response, as a product over its tokens."""
     return [math.prod(table[STATES[text[:t]]]["ab.".index(token)] for t, token in enumerate(text))
-            for text in questions.RESPONSES]
+            for text in RESPONSES]
 
 
 PI, REF = probabilities(POLICY), probabilities(REFERENCE)
@@ -372,7 +477,7 @@ def added(vectors):
 
 
 def scores_of(table):
-    return [added(token_scores(table, text)) for text in questions.RESPONSES]
+    return [added(token_scores(table, text)) for text in RESPONSES]
 
 
 GRADIENTS = scores_of(POLICY)
@@ -430,7 +535,7 @@ def over_std(scores):
 def gae_error(lam):
     """How far the expected gradient is from the true one, as a share of it."""
     values, found = WORLD.values.tolist(), [0.0] * 9
-    for text, p, score in zip(questions.RESPONSES, PI, SCORES):
+    for text, p, score in zip(RESPONSES, PI, SCORES):
         advantage, following, reward = 0.0, 0.0, score
         for t, gradient in reversed(list(enumerate(token_scores(POLICY, text)))):
             value = values[STATES[text[:t]]]
@@ -456,7 +561,7 @@ def test_the_answers_in_plain_loops():
     assert questions.plus_ten(WORLD) == pytest.approx(variances(10))
     expected = mean_of(estimates(3, over_std))
     assert questions.group_std(WORLD) == pytest.approx(cosine_and_projection(expected))
-    rows = list(zip(PI, SCORES, GRADIENTS, map(len, questions.RESPONSES)))
+    rows = list(zip(PI, SCORES, GRADIENTS, map(len, RESPONSES)))
     half = [sum(p * q * (x - y) * (a[j] / length - b[j] / other) / 2
                 for p, x, a, length in rows for q, y, b, other in rows) for j in range(9)]
     assert questions.length_mean(WORLD) == pytest.approx(cosine_and_projection(half))
@@ -471,7 +576,7 @@ def test_the_answers_in_plain_loops():
 def misconceptions():
     """The wrong numbers, in the order of questions.MISCONCEPTIONS."""
     tables = [(p, q) for rows in zip(POLICY, REFERENCE) for p, q in zip(*rows)]
-    length = sum(p * len(text) for p, text in zip(PI, questions.RESPONSES))
+    length = sum(p * len(text) for p, text in zip(PI, RESPONSES))
     yield [kl(REF, PI)]
     yield [sum(p * math.log2(p / q) for p, q in zip(PI, REF))]
     yield [kl(PI, REF) / length]
@@ -520,7 +625,7 @@ def test_answers_as_a_student_gives_them(tmp_path, capsys):
 
 def test_other_worlds_have_answers_too():
     for seed in range(2, 6):
-        world = questions.World(seed)
+        world = World(seed)
         answers = [number for question in questions.QUESTIONS for number in question(world)]
         assert all(map(math.isfinite, answers))
         assert questions.objective(world) != questions.objective(WORLD)

@@ -72,7 +72,8 @@ def ppo_advantages(rewards, values, response_mask, gamma, lam):
 
 def whiten_advantages(advantages, response_mask):
     weights = response_mask.double() / response_mask.sum()
-    centred = advantages.double() - einsum("nt,nt->", weights, advantages.double())
+    advantages = torch.where(response_mask, advantages, 0).double()
+    centred = advantages - einsum("nt,nt->", weights, advantages)
     n = response_mask.sum().item()
     std = (einsum("nt,nt,nt->", weights, centred, centred) * n / max(n - 1, 1)).sqrt()
     return centred / (std + 1e-8) * response_mask

@@ -154,6 +154,13 @@ def zeros_counted(advantages, mask):
     return standard(filled, filled) * mask
 
 
+def guarded(advantages, mask):
+    real = advantages[mask]
+    if (real == real[0]).all():
+        return torch.zeros(advantages.shape)
+    return standard(advantages, real) * mask
+
+
 def clipping(loss=lambda free, bounded: -torch.min(free, bounded).sum(),
              ratio=lambda new, old: (new - old).exp(), bounds=lambda clip: (1 - clip, 1 + clip),
              count=None):
@@ -208,6 +215,12 @@ def other_order(rewards, k, scale_std=True):
     return (found / (groups.std(0) + 1e-4) if scale_std else found).flatten()
 
 
+def repeated(rewards, k, scale_std=True):
+    groups = rewards.view(-1, k)
+    found = rewards - groups.mean(1).repeat(k)
+    return found / (groups.std(1).repeat(k) + 1e-4) if scale_std else found
+
+
 def count(rewards, k):
     return len(rewards) // k
 
@@ -251,6 +264,8 @@ WRONG = {
         kls("k3", lambda x, logprobs: torch.exp(-x) - 1 - x),
         kls("k3", lambda x, logprobs: torch.exp(-x) + x),
         kls(None, None, masked=False),
+        lambda logprobs, ref_logprobs, mask, estimator="k1":
+            kls(None, None, masked=False)(logprobs, ref_logprobs, mask, estimator) * mask,
     ],
     "sequence_rewards": [
         lambda scores, kl, beta: scores + beta * kl.sum(1),
@@ -270,6 +285,8 @@ WRONG = {
         placing(replace),
         placing(lambda row, length, score: add(row, length - 1, score), factor=1.0),
         placing(lambda row, length, score: add(row, slice(length), score / length)),
+        lambda scores, kl, beta, mask:
+            placing(lambda row, length, score: add(row, -1, score))(scores, kl, beta, mask) * mask,
     ],
     "rloo_advantages": [
         grouped(lambda groups, k: groups - groups.mean(1, keepdim=True)),
@@ -282,6 +299,7 @@ WRONG = {
         grouped(lambda groups, k: (total(groups) - groups) / (k - 1)),
         grouped(lambda groups, k: others_subtracted(groups, k) / deviation(groups)),
         grouped(lambda groups, k: groups),
+        lambda rewards, k: rewards - (rewards.view(-1, k).sum(1).repeat(k) - rewards) / (k - 1),
     ],
     "rloo_loss": [
         lambda logprobs, advantages: (advantages * logprobs.sum(1)).sum(),
@@ -313,6 +331,7 @@ WRONG = {
         lambda rewards, baseline, mask: to_go(rewards) - whole(baseline),
         lambda rewards, baseline, mask: (to_go(rewards) - rewards - whole(baseline)) * mask,
         lambda rewards, baseline, mask: to_go(rewards) * mask,
+        lambda rewards, baseline, mask: (to_go(rewards) - whole(baseline / mask.sum(1))) * mask,
     ],
     "ppo_advantages": [
         gae(decay=lambda gamma, lam: gamma),
@@ -328,6 +347,8 @@ WRONG = {
         gae(returns=lambda advantages, r, v, gamma: backwards(r, gamma)),
         gae(returns=lambda advantages, r, v, gamma: advantages),
         lambda *given: gae()(*given)[::-1],
+        gae(returns=lambda advantages, r, v, gamma: to_go(r)),
+        gae(lambda r, v, mask, gamma, lam: r + following(v) - v),
     ],
     "whiten_advantages": [
         whitened(lambda advantages, real: standard(advantages, real, correction=0)),
@@ -339,6 +360,7 @@ WRONG = {
         whitened(lambda advantages, real: (advantages - real.mean()) / (real.std() ** 2 + 1e-8)),
         lambda advantages, mask: standard(advantages, advantages[mask]),
         whitened(standard),
+        guarded,
     ],
     "first_step_loss": [
         lambda logprobs, advantages: -((logprobs - logprobs).exp() * advantages).sum(),
@@ -346,6 +368,7 @@ WRONG = {
         lambda logprobs, advantages: -(logprobs * advantages).sum(),
         lambda logprobs, advantages: ((logprobs - logprobs.detach()).exp() * advantages).sum(),
         lambda logprobs, advantages: -(logprobs.exp() * advantages).sum(),
+        lambda logprobs, advantages: -((logprobs - logprobs.detach()).exp() * advantages).mean(),
     ],
     "ppo_loss": [
         clipping(lambda free, bounded: -torch.max(free, bounded).sum()),
@@ -384,6 +407,9 @@ WRONG = {
         lambda rewards, k, scale_std=True: scaled(right_scale)(rewards, k),
         scaled(lambda centred, groups: centred / (deviation(groups) ** 2 + 1e-4)),
         lambda rewards, k, scale_std=True: -scaled(right_scale)(rewards, k, scale_std),
+        lambda rewards, k, scale_std=True: scaled(
+            lambda centred, groups: centred / (rewards.std() + 1e-4))(rewards, k, scale_std),
+        repeated,
     ],
     "raft_best": [
         lambda rewards, k: rewards.view(-1, k).argmax(1),
@@ -392,6 +418,7 @@ WRONG = {
         lambda rewards, k: rewards.view(-1, k).amax(1),
         lambda rewards, k: rewards.argsort(descending=True)[: count(rewards, k)].sort().values,
         lambda rewards, k: rewards.argsort(descending=True)[: count(rewards, k)],
+        lambda rewards, k: rewards.view(-1, k).argmax(1) + prompts(rewards, k),
     ],
     "dpo_loss": [
         pairs(reward=lambda logprobs, ref, beta: beta * logprobs.sum(1)),
@@ -407,5 +434,10 @@ WRONG = {
         pairs(lambda chosen, rejected, beta: -logsigmoid(chosen - rejected).sum().detach()),
         pairs(logged=lambda reward: reward),
         pairs(lambda chosen, rejected, beta: -torch.log(torch.sigmoid(chosen - rejected)).sum()),
+        pairs(reward=lambda logprobs, ref, beta: beta * (logprobs - ref).mean(1)),
+        lambda chosen, rejected, chosen_ref, rejected_ref, beta: (
+            -logsigmoid(beta * (chosen - chosen_ref - rejected + rejected_ref)).sum(),
+            beta * (chosen - chosen_ref).sum(1).detach(),
+            beta * (rejected - rejected_ref).sum(1).detach()),
     ],
 }
