@@ -307,7 +307,7 @@ def read_answers(path):
 
 def check_answers(answers, names, seed):
     """Yield (name, whether it is right, lines of text) for each question."""
-    world = questions.World(seed)
+    world = World(seed)
     for name in names:
         wrong = questions.judge(name, answers.get(name), world)
         yield name, wrong is None, [wrong] if wrong else []

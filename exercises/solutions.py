@@ -4,9 +4,13 @@ from types import SimpleNamespace
 
 import torch
 
+import cispo
 import common
+import dapo
 import dpo
 import grpo
+import gspo
+import maxrl
 import ppo
 import raft
 import reinforce
@@ -55,6 +59,21 @@ def first_step_loss(logprobs, advantages):
     return ppo.compute_loss(logprobs, logprobs.detach(), advantages, INF)[0]
 
 
+def gspo_loss(logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high):
+    return gspo.compute_loss(logprobs, old_logprobs, old_logprobs, advantages, response_mask,
+                             clip_low, clip_high, 0.0)
+
+
+def cispo_loss(logprobs, old_logprobs, advantages, response_mask, max_ratio):
+    return cispo.compute_loss(logprobs, old_logprobs, old_logprobs, advantages, response_mask,
+                              max_ratio, 0.0)
+
+
+def dapo_loss(logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high, num_tokens):
+    return dapo.compute_loss(logprobs, old_logprobs, old_logprobs, advantages, response_mask,
+                             clip_low, clip_high, 0.0)[0] / num_tokens
+
+
 right = SimpleNamespace(
     response_mask=response_mask,
     token_kl=token_kl,
@@ -71,10 +90,16 @@ right = SimpleNamespace(
     value_loss=ppo.compute_value_loss,
     grpo_advantages=grpo.compute_advantages,
     raft_best=raft.select_best,
-    dpo_loss=dpo.compute_loss)
+    dpo_loss=dpo.compute_loss,
+    maxrl_advantages=maxrl.compute_advantages,
+    gspo_loss=gspo_loss,
+    cispo_loss=cispo_loss,
+    dapo_loss=dapo_loss)
 OUTPUTS = {  # where a function returns several
     "ppo_advantages": ("advantages", "returns"),
     "ppo_loss": ("the loss", "the number of clipped tokens"),
+    "gspo_loss": ("the loss", "the number of tokens in clipped responses"),
+    "cispo_loss": ("the loss", "the number of tokens above max_ratio"),
     "dpo_loss": ("the loss", "the chosen responses' rewards", "the rejected responses' rewards"),
 }
 
@@ -103,6 +128,8 @@ def cases(seed=1):
     unlikely = (trained.detach() - 200 * mask).requires_grad_()
     advantages = random(12, 6)
     junk = torch.where(mask, advantages, torch.tensor([NAN, INF, -INF, 0.0, NAN, INF]))
+    lagging = (trained, old_logprobs * mask, baseline, mask)
+    solved = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     history = random(5).add(1).tolist()
     near_values = values + 0.5 * random(12, 6)
     return {
@@ -128,6 +155,10 @@ def cases(seed=1):
         "raft_best": [(rewards, 4), (rewards, 3)],
         "dpo_loss": [(trained, other, old_logprobs * mask, logprobs.flip(0) * mask, 0.5),
                      (unlikely, other, old_logprobs * mask, logprobs * mask, 1.0)],
+        "maxrl_advantages": [(solved, 4), (solved, 3)],
+        "gspo_loss": [(*lagging, 0.2, 0.4)],
+        "cispo_loss": [(*lagging, 1.5)],
+        "dapo_loss": [(*lagging, 0.2, 0.4, 100)],
     }
 
 

@@ -107,13 +107,18 @@ def advantages(function, arguments):
 
 
 def gradients(outputs, given):
-    """Of the first output, if it is a loss, with respect to each argument that requires one."""
+    """Of the first output, if it is a loss, with respect to each argument that requires one.
+
+    0 where the argument is 0, which is masked: the caller drops what flows there.
+    """
     leaves = [value for value in given if torch.is_tensor(value) and value.requires_grad]
     loss = outputs[0] if outputs else None
     is_number = torch.is_tensor(loss) and loss.numel() == 1 and loss.device.type == "cpu"
     if not (leaves and is_number and loss.requires_grad):
         return []
-    return list(torch.autograd.grad(loss.sum(), leaves, allow_unused=True))
+    found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    return [gradient if gradient is None else gradient.where(leaf != 0, 0)
+            for gradient, leaf in zip(found, leaves)]
 
 
 def differs(before, after):

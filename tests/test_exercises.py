@@ -295,7 +295,7 @@ def test_one_function_harms_no_other(tmp_path, capsys, monkeypatch):
     path, results = tmp_path / "unruly.py", tmp_path / "results.json"
     path.write_text((STUDENTS / "loops.py").read_text() + UNRULY)
     ok, lines = run(capsys, "--file", path, "--json", results, "--seconds", 2)
-    assert not ok and lines[-1] == "12 of 16 right"
+    assert not ok and lines[-1] == "16 of 20 right"
     tests = {test["name"]: test for test in json.loads(results.read_text())["tests"]}
     wrong = {name: test["output"].splitlines()[0] for name, test in tests.items()
              if test["status"] == "failed"}
@@ -303,7 +303,7 @@ def test_one_function_harms_no_other(tmp_path, capsys, monkeypatch):
     last = len(path.read_text().splitlines())
     assert wrong == {"token_kl": "no answer within 2 s", "raft_best": "it ended the process",
                      "dpo_loss": f"raises ValueError: two lines (line {last}) (beta = 0.5)"}
-    assert json.loads(results.read_text())["score"] == 12
+    assert json.loads(results.read_text())["score"] == 16
     assert len(processes) == 3
     assert None not in [process.poll() for process in processes]  # none is left
     assert tests["rloo_loss"] == {"name": "rloo_loss", "score": 1, "max_score": 1, "output": "",

@@ -246,6 +246,77 @@ def per_token(logprobs):
     return logprobs.sum(1) / (logprobs != 0).sum(1)
 
 
+def shares(advantages, mean=lambda groups: groups.mean(1, keepdim=True)):
+    """A maxrl_advantages from a function of rewards (B, k) and their means."""
+    return lambda rewards, k: advantages(rewards.view(-1, k), mean(rewards.view(-1, k))).flatten()
+
+
+def at_least_one(mean, k):
+    return torch.where(mean == 0, torch.ones(()) / k, mean)
+
+
+def of_mixed_groups(rewards, k):
+    groups = rewards.view(k, -1)
+    mean = groups.mean(0)
+    return torch.where(mean == 0, 0, (groups - mean) / mean).flatten()
+
+
+def log_ratios(new, old, mask):
+    return (new - old).sum(1) / mask.sum(1)
+
+
+def of_responses(ratio=lambda new, old, mask: log_ratios(new, old, mask).exp(),
+                 loss=lambda free, bounded: -pessimistic(free, bounded).sum(),
+                 bounds=lambda low, high: (1 - low, 1 + high),
+                 count=lambda cut, lengths: (cut * lengths).sum()):
+    """A gspo_loss."""
+    def gspo_loss(logprobs, old_logprobs, advantages, mask, low, high):
+        ratios = ratio(logprobs, old_logprobs, mask)
+        free, bounded = ratios * advantages, ratios.clamp(*bounds(low, high)) * advantages
+        return loss(free, bounded), count(bounded < free, mask.sum(1))
+    return gspo_loss
+
+
+def of_tokens_after_all(logprobs, old_logprobs, advantages, mask, low, high):
+    ratio, a = (logprobs - old_logprobs).exp(), advantages[:, None] * mask
+    free, bounded = ratio * a, ratio.clamp(1 - low, 1 + high) * a
+    return -pessimistic(free, bounded).sum(), (bounded < free).sum()
+
+
+def optimistic(logprobs, old_logprobs, advantages, mask, low, high):
+    ratio = log_ratios(logprobs, old_logprobs, mask).exp()
+    free, bounded = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
+    return -torch.max(free, bounded).sum(), ((bounded > free) * mask.sum(1)).sum()
+
+
+def weighted(weight=lambda ratio, most: ratio.detach().clamp(max=most),
+             loss=lambda weights, a, logprobs, mask: -(weights * a * logprobs).sum(),
+             ratio=lambda new, old: (new - old).exp()):
+    """A cispo_loss."""
+    def cispo_loss(logprobs, old_logprobs, advantages, mask, most):
+        ratios = ratio(logprobs, old_logprobs)
+        found = loss(weight(ratios, most), advantages[:, None] * mask, logprobs, mask)
+        return found, ((ratios > most) & mask).sum()
+    return cispo_loss
+
+
+def as_in_ppo(logprobs, old_logprobs, advantages, mask, most):
+    ratio, a = (logprobs - old_logprobs).exp(), advantages[:, None] * mask
+    return -pessimistic(ratio * a, ratio.clamp(max=most) * a).sum(), ((ratio > most) & mask).sum()
+
+
+def token_means(mean=lambda losses, mask, n: losses.sum() / n,
+                loss=lambda free, bounded: -pessimistic(free, bounded),
+                bounds=lambda low, high: (1 - low, 1 + high), masked=True,
+                ratio=lambda new, old, mask: (new - old).exp()):
+    """A dapo_loss."""
+    def dapo_loss(logprobs, old_logprobs, advantages, mask, low, high, n):
+        ratios = ratio(logprobs, old_logprobs, mask)
+        a = advantages[:, None] * (mask if masked else 1)
+        return mean(loss(ratios * a, ratios.clamp(*bounds(low, high)) * a), mask, n)
+    return dapo_loss
+
+
 WRONG = {
     "response_mask": [
         masks(lambda row, t, eos: eos not in row[: t + 1]),
@@ -439,5 +510,61 @@ WRONG = {
             -logsigmoid(beta * (chosen - chosen_ref - rejected + rejected_ref)).sum(),
             beta * (chosen - chosen_ref).sum(1).detach(),
             beta * (rejected - rejected_ref).sum(1).detach()),
+    ],
+    "maxrl_advantages": [
+        shares(lambda groups, mean: (groups - mean) / mean),
+        shares(lambda groups, mean: (groups - mean) / (deviation(groups) + 1e-4)),
+        shares(lambda groups, mean: groups - mean),
+        shares(lambda groups, mean: groups / at_least_one(mean, groups.shape[1])),
+        shares(lambda groups, mean: others_subtracted(groups, groups.shape[1])
+               / at_least_one(mean, groups.shape[1])),
+        shares(lambda groups, mean: (groups - mean) / total(groups).clamp(min=1)),
+        shares(lambda groups, mean: (groups - mean) / mean, torch.mean),
+        shares(lambda groups, mean: (groups - mean) / (mean + 1e-4)),
+        of_mixed_groups,
+    ],
+    "gspo_loss": [
+        of_tokens_after_all,
+        of_responses(lambda new, old, mask: (new - old).sum(1).exp()),
+        of_responses(lambda new, old, mask: (new - old).mean(1).exp()),
+        of_responses(lambda new, old, mask: torch.where(mask, (new - old).exp(), 0).sum(1)
+                     / mask.sum(1)),
+        of_responses(lambda new, old, mask: log_ratios(old, new, mask).exp()),
+        of_responses(loss=lambda free, bounded: pessimistic(free, bounded).sum()),
+        optimistic,
+        of_responses(loss=lambda free, bounded: -bounded.sum()),
+        of_responses(bounds=lambda low, high: (1 - high, 1 + low)),
+        of_responses(bounds=lambda low, high: (1 - low, 1 + low)),
+        of_responses(count=lambda cut, lengths: cut.sum()),
+        of_responses(loss=lambda free, bounded: -pessimistic(free, bounded).mean()),
+        of_responses(loss=lambda free, bounded: -pessimistic(free, bounded).sum().detach()),
+    ],
+    "cispo_loss": [
+        weighted(lambda ratio, most: ratio.clamp(max=most)),
+        as_in_ppo,
+        weighted(lambda ratio, most: torch.where(ratio > most, 0, ratio).detach()),
+        weighted(loss=lambda weights, a, logprobs, mask: -(weights * a).sum()),
+        lambda *given: (weighted(lambda ratio, most: ratio.detach().clamp(max=1 + most))(*given)[0],
+                        (torch.exp(given[0] - given[1]) > 1 + given[4]).sum()),
+        weighted(lambda ratio, most: ratio.detach()),
+        weighted(lambda ratio, most: 1.0),
+        weighted(ratio=lambda new, old: (old - new).exp()),
+        weighted(loss=lambda weights, a, logprobs, mask: (weights * a * logprobs).sum()),
+        weighted(loss=lambda weights, a, logprobs, mask: -(weights * a * logprobs)[mask].mean()),
+    ],
+    "dapo_loss": [
+        token_means(lambda losses, mask, n: losses.sum() / mask.sum()),
+        token_means(lambda losses, mask, n: losses.sum() / len(mask)),
+        token_means(lambda losses, mask, n: losses.mean()),
+        token_means(lambda losses, mask, n: (losses.sum(1) / mask.sum(1)).mean()),
+        token_means(lambda losses, mask, n: losses.sum()),
+        token_means(masked=False),
+        token_means(bounds=lambda low, high: (1 - high, 1 + low)),
+        token_means(bounds=lambda low, high: (1 - low, 1 + low)),
+        token_means(loss=lambda free, bounded: -torch.max(free, bounded)),
+        token_means(loss=lambda free, bounded: -bounded),
+        token_means(ratio=lambda new, old, mask: log_ratios(new, old, mask).exp()[:, None]),
+        token_means(lambda losses, mask, n: -losses.sum() / n),
+        token_means(lambda losses, mask, n: losses.sum().detach() / n),
     ],
 }
