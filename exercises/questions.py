@@ -1,4 +1,4 @@
-"""Ten questions with numbers, about a world so small that it can be enumerated.
+"""Questions with numbers, about a world so small that it can be enumerated.
 
     python -m exercises.questions                # the world and the questions, as in README.md
     python -m exercises.questions --seed 2027    # another world, for another year
@@ -19,10 +19,10 @@ import tyro
 import grpo
 import ppo
 import rloo
-from exercises.world import World, cosine_and_projection, kl_of
+from exercises import newer
+from exercises.world import BETA, World, cosine_and_projection, kl_of
 
 TOLERANCE = 0.002  # relative, or absolute for answers below 1
-BETA = 2.0
 
 
 def optimum_of(world, ref_probs, beta):
@@ -145,8 +145,8 @@ def gae(world):
     return found
 
 
-QUESTIONS = [kl, objective, optimum, ascent, variance, plus_ten, group_std, length_mean, best_of_n,
-             gae]
+FIRST = [kl, objective, optimum, ascent, variance, plus_ten, group_std, length_mean, best_of_n, gae]
+QUESTIONS = FIRST + newer.QUESTIONS  # of the sheet's second part, and of its fourth
 
 MISCONCEPTIONS = [  # (question, what a misconception gives, what is wrong with it)
     ("kl", lambda world: [kl_of(world.ref_probs, world.probs)],
@@ -203,6 +203,7 @@ MISCONCEPTIONS = [  # (question, what a misconception gives, what is wrong with 
     ("gae", lambda world: [0.0, 0.0, 0.0],
      "a baseline never biases the gradient, but for λ < 1 V is more than a baseline: it stands in "
      "for the rewards to come"),
+    *newer.MISCONCEPTIONS,
 ]
 
 
@@ -226,7 +227,7 @@ def is_number(value):
 
 def judge(name, answer, world):
     """One line that says what is wrong with an answer (a number or a list of them), or None."""
-    right = globals()[name](world)
+    (right,) = [question(world) for question in QUESTIONS if question.__name__ == name]
     answer = answer if isinstance(answer, list) else [answer]
     if None in answer:
         return "not done yet"
@@ -252,8 +253,10 @@ class Args:
 
 
 def main(args):
-    print(World(args.seed).tables(), end="\n\n")
+    print(World(args.seed).tables())
     for number, question in enumerate(QUESTIONS, 1):
+        if question in (FIRST[0], newer.QUESTIONS[0]):
+            print()
         text = f"{number}. `{question.__name__}`: {' '.join(question.__doc__.split())}"
         print(textwrap.fill(text, 120, subsequent_indent="   "))
 

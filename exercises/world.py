@@ -4,6 +4,7 @@ import torch
 
 from common import token_rewards
 
+BETA = 2.0
 RESPONSES = [".", "a.", "aa", "ab", "b.", "ba", "bb"]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.students.wrong import WRONG
 
-from exercises import check, estimators, questions, worker
+from exercises import check, estimators, newer, questions, worker
 from exercises.mistakes import MISTAKES
 from exercises.solutions import cases, right, rollouts
 from exercises.world import RESPONSES, World
@@ -573,6 +573,131 @@ def test_the_answers_in_plain_loops():
     assert gae_error(1) == pytest.approx(0, abs=1e-12)  # unbiased, whatever the critic says
 
 
+# -------------------------------------------------------------------- and those of the fourth part
+
+LENGTHS = list(map(len, RESPONSES))
+LENGTH_OF = dict(zip(SCORES, LENGTHS))  # no two responses have the same score
+K = {"k1": lambda x: x, "k2": lambda x: x * x / 2, "k3": lambda x: math.exp(-x) - 1 + x}
+SLOPE = {"k1": lambda x: 1, "k2": lambda x: x, "k3": lambda x: 1 - math.exp(-x)}  # of k by log pi
+LOG_RATIOS = [math.log(p / q) for p, q in zip(PI, REF)]
+OLDER = [[(3 * p + q) / 4 for p, q in zip(*rows)] for rows in zip(POLICY, REFERENCE)]
+OLD = probabilities(OLDER)
+RIGHT = sum(p for p, score in zip(PI, SCORES) if score > 1)  # the probability of a right response
+
+
+def weighted(factors, gradients=GRADIENTS, probs=PI):
+    """The sum of p * factor * gradient: 9 numbers."""
+    return added([p * factor * x for x in g] for p, factor, g in zip(probs, factors, gradients))
+
+
+def away(found, wanted):
+    return math.dist(found, wanted) / math.hypot(*wanted)
+
+
+def cosine(found, wanted=TRUE):
+    return sum(a * b for a, b in zip(found, wanted)) / math.hypot(*found) / math.hypot(*wanted)
+
+
+def tokens_of(text):
+    """Of each token: log pi - log pi_ref, pi / pi_old, and the gradient of log pi."""
+    for t, (token, gradient) in enumerate(zip(text, token_scores(POLICY, text))):
+        state, taken = STATES[text[:t]], "ab.".index(token)
+        p, q, old = (table[state][taken] for table in (POLICY, REFERENCE, OLDER))
+        yield math.log(p / q), p / old, gradient
+
+
+def minus(a, b):
+    return [x - y for x, y in zip(a, b)]
+
+
+def kls_of_tokens():
+    """The cosines to the gradient of J, of k1 and k3 in the reward, and k2 and k3 in the loss."""
+    wanted = weighted([r - 2 * x for r, x in zip(SCORES, LOG_RATIOS)])
+    in_reward = lambda kind: weighted([r - 2 * sum(K[kind](x) for x, _, _ in tokens_of(text))
+                                       for r, text in zip(SCORES, RESPONSES)])
+    in_loss = lambda kind: minus(TRUE, weighted([2] * 7, [
+        added([SLOPE[kind](x) * number for number in g] for x, _, g in tokens_of(text))
+        for text in RESPONSES]))
+    return [cosine(found, wanted) for found in (in_reward("k1"), in_reward("k3"), in_loss("k2"),
+                                                in_loss("k3"))]
+
+
+def stale(clip=math.inf):
+    """The expected sum of A ratio grad log pi, and the shares of tokens: cut, and out of range."""
+    mean = sum(p * score for p, score in zip(OLD, SCORES))
+    found, cut, outside = [0.0] * 9, 0.0, 0.0
+    for text, p, score in zip(RESPONSES, OLD, SCORES):
+        for _, ratio, gradient in tokens_of(text):
+            is_cut = ratio > 1 + clip if score > mean else ratio < 1 - clip
+            found = [x + p * (score - mean) * ratio * (not is_cut) * g
+                     for x, g in zip(found, gradient)]
+            cut, outside = cut + p * is_cut, outside + p * (abs(ratio - 1) > clip)
+    tokens = sum(p * length for p, length in zip(OLD, LENGTHS))
+    return found, cut / tokens, outside / tokens
+
+
+def opo(scores, leave_out=False):
+    found = []
+    for i, score in enumerate(scores):
+        others = [x for j, x in enumerate(scores) if not (leave_out and i == j)]
+        weights = [LENGTH_OF[x] for x in others]
+        found.append(score - sum(w * x for w, x in zip(weights, others)) / sum(weights))
+    return found
+
+
+def maxrl_of(scores):
+    rewards = [float(score > 1) for score in scores]
+    mean = sum(rewards) / len(rewards)
+    return [(reward - mean) / mean if mean else 0.0 for reward in rewards]
+
+
+def newer_answers():
+    yield [0, math.hypot(*weighted(LENGTHS))]
+    yield [1 - 1 / 2, 1 - 1 / 4, 1 - 1 / 8]
+    yield [sum(p * k(x) for p, x in zip(PI, LOG_RATIOS)) for k in K.values()]
+    forward, reverse = weighted(LOG_RATIOS), weighted([-1] * 7, probs=REF)
+    found = [weighted(map(slope, LOG_RATIOS)) for slope in SLOPE.values()]
+    yield [*[away(each, forward) for each in found], away(found[2], reverse)]
+    yield [sum((1 - RIGHT) ** j for j in range(k - 1)) for k in (2, 4, 8)]
+    yield [*cosine_and_projection(mean_of(estimates(3, opo))), 0]
+    yield kls_of_tokens()
+    mean = sum(p * score for p, score in zip(OLD, SCORES))
+    advantages = [score - mean for score in SCORES]
+    yield [kl(PI, OLD), cosine(weighted(advantages, probs=OLD)), cosine(weighted(advantages)),
+           cosine(stale()[0])]
+    yield [*cosine_and_projection(stale(0.15)[0]), stale(0.15)[1]]
+
+
+def test_the_newer_answers_in_plain_loops():
+    for question, answer in zip(newer.QUESTIONS, newer_answers(), strict=True):
+        assert question(WORLD) == pytest.approx(answer, abs=1e-6), question
+    repaired = mean_of(estimates(3, lambda scores: opo(scores, leave_out=True)))
+    assert repaired == pytest.approx(TRUE)
+    of_p = weighted([score > 1 for score in SCORES])
+    for k, multiple in zip((2, 4), newer.maxrl_order(WORLD)):  # every draw, not only their counts
+        assert mean_of(estimates(k, maxrl_of)) == pytest.approx([multiple * x for x in of_p])
+
+
+def newer_misconceptions():
+    bound = math.hypot(*weighted(LENGTHS))
+    yield from ([0, 0], [math.hypot(*TRUE), bound], [1, 1, 1], [1 / 2, 3 / 4, 3 / 4],
+                [1 / 2, 3 / 4, 3 / 8], [kl(PI, REF)] * 3)
+    yield [kl(PI, REF), sum(p * x * x / 2 for p, x in zip(PI, LOG_RATIOS)), kl(REF, PI)]
+    forward, reverse = weighted(LOG_RATIOS), weighted([-1] * 7, probs=REF)
+    found = weighted(map(SLOPE["k3"], LOG_RATIOS))
+    yield from ([0, 0, 0, away(found, reverse)], [0, 0, away(found, forward), 0])
+    yield from ([1 / RIGHT] * 3, [sum((1 - RIGHT) ** j for j in range(k)) for k in (2, 4, 8)])
+    yield from ([1, 2 / 3, 0], [1] * 4)
+    wanted = weighted([r - 2 * x for r, x in zip(SCORES, LOG_RATIOS)])
+    k3_in_reward = weighted([r - 2 * K["k3"](x) for r, x in zip(SCORES, LOG_RATIOS)])
+    k3_in_loss = minus(TRUE, weighted([2 * SLOPE["k3"](x) for x in LOG_RATIOS]))
+    yield [1, cosine(k3_in_reward, wanted), 1, cosine(k3_in_loss, wanted)]
+    lag, *cosines = list(newer_answers())[7]
+    yield from ([lag, 1, 1, 1], [kl(OLD, PI), *cosines])
+    yield from ([*cosine_and_projection(stale()[0]), 0],
+                [*cosine_and_projection(stale(0.15)[0]), stale(0.15)[2]])
+
+
 def misconceptions():
     """The wrong numbers, in the order of questions.MISCONCEPTIONS."""
     tables = [(p, q) for rows in zip(POLICY, REFERENCE) for p, q in zip(*rows)]
@@ -591,6 +716,7 @@ def misconceptions():
     cosine, projection = cosine_and_projection(mean_of(estimates(3, over_std)))
     yield from ([1, 1], [1, 2 / 3], [cosine, projection * math.sqrt(3 / 2)], [1, 1])
     yield from ([math.log(4) - 3 / 4] * 2, [math.log(4)] * 2, [0, 0, 0])
+    yield from newer_misconceptions()
 
 
 def test_each_misconception_is_told():
@@ -602,7 +728,7 @@ def test_each_misconception_is_told():
 def test_answers_as_a_student_gives_them(tmp_path, capsys):
     template = json.loads((ROOT / "exercises" / "answers.json").read_text())
     assert list(template) == [question.__name__ for question in questions.QUESTIONS]
-    assert len(template) == 10
+    assert len(template) == 19
     for question in questions.QUESTIONS:
         answer = template[question.__name__]
         assert len(question(WORLD)) == (len(answer) if isinstance(answer, list) else 1)
@@ -612,9 +738,9 @@ def test_answers_as_a_student_gives_them(tmp_path, capsys):
     path = tmp_path / "answers.json"
     path.write_text(json.dumps(template))
     ok, lines = run(capsys, "--answers", path)
-    assert ok and lines[-1] == "10 of 10 right"
+    assert ok and lines[-1] == "19 of 19 right"
     last_year = run(capsys, "--answers", path, "--seed", 2)[1]
-    assert last_year[-1] != "10 of 10 right"
+    assert last_year[-1] != "19 of 19 right"
     path.write_text(json.dumps({"kl": "0.3", "gae": [0, 0], "optimum": [math.nan, 2],
                                 "variance": [7, 7, 7], "objective": 9}))
     lines = run(capsys, "--answers", path)[1]
@@ -633,4 +759,6 @@ def test_other_worlds_have_answers_too():
 
 def test_the_sheet_has_the_world_and_the_questions(capsys):
     questions.main(questions.Args())
-    assert capsys.readouterr().out.strip() in (ROOT / "exercises" / "README.md").read_text()
+    first, second = capsys.readouterr().out.strip().split("\n\n11. ")
+    page = (ROOT / "exercises" / "README.md").read_text()
+    assert first in page and f"\n11. {second}\n" in page

@@ -55,7 +55,7 @@ def never_divided(rewards, k):
 
 
 @mistake("maxrl_advantages",
-         "you subtract no mean: on average that is log p cut off one term later, but noisier",
+         "you subtract no mean: on average that is log p cut off one term later",
          "(r_i - mean)")
 def nothing_subtracted(rewards, k):
     return rewards / means(rewards, k).clamp(min=1 / k)
