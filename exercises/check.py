@@ -3,7 +3,7 @@
     python -m exercises.check                                      # every function
     python -m exercises.check rloo_advantages                      # one of them
     python -m exercises.check --file my.py
-    python -m exercises.check --answers exercises/answers.json     # the ten questions
+    python -m exercises.check --answers exercises/answers.json     # the questions
     python -m exercises.check --file my.py --answers my.json --json results.json  # for Gradescope
 
 Your functions are called with made-up inputs, and what they return is compared with what the
@@ -37,6 +37,7 @@ from plumbing import one_line, require
 ROOT = Path(__file__).resolve().parent.parent
 SHEET = ROOT / "exercises/estimators.py"
 NAMES = list(vars(right))
+POINTS = {"function": 0.5, "question": 1.0}  # a function can be pasted
 QUOTES = '"' * 3
 NOT_DONE = "not done yet"  # of worker.call and questions.judge
 
@@ -324,7 +325,8 @@ def print_verdict(name, ok, lines):
 
 def result(name, ok, lines):
     """A verdict as Gradescope reads it: a dict."""
-    return {"name": name, "score": float(ok), "max_score": 1.0, "output": "\n".join(lines),
+    points = POINTS["function" if name in NAMES else "question"]
+    return {"name": name, "score": points * ok, "max_score": points, "output": "\n".join(lines),
             "status": "passed" if ok else "failed"}
 
 
@@ -353,11 +355,12 @@ def main(args):
         results.append(result(name, ok, lines))
     if student:
         student.stop()
-    score = sum(found["score"] for found in results)
-    print(f"{score:.0f} of {len(results)} right")
+    right_ones = sum(found["status"] == "passed" for found in results)
+    print(f"{right_ones} of {len(results)} right")
     if args.json:
+        score = sum(found["score"] for found in results)
         Path(args.json).write_text(json.dumps({"score": score, "tests": results}, indent=1) + "\n")
-    return score == len(results)
+    return right_ones == len(results)
 
 
 if __name__ == "__main__":

@@ -303,10 +303,10 @@ def test_one_function_harms_no_other(tmp_path, capsys, monkeypatch):
     last = len(path.read_text().splitlines())
     assert wrong == {"token_kl": "no answer within 2 s", "raft_best": "it ended the process",
                      "dpo_loss": f"raises ValueError: two lines (line {last}) (beta = 0.5)"}
-    assert json.loads(results.read_text())["score"] == 16
+    assert json.loads(results.read_text())["score"] == 8
     assert len(processes) == 3
     assert None not in [process.poll() for process in processes]  # none is left
-    assert tests["rloo_loss"] == {"name": "rloo_loss", "score": 1, "max_score": 1, "output": "",
+    assert tests["rloo_loss"] == {"name": "rloo_loss", "score": 0.5, "max_score": 0.5, "output": "",
                                   "status": "passed"}
 
 
