@@ -90,20 +90,25 @@ class Student:
         finally:
             killer.cancel()
 
-    def call(self, name, arguments, rollouts):
-        """Outcomes of worker.call, one for each case, and worker.advantages for the rollouts.
-
-        Instead of outcomes, one line that says why there are none.
-        """
+    def ask(self, what, name, arguments):
+        """What the worker answers, and None; or None, and why there is no answer."""
         with contextlib.suppress(BrokenPipeError):
-            pickle.dump((name, arguments, rollouts), self.process.stdin)
+            pickle.dump((what, name, arguments), self.process.stdin)
             self.process.stdin.flush()
         answer, why = self.receive(self.seconds)
         if why:
             self.stop()
             self.start()
-        outcomes, advantages = answer or (why, None)
-        return outcomes or f"there is no function {name} in {self.path}", advantages
+        return answer, why
+
+    def call(self, name, arguments):
+        """Outcomes of worker.call, one for each case; or one line that says why there are none."""
+        outcomes, why = self.ask("outcomes", name, arguments)
+        return why or outcomes or f"there is no function {name} in {self.path}"
+
+    def measure(self, name, rollout_arguments):
+        """What worker.advantages returns; None also where that takes too long."""
+        return self.ask("advantages", name, rollout_arguments)[0]
 
     def stop(self):
         self.process.kill()
@@ -266,9 +271,10 @@ def check_functions(student, names, seed):
     """Yield (name, whether it is right, lines of text) for each function of a Student."""
     all_cases, all_rollouts = cases(seed), rollouts(World(seed))
     for name in names:
-        _, measured = all_rollouts.get(name, (None, None))
-        answer = student.call(name, all_cases[name], measured)
-        yield name, *report(name, all_cases[name], *answer, student.path, seed)
+        outcomes, advantages = student.call(name, all_cases[name]), None
+        if name in all_rollouts and not isinstance(outcomes, str):
+            advantages = student.measure(name, all_rollouts[name][1])
+        yield name, *report(name, all_cases[name], outcomes, advantages, student.path, seed)
 
 
 def report(name, arguments, outcomes, advantages, path, seed):

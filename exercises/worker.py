@@ -1,8 +1,9 @@
 """Calls a student's functions, in a process of its own: one that hangs or exits harms no other.
 
-check.py starts it as `python -m exercises.worker FILE`. It reads (name, list of arguments, rollouts
-or None) from standard input, and writes outcomes and advantages to standard output, as pickles. It
-is no sandbox: the functions can do whatever the user can.
+check.py starts it as `python -m exercises.worker FILE`. It reads ("outcomes", name, list of
+arguments) or ("advantages", name, arguments of all rollouts) from standard input, and writes what
+`call` or `advantages` returns to standard output, as pickles. It is no sandbox: the functions can
+do whatever the user can.
 """
 
 import contextlib
@@ -142,13 +143,14 @@ def main(path):
     module = load(path)
     answer(module if isinstance(module, str) else None)
     while request := pickle.load(requests):
-        name, cases, rollouts = request
+        what, name, given = request
         function = getattr(module, name, None)
-        if callable(function):
-            answer(([call(function, arguments, path) for arguments in cases],
-                    rollouts and advantages(function, rollouts)))
+        if not callable(function):
+            answer(None)
+        elif what == "advantages":
+            answer(advantages(function, given))
         else:
-            answer((None, None))
+            answer([call(function, arguments, path) for arguments in given])
 
 
 if __name__ == "__main__":

@@ -156,6 +156,20 @@ def test_a_wrong_estimator_is_measured():
     assert line.endswith("cosine to the true gradient 0.930, length along it 0.871")
 
 
+def test_a_right_function_that_is_too_slow_for_all_rollouts_is_right():
+    class Slow:
+        path = SHEET
+
+        def call(self, name, arguments):
+            return outcomes(name, right.rloo_advantages)
+
+        def measure(self, name, arguments):
+            return None
+
+    assert list(check.check_functions(Slow(), ["rloo_advantages"], 1)) == [
+        ("rloo_advantages", True, [])]
+
+
 def test_advantages_that_cannot_be_measured_get_no_line():
     for function in (lambda rewards, k: rewards[:3], lambda rewards, k: rewards * math.nan,
                      lambda rewards, k: 1 / 0, lambda rewards, k: rewards.tolist()):
