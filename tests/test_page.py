@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch.optim import optimizer
 
 from exercises import page
 
@@ -56,6 +58,7 @@ WRONG = [  # further edits of the right page, and what they are called
         baseline = baseline - args.beta * of_best.sum(1)
 ''')], "the baseline is the greedy response's score"),
     ([("greedy=True)", "greedy=False)")], "your gradient is another: cosine to ReMax's "),
+    ([("/ len(ids)\n", "/ len(ids) * 2\n")], "cosine to ReMax's 1.000, length along it 2.000"),
     ([("repeated = [prompt for prompt in prompts for _ in range(args.k)]",
        "repeated = prompts * args.k")],
      "reward does not get k responses"),
@@ -80,10 +83,26 @@ def test_the_page_as_it_is(tmp_path):
     assert "SystemExit: error: --k 1: " in page.judge(path)
 
 
-def test_remax(tmp_path, capsys):
+def test_remax(tmp_path, capsys, monkeypatch):
+    """And nothing is left behind: no file, no hook, no other default type."""
+    monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "remax.py", *REMAX)
     assert page.main(page.Args(path))
     assert capsys.readouterr().out == f"{path}: it is ReMax\n"
+    assert {file.name for file in tmp_path.iterdir()} <= {"remax.py", "__pycache__"}
+    assert not optimizer._global_optimizer_pre_hooks and torch.get_default_dtype() == torch.float32
+
+
+def test_the_world_tells(tmp_path, monkeypatch):
+    """With two responses to each prompt: lengths and ends differ, and the KL is not 0 for long."""
+    path, found = write(tmp_path / "remax.py", *REMAX), []
+    monkeypatch.setattr(page, "what_is_wrong", lambda pairs: found.extend(pairs))
+    monkeypatch.setattr(page, "all_alike", lambda pairs, advantages: False)
+    page.judge(path)
+    for _, parts in found:
+        assert {1, page.T} <= set(parts.mask.sum(1).tolist())
+        assert len(set(parts.penalties.tolist())) == 2 and parts.greedy.unique().numel() > 2
+    assert len(found) == 2 and found[1][1].kl.abs().max() > 0.1
 
 
 def test_the_greedy_response_may_come_first(tmp_path):
