@@ -39,8 +39,8 @@ def token_kl(logprobs, ref_logprobs, response_mask, estimator="k1"):
     k2 = 1/2 (log pi - log pi_ref)^2
     k3 = pi_ref / pi - log(pi_ref / pi) - 1
 
-    Args: logprobs, ref_logprobs (N, T), arbitrary where masked; response_mask (N, T) bool;
-    estimator (name).
+    Args: logprobs, ref_logprobs (N, T), arbitrary where masked, inf and NaN included;
+    response_mask (N, T) bool; estimator (name).
     Returns: (N, T), 0 where masked.
     Source: Schulman, "Approximating KL divergence" (2020); common.token_kl.
 
@@ -181,15 +181,17 @@ def whiten_advantages(advantages, response_mask):
 
     Mean and std are over all real tokens of the batch together.
     The std has n - 1 in its denominator, where n is the number of real tokens.
+    A single token gives 0, too.
 
-    Args: advantages (N, T), arbitrary where masked; response_mask (N, T) bool.
+    Args: advantages (N, T), arbitrary where masked, inf and NaN included; response_mask (N, T)
+    bool.
     Returns: (N, T), 0 where masked.
     Source: Ziegler et al. 2019, code; ppo.whiten_advantages.
 
     >>> mask = torch.tensor([[True, True], [True, False]])
-    >>> whiten_advantages(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), mask)
-    tensor([[-1.,  0.],
-            [ 1.,  0.]])
+    >>> whiten_advantages(torch.tensor([[-1.0, -3.0], [-5.0, -7.0]]), mask)
+    tensor([[ 1.,  0.],
+            [-1.,  0.]])
     """
     raise NotImplementedError
 
@@ -295,5 +297,88 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_r
 
     >>> dpo_loss(*(torch.tensor([[x]]) for x in (-1.0, -2.0, -1.0, -2.0)), beta=0.1)
     (tensor(0.6931), tensor([0.]), tensor([0.]))
+    """
+    raise NotImplementedError
+
+
+# ---------------------------------------------------------------------- estimators of 2025 and 2026
+
+
+def maxrl_advantages(rewards, k):
+    """A_i = (r_i - mean) / mean, or 0 if all k rewards of the prompt are 0.
+
+    The mean is over the k rewards of the same prompt, r_i included.
+
+    Args: rewards (N,) of 0 and 1, prompt-major: row = prompt * k + sample; k >= 2.
+    Returns: (N,); the advantages of a prompt sum to 0.
+    Source: "MaxRL" (2026, arXiv:2602.02710), algorithm 1; maxrl.compute_advantages.
+
+    >>> maxrl_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), k=4)
+    tensor([ 3., -1., -1., -1.])
+    """
+    raise NotImplementedError
+
+
+def gspo_loss(logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high):
+    """- sum_i min( s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i ), one ratio per response.
+
+    s_i = (pi(y_i) / pi_old(y_i)) to the power of 1 / |y_i|
+
+    pi(y_i) is the probability of the whole response, and |y_i| its number of real tokens.
+    A sum over rows: the caller divides by the number of rows in the whole mini-batch.
+    A response counts as clipped where the clipped term is the smaller one.
+
+    Args: logprobs (n, T), with gradients; old_logprobs (n, T), both 0 where masked; advantages
+    (n,); response_mask (n, T) bool; clip_low, clip_high (float).
+    Returns: scalar with gradients, and the number of tokens in clipped responses.
+    Source: Zheng et al. 2025 (arXiv:2507.18071), section 4; gspo.compute_loss without its KL.
+
+    >>> mask = torch.tensor([[True, True]])
+    >>> logprobs, old = torch.tensor([[2.0, 8.0]]).log(), torch.zeros(1, 2)
+    >>> gspo_loss(logprobs, old, torch.tensor([1.0]), mask, 0.5, 1.0)
+    (tensor(-2.), tensor(2))
+    """
+    raise NotImplementedError
+
+
+def cispo_loss(logprobs, old_logprobs, advantages, response_mask, max_ratio):
+    """- sum_it w_it A_i log pi(y_it), where the weight w_it is a constant.
+
+    w_it = min( pi(y_it) / pi_old(y_it), max_ratio )
+
+    No token loses its gradient, whatever its ratio is.
+    A sum over rows and tokens: the caller divides by the number of tokens in the whole mini-batch.
+
+    Args: logprobs (n, T), with gradients; old_logprobs (n, T), both 0 where masked; advantages
+    (n,); response_mask (n, T) bool; max_ratio (float).
+    Returns: scalar with gradients, and the number of tokens whose ratio is above max_ratio.
+    Source: MiniMax-M1 (2025, arXiv:2506.13585), section 3.1; cispo.compute_loss without its KL.
+
+    >>> mask = torch.tensor([[True, True]])
+    >>> logprobs, old = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.0, -9.0]])
+    >>> cispo_loss(logprobs, old, torch.tensor([1.0]), mask, 5.0)
+    (tensor(11.), tensor(1))
+    """
+    raise NotImplementedError
+
+
+def dapo_loss(logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high, num_tokens):
+    """- 1/num_tokens sum_it min( ratio_it A_i, clip(ratio_it, 1 - clip_low, 1 + clip_high) A_i ).
+
+    ratio_it = pi(y_it) / pi_old(y_it), for every token
+
+    num_tokens counts the real tokens of the whole mini-batch: these rows may be a part of it, a
+    micro-batch. So a token has the same weight in a short and in a long response, and in every
+    micro-batch.
+
+    Args: logprobs (n, T), with gradients; old_logprobs (n, T), both 0 where masked; advantages
+    (n,); response_mask (n, T) bool; clip_low, clip_high (float); num_tokens (int).
+    Returns: scalar, with gradients.
+    Source: Yu et al. 2025 (arXiv:2503.14476), section 3; dapo.compute_loss without its KL, divided.
+
+    >>> mask = torch.tensor([[True, True]])
+    >>> logprobs, old = torch.tensor([[2.0, 1.0]]).log(), torch.zeros(1, 2)
+    >>> dapo_loss(logprobs, old, torch.tensor([1.0]), mask, 0.2, 0.5, num_tokens=10)
+    tensor(-0.2500)
     """
     raise NotImplementedError

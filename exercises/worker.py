@@ -1,8 +1,9 @@
 """Calls a student's functions, in a process of its own: one that hangs or exits harms no other.
 
-check.py starts it as `python -m exercises.worker FILE`. It reads (name, list of arguments) from
-standard input and writes the outcomes to standard output, as pickles. It is no sandbox: the
-functions can do whatever the user can.
+check.py starts it as `python -m exercises.worker FILE`. It reads ("outcomes", name, list of
+arguments) or ("advantages", name, arguments of all rollouts) from standard input, and writes what
+`call` or `advantages` returns to standard output, as pickles. It is no sandbox: the functions can
+do whatever the user can.
 """
 
 import contextlib
@@ -90,18 +91,41 @@ def call(function, arguments, path=""):
     return outcome | {"printed": printed.getvalue()}
 
 
+def advantages(function, arguments):
+    """What a function returns first for each of D rollouts: (D, ...). None if that cannot be had.
+
+    Args: function; arguments (tensors with a first dimension of D, or what is the same for each).
+    """
+    D = next(len(value) for value in arguments if torch.is_tensor(value))
+    columns = [value if torch.is_tensor(value) else [value] * D for value in arguments]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            returned = [function(*map(copied, rollout)) for rollout in zip(*columns)]
+            first = [value[0] if isinstance(value, tuple) else value for value in returned]
+            return torch.stack(first).detach().cpu()
+    except BaseException:  # SystemExit too
+        return None
+
+
 def gradients(outputs, given):
-    """Of the first output, if it is a loss, with respect to each argument that requires one."""
+    """Of the first output, if it is a loss, with respect to each argument that requires one.
+
+    0 where the argument is 0, which is masked: the caller drops what flows there.
+    """
     leaves = [value for value in given if torch.is_tensor(value) and value.requires_grad]
     loss = outputs[0] if outputs else None
     is_number = torch.is_tensor(loss) and loss.numel() == 1 and loss.device.type == "cpu"
     if not (leaves and is_number and loss.requires_grad):
         return []
-    return list(torch.autograd.grad(loss.sum(), leaves, allow_unused=True))
+    found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    return [gradient if gradient is None else gradient.where(leaf != 0, 0)
+            for gradient, leaf in zip(found, leaves)]
 
 
 def differs(before, after):
-    return not torch.equal(before, after) if torch.is_tensor(before) else before != after
+    if not torch.is_tensor(before):
+        return before != after
+    return before.shape != after.shape or not before.isclose(after, 0, 0, equal_nan=True).all()
 
 
 def main(path):
@@ -119,12 +143,14 @@ def main(path):
     module = load(path)
     answer(module if isinstance(module, str) else None)
     while request := pickle.load(requests):
-        name, cases = request
+        what, name, given = request
         function = getattr(module, name, None)
-        if callable(function):
-            answer([call(function, arguments, path) for arguments in cases])
-        else:
+        if not callable(function):
             answer(None)
+        elif what == "advantages":
+            answer(advantages(function, given))
+        else:
+            answer([call(function, arguments, path) for arguments in given])
 
 
 if __name__ == "__main__":

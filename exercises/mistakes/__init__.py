@@ -4,7 +4,7 @@ Each returns what somebody who makes the mistake returns, and is mostly the righ
 other inputs. tests/test_exercises.py shows that no two look alike.
 """
 
-from exercises.mistakes import masks, baselines, critics, relatives
+from exercises.mistakes import masks, baselines, critics, relatives, newer
 from exercises.mistakes.shared import MISTAKES
 
-__all__ = ["MISTAKES", "masks", "baselines", "critics", "relatives"]
+__all__ = ["MISTAKES", "masks", "baselines", "critics", "relatives", "newer"]

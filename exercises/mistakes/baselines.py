@@ -2,8 +2,8 @@
 
 import torch.nn.functional as F
 
-from exercises.mistakes.shared import (NO_GRADIENT, SAMPLE_MAJOR, WRONG_SIGN, group_std, mistake,
-                                       sample_major)
+from exercises.mistakes.shared import (NO_GRADIENT, REPEAT, SAMPLE_MAJOR, WRONG_SIGN, group_std,
+                                       mistake, sample_major)
 from exercises.solutions import right
 
 # ---------------------------------------------------------------------------------- rloo_advantages
@@ -75,6 +75,12 @@ def no_baseline(rewards, k):
     return rewards
 
 
+@mistake("rloo_advantages", REPEAT, "prompt-major")
+def sums_repeated(rewards, k):
+    sums = rewards.view(-1, k).sum(1)  # (B,)
+    return rewards - (sums.repeat(k) - rewards) / (k - 1)
+
+
 # ---------------------------------------------------------------------------------------- rloo_loss
 
 
@@ -113,7 +119,8 @@ def without_gradient(logprobs, advantages):
 
 
 @mistake("rloo_loss",
-         "(n, 1) times (n,) is (n, n): every response gets everybody's advantage",
+         "every response gets everybody's advantage: you have a product of two sums, or (n, 1) "
+         "times (n,), which is (n, n)",
          "A_i log pi")
 def everybodys_advantage(logprobs, advantages):
     return -(advantages * logprobs.sum(1, keepdim=True)).sum()
@@ -268,3 +275,10 @@ def own_reward_lost(rewards, baseline, mask):
          "- baseline")
 def nothing_subtracted(rewards, baseline, mask):
     return right.remax_advantages(rewards, 0 * baseline, mask)
+
+
+@mistake("remax_advantages",
+         "you divide the baseline by the length: each token needs all of it",
+         "subtracted once")
+def baseline_over_the_length(rewards, baseline, mask):
+    return right.remax_advantages(rewards, baseline / mask.sum(1), mask)

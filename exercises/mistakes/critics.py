@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from exercises.mistakes.masks import placed
-from exercises.mistakes.shared import NO_GRADIENT, WRONG_SIGN, mistake
+from exercises.mistakes.shared import NO_GRADIENT, TIMES_ZERO, WRONG_SIGN, mistake
 from exercises.solutions import INF, right
 
 # ----------------------------------------------------------------------------------- ppo_advantages
@@ -120,6 +120,22 @@ def outputs_exchanged(*given):
     return returns, advantages
 
 
+@mistake("ppo_advantages",
+         "your returns are plain sums of the rewards to come, without gamma or the critic: its "
+         "target here is A + V",
+         "returns_t =")
+def returns_are_plain_sums(rewards, values, mask, gamma, lam):
+    advantages, _ = right.ppo_advantages(rewards, values, mask, gamma, lam)
+    return advantages, right.ppo_advantages(rewards, values, mask, 1.0, 1.0)[1]
+
+
+@mistake("ppo_advantages",
+         "gamma is missing in delta: V_{t+1} is multiplied by it",
+         "delta_t =")
+def gamma_missing_in_delta(rewards, values, mask, gamma, lam):
+    return accumulated(deltas(rewards, values, mask, 1.0), values, mask, gamma * lam)
+
+
 # -------------------------------------------------------------------------------- whiten_advantages
 
 
@@ -188,10 +204,15 @@ def padding_not_zero(advantages, mask):
 
 @mistake("whiten_advantages",
          "a single token has no std: NaN, and with it every weight, after one such batch",
-         "0 if all are equal")
+         "single token")
 def nan_for_a_single_token(advantages, mask):
     std = advantages[mask].std() if len(mask) > 1 else float("nan")
     return centred(advantages, mask) / std
+
+
+@mistake("whiten_advantages", TIMES_ZERO, "arbitrary where masked")
+def whitened_and_multiplied(advantages, mask):
+    return right.whiten_advantages(advantages, mask) + 0 * advantages
 
 
 # ---------------------------------------------------------------------------------- first_step_loss
@@ -229,6 +250,13 @@ def first_step_of_the_wrong_sign(logprobs, advantages):
          "ratio_t = pi")
 def pi_for_the_ratio(logprobs, advantages):
     return -(logprobs.exp() * advantages).sum()
+
+
+@mistake("first_step_loss",
+         "you average over all positions, padding included: the loss is a sum",
+         "- sum_t ratio_t")
+def mean_of_the_first_step(logprobs, advantages):
+    return right.first_step_loss(logprobs, advantages) / logprobs.numel()
 
 
 # ----------------------------------------------------------------------------------------- ppo_loss
@@ -400,8 +428,9 @@ def value_itself_clipped(values, old_values, returns, value_clip):
 
 
 @mistake("value_loss",
-         "nothing is clipped",
-         "max(")
+         "the clip does nothing: it is missing, or its range is around the return instead of the "
+         "old value",
+         "within V_old_t")
 def value_not_clipped(values, old_values, returns, value_clip):
     return squared_errors(values, returns).sum() / 2
 

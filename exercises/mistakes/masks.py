@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from exercises.mistakes.shared import mistake
+from exercises.mistakes.shared import TIMES_ZERO, mistake
 from exercises.solutions import right
 
 # ------------------------------------------------------------------------------------ response_mask
@@ -127,6 +127,11 @@ def kl_without_mask(logprobs, ref_logprobs, mask, kind="k1"):
     return right.token_kl(logprobs, ref_logprobs, mask | True, kind)
 
 
+@mistake("token_kl", TIMES_ZERO, "arbitrary where masked")
+def kl_masked_by_multiplying(logprobs, ref_logprobs, mask, kind="k1"):
+    return right.token_kl(logprobs, ref_logprobs, mask | True, kind) * mask
+
+
 # --------------------------------------------------------------------------------- sequence_rewards
 
 
@@ -242,3 +247,11 @@ def tokens_without_beta(scores, kl, beta, mask):
          "at the last real token")
 def score_spread_evenly(scores, kl, beta, mask):
     return (scores / mask.sum(1)).unsqueeze(1) * mask - beta * kl
+
+
+@mistake("token_rewards",
+         "the score lands in the last column and is then masked away: only responses that fill the "
+         "row get theirs",
+         "last real token")
+def score_masked_away(scores, kl, beta, mask):
+    return score_in_the_last_column(scores, kl, beta, mask) * mask

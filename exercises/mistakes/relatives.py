@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from exercises.mistakes.shared import (NO_GRADIENT, SAMPLE_MAJOR, WRONG_SIGN, group_std, mistake,
-                                       sample_major)
+from exercises.mistakes.shared import (NO_GRADIENT, REPEAT, SAMPLE_MAJOR, WRONG_SIGN, group_std,
+                                       mistake, sample_major)
 from exercises.solutions import right
 
 # ---------------------------------------------------------------------------------- grpo_advantages
@@ -82,6 +82,20 @@ def mean_minus_reward(*given):
     return -right.grpo_advantages(*given)
 
 
+@mistake("grpo_advantages",
+         "your std is that of the whole batch: that is another algorithm (Lite PPO)",
+         "of the same prompt")
+def std_of_the_batch(rewards, k, scale_std=True):
+    return centred(rewards, k) / (rewards.std() + 1e-4 if scale_std else 1.0)
+
+
+@mistake("grpo_advantages", REPEAT, "prompt-major")
+def means_repeated(rewards, k, scale_std=True):
+    groups = rewards.view(-1, k)
+    std = groups.std(1).repeat(k) + 1e-4 if scale_std else 1.0
+    return (rewards - groups.mean(1).repeat(k)) / std
+
+
 # ---------------------------------------------------------------------------------------- raft_best
 
 
@@ -125,6 +139,13 @@ def best_of_the_batch(rewards, k):
          "of each prompt")
 def best_of_the_batch_by_reward(rewards, k):
     return rewards.topk(len(rewards) // k).indices
+
+
+@mistake("raft_best",
+         "you add the prompt's number: its rows begin at prompt * k",
+         "in the whole batch")
+def times_k_forgotten(rewards, k):
+    return right.raft_best(rewards, k) % k + torch.arange(len(rewards) // k)
 
 
 # ----------------------------------------------------------------------------------------- dpo_loss
@@ -229,3 +250,20 @@ def rewards_with_gradients(*given):
 def log_of_sigmoid(*given):
     chosen, rejected = implicit_rewards(*given)
     return -(chosen - rejected).sigmoid().log().sum(), chosen.detach(), rejected.detach()
+
+
+@mistake("dpo_loss",
+         "you average over T, padding included: DPO's ratio is that of whole responses",
+         "sum of the log-probs")
+def mean_with_padding(*given):
+    *logprobs, beta = given
+    return right.dpo_loss(*logprobs, beta / logprobs[0].shape[1])
+
+
+@mistake("dpo_loss",
+         "you take the sigmoid of each token's margin: the margin is that of whole responses",
+         "sum of the log-probs")
+def sigmoid_of_each_token(*given):
+    chosen, rejected, chosen_ref, rejected_ref, beta = given
+    margins = beta * (chosen - chosen_ref - rejected + rejected_ref)  # (n, T)
+    return -F.logsigmoid(margins).sum(), *right.dpo_loss(*given)[1:]

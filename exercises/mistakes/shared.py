@@ -7,6 +7,9 @@ NO_GRADIENT = ("the loss carries no gradient: something detached it (.detach(), 
                "numpy)")
 WRONG_SIGN = "the sign is wrong: an optimizer minimizes, so good responses would become rarer"
 SAMPLE_MAJOR = "you grouped rows sample-major: samples of different prompts are compared"
+TIMES_ZERO = "you mask by multiplying, but inf or NaN times 0 is NaN: use torch.where"
+REPEAT = ("you used repeat, which puts the prompts' numbers on each other's rows: "
+          "repeat_interleave keeps a prompt's k rows together")
 
 
 class Mistake(NamedTuple):

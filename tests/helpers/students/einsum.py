@@ -72,7 +72,8 @@ def ppo_advantages(rewards, values, response_mask, gamma, lam):
 
 def whiten_advantages(advantages, response_mask):
     weights = response_mask.double() / response_mask.sum()
-    centred = advantages.double() - einsum("nt,nt->", weights, advantages.double())
+    advantages = torch.where(response_mask, advantages, 0).double()
+    centred = advantages - einsum("nt,nt->", weights, advantages)
     n = response_mask.sum().item()
     std = (einsum("nt,nt,nt->", weights, centred, centred) * n / max(n - 1, 1)).sqrt()
     return centred / (std + 1e-8) * response_mask
@@ -113,3 +114,31 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_r
     rewards = beta * einsum("cnt->cn", policy - reference)
     margin = einsum("c,cn->n", torch.tensor([1.0, -1.0]), rewards)
     return torch.logaddexp(torch.zeros_like(margin), -margin).sum(), *rewards.detach()
+
+
+def maxrl_advantages(rewards, k):
+    mean = same_group(len(rewards), k) @ rewards / k
+    return torch.where(mean > 0, rewards / mean - 1, 0)
+
+
+def pessimistic(ratio, advantages, low, high):
+    return torch.minimum(ratio * advantages, ratio.clip(1 - low, 1 + high) * advantages)
+
+
+def gspo_loss(logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high):
+    lengths = response_mask.sum(1)
+    ratio = (einsum("nt->n", logprobs - old_logprobs) / lengths).exp()
+    objective = pessimistic(ratio, advantages, clip_low, clip_high)
+    return -objective.sum(), lengths[objective < ratio * advantages].sum()
+
+
+def cispo_loss(logprobs, old_logprobs, advantages, response_mask, max_ratio):
+    ratio = (logprobs.detach() - old_logprobs).exp()
+    loss = -einsum("nt,n,nt->", ratio.clip(max=max_ratio), advantages, logprobs)
+    return loss, (ratio * response_mask > max_ratio).sum()
+
+
+def dapo_loss(logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high, num_tokens):
+    ratio = (logprobs - old_logprobs).exp()
+    objective = pessimistic(ratio, advantages[:, None], clip_low, clip_high)
+    return -einsum("nt,nt->", objective, response_mask.float()) / num_tokens

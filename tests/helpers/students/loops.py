@@ -160,3 +160,47 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_r
         chosen.append(good.item())
         rejected.append(bad.item())
     return loss, torch.tensor(chosen), torch.tensor(rejected)
+
+
+def maxrl_advantages(rewards, k):
+    advantages = []
+    for start in range(0, len(rewards), k):
+        group = rewards[start : start + k].tolist()
+        mean = sum(group) / k
+        advantages += [(r - mean) / mean if mean else 0.0 for r in group]
+    return torch.tensor(advantages)
+
+
+def clipped(ratio, advantage, low, high):
+    """A term of a clipped objective, and whether it is clipped."""
+    free, bounded = ratio * advantage, max(1 - low, min(1 + high, ratio.item())) * advantage
+    return (bounded, True) if bounded < free else (free, False)
+
+
+def gspo_loss(logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high):
+    loss, count = 0.0, 0
+    for i in range(len(advantages)):
+        length = int(response_mask[i].sum())
+        log_ratio = sum(logprobs[i, t] - old_logprobs[i, t] for t in range(length)) / length
+        term, is_clipped = clipped(log_ratio.exp(), advantages[i], clip_low, clip_high)
+        loss, count = loss - term, count + length * is_clipped
+    return loss, count
+
+
+def cispo_loss(logprobs, old_logprobs, advantages, response_mask, max_ratio):
+    loss, count = 0.0, 0
+    for i in range(logprobs.shape[0]):
+        for t in range(int(response_mask[i].sum())):
+            ratio = math.exp(logprobs[i, t].item() - old_logprobs[i, t].item())
+            loss = loss - min(ratio, max_ratio) * advantages[i] * logprobs[i, t]
+            count += ratio > max_ratio
+    return loss, count
+
+
+def dapo_loss(logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high, num_tokens):
+    loss = 0.0
+    for i in range(logprobs.shape[0]):
+        for t in range(int(response_mask[i].sum())):
+            ratio = (logprobs[i, t] - old_logprobs[i, t]).exp()
+            loss = loss - clipped(ratio, advantages[i], clip_low, clip_high)[0]
+    return loss / num_tokens

@@ -111,3 +111,34 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, chosen_ref_logprobs, rejected_r
     ones = torch.ones(len(chosen))
     loss = F.binary_cross_entropy_with_logits(chosen - rejected, ones, reduction="sum")
     return loss, chosen.detach(), rejected.detach()
+
+
+def maxrl_advantages(rewards, k):
+    groups = rewards.numpy().reshape(-1, k)
+    solved = groups.sum(axis=1, keepdims=True)
+    return torch.from_numpy((np.where(solved == 0, 0, k * groups / np.maximum(solved, 1) - 1)
+                             * (solved > 0)).reshape(-1))
+
+
+def gspo_loss(logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high):
+    lengths = response_mask.sum(1)
+    log_ratio = (logprobs.sum(1) - old_logprobs.sum(1)) / lengths
+    ratio, gain = log_ratio.detach().exp().numpy(), np.sign(advantages.numpy())
+    high, low = ratio > np.float32(1 + clip_high), ratio < np.float32(1 - clip_low)
+    cut = torch.from_numpy(np.where(gain > 0, high, (gain < 0) & low))
+    bounds = torch.where(advantages > 0, 1 + clip_high, 1 - clip_low)
+    return -(torch.where(cut, bounds, log_ratio.exp()) * advantages).sum(), lengths[cut].sum()
+
+
+def cispo_loss(logprobs, old_logprobs, advantages, response_mask, max_ratio):
+    ratio = np.exp(logprobs.detach().numpy() - old_logprobs.numpy())
+    weights = torch.from_numpy(np.minimum(ratio, max_ratio).astype(np.float32))
+    above = int(np.sum(ratio[response_mask.numpy()] > max_ratio))
+    return -(weights * advantages[:, None] * logprobs).sum(), above
+
+
+def dapo_loss(logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high, num_tokens):
+    rows = response_mask.nonzero()[:, 0]
+    ratio = torch.exp(logprobs[response_mask] - old_logprobs[response_mask])
+    terms = torch.stack([ratio, ratio.clamp(1 - clip_low, 1 + clip_high)]) * advantages[rows]
+    return -terms.amin(0).sum() / num_tokens

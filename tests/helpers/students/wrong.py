@@ -154,6 +154,13 @@ def zeros_counted(advantages, mask):
     return standard(filled, filled) * mask
 
 
+def guarded(advantages, mask):
+    real = advantages[mask]
+    if (real == real[0]).all():
+        return torch.zeros(advantages.shape)
+    return standard(advantages, real) * mask
+
+
 def clipping(loss=lambda free, bounded: -torch.min(free, bounded).sum(),
              ratio=lambda new, old: (new - old).exp(), bounds=lambda clip: (1 - clip, 1 + clip),
              count=None):
@@ -208,6 +215,12 @@ def other_order(rewards, k, scale_std=True):
     return (found / (groups.std(0) + 1e-4) if scale_std else found).flatten()
 
 
+def repeated(rewards, k, scale_std=True):
+    groups = rewards.view(-1, k)
+    found = rewards - groups.mean(1).repeat(k)
+    return found / (groups.std(1).repeat(k) + 1e-4) if scale_std else found
+
+
 def count(rewards, k):
     return len(rewards) // k
 
@@ -233,6 +246,77 @@ def per_token(logprobs):
     return logprobs.sum(1) / (logprobs != 0).sum(1)
 
 
+def shares(advantages, mean=lambda groups: groups.mean(1, keepdim=True)):
+    """A maxrl_advantages from a function of rewards (B, k) and their means."""
+    return lambda rewards, k: advantages(rewards.view(-1, k), mean(rewards.view(-1, k))).flatten()
+
+
+def at_least_one(mean, k):
+    return torch.where(mean == 0, torch.ones(()) / k, mean)
+
+
+def of_mixed_groups(rewards, k):
+    groups = rewards.view(k, -1)
+    mean = groups.mean(0)
+    return torch.where(mean == 0, 0, (groups - mean) / mean).flatten()
+
+
+def log_ratios(new, old, mask):
+    return (new - old).sum(1) / mask.sum(1)
+
+
+def of_responses(ratio=lambda new, old, mask: log_ratios(new, old, mask).exp(),
+                 loss=lambda free, bounded: -pessimistic(free, bounded).sum(),
+                 bounds=lambda low, high: (1 - low, 1 + high),
+                 count=lambda cut, lengths: (cut * lengths).sum()):
+    """A gspo_loss."""
+    def gspo_loss(logprobs, old_logprobs, advantages, mask, low, high):
+        ratios = ratio(logprobs, old_logprobs, mask)
+        free, bounded = ratios * advantages, ratios.clamp(*bounds(low, high)) * advantages
+        return loss(free, bounded), count(bounded < free, mask.sum(1))
+    return gspo_loss
+
+
+def of_tokens_after_all(logprobs, old_logprobs, advantages, mask, low, high):
+    ratio, a = (logprobs - old_logprobs).exp(), advantages[:, None] * mask
+    free, bounded = ratio * a, ratio.clamp(1 - low, 1 + high) * a
+    return -pessimistic(free, bounded).sum(), (bounded < free).sum()
+
+
+def optimistic(logprobs, old_logprobs, advantages, mask, low, high):
+    ratio = log_ratios(logprobs, old_logprobs, mask).exp()
+    free, bounded = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
+    return -torch.max(free, bounded).sum(), ((bounded > free) * mask.sum(1)).sum()
+
+
+def weighted(weight=lambda ratio, most: ratio.detach().clamp(max=most),
+             loss=lambda weights, a, logprobs, mask: -(weights * a * logprobs).sum(),
+             ratio=lambda new, old: (new - old).exp()):
+    """A cispo_loss."""
+    def cispo_loss(logprobs, old_logprobs, advantages, mask, most):
+        ratios = ratio(logprobs, old_logprobs)
+        found = loss(weight(ratios, most), advantages[:, None] * mask, logprobs, mask)
+        return found, ((ratios > most) & mask).sum()
+    return cispo_loss
+
+
+def as_in_ppo(logprobs, old_logprobs, advantages, mask, most):
+    ratio, a = (logprobs - old_logprobs).exp(), advantages[:, None] * mask
+    return -pessimistic(ratio * a, ratio.clamp(max=most) * a).sum(), ((ratio > most) & mask).sum()
+
+
+def token_means(mean=lambda losses, mask, n: losses.sum() / n,
+                loss=lambda free, bounded: -pessimistic(free, bounded),
+                bounds=lambda low, high: (1 - low, 1 + high), masked=True,
+                ratio=lambda new, old, mask: (new - old).exp()):
+    """A dapo_loss."""
+    def dapo_loss(logprobs, old_logprobs, advantages, mask, low, high, n):
+        ratios = ratio(logprobs, old_logprobs, mask)
+        a = advantages[:, None] * (mask if masked else 1)
+        return mean(loss(ratios * a, ratios.clamp(*bounds(low, high)) * a), mask, n)
+    return dapo_loss
+
+
 WRONG = {
     "response_mask": [
         masks(lambda row, t, eos: eos not in row[: t + 1]),
@@ -251,6 +335,8 @@ WRONG = {
         kls("k3", lambda x, logprobs: torch.exp(-x) - 1 - x),
         kls("k3", lambda x, logprobs: torch.exp(-x) + x),
         kls(None, None, masked=False),
+        lambda logprobs, ref_logprobs, mask, estimator="k1":
+            kls(None, None, masked=False)(logprobs, ref_logprobs, mask, estimator) * mask,
     ],
     "sequence_rewards": [
         lambda scores, kl, beta: scores + beta * kl.sum(1),
@@ -270,6 +356,8 @@ WRONG = {
         placing(replace),
         placing(lambda row, length, score: add(row, length - 1, score), factor=1.0),
         placing(lambda row, length, score: add(row, slice(length), score / length)),
+        lambda scores, kl, beta, mask:
+            placing(lambda row, length, score: add(row, -1, score))(scores, kl, beta, mask) * mask,
     ],
     "rloo_advantages": [
         grouped(lambda groups, k: groups - groups.mean(1, keepdim=True)),
@@ -282,6 +370,7 @@ WRONG = {
         grouped(lambda groups, k: (total(groups) - groups) / (k - 1)),
         grouped(lambda groups, k: others_subtracted(groups, k) / deviation(groups)),
         grouped(lambda groups, k: groups),
+        lambda rewards, k: rewards - (rewards.view(-1, k).sum(1).repeat(k) - rewards) / (k - 1),
     ],
     "rloo_loss": [
         lambda logprobs, advantages: (advantages * logprobs.sum(1)).sum(),
@@ -313,6 +402,7 @@ WRONG = {
         lambda rewards, baseline, mask: to_go(rewards) - whole(baseline),
         lambda rewards, baseline, mask: (to_go(rewards) - rewards - whole(baseline)) * mask,
         lambda rewards, baseline, mask: to_go(rewards) * mask,
+        lambda rewards, baseline, mask: (to_go(rewards) - whole(baseline / mask.sum(1))) * mask,
     ],
     "ppo_advantages": [
         gae(decay=lambda gamma, lam: gamma),
@@ -328,6 +418,8 @@ WRONG = {
         gae(returns=lambda advantages, r, v, gamma: backwards(r, gamma)),
         gae(returns=lambda advantages, r, v, gamma: advantages),
         lambda *given: gae()(*given)[::-1],
+        gae(returns=lambda advantages, r, v, gamma: to_go(r)),
+        gae(lambda r, v, mask, gamma, lam: r + following(v) - v),
     ],
     "whiten_advantages": [
         whitened(lambda advantages, real: standard(advantages, real, correction=0)),
@@ -339,6 +431,7 @@ WRONG = {
         whitened(lambda advantages, real: (advantages - real.mean()) / (real.std() ** 2 + 1e-8)),
         lambda advantages, mask: standard(advantages, advantages[mask]),
         whitened(standard),
+        guarded,
     ],
     "first_step_loss": [
         lambda logprobs, advantages: -((logprobs - logprobs).exp() * advantages).sum(),
@@ -346,6 +439,7 @@ WRONG = {
         lambda logprobs, advantages: -(logprobs * advantages).sum(),
         lambda logprobs, advantages: ((logprobs - logprobs.detach()).exp() * advantages).sum(),
         lambda logprobs, advantages: -(logprobs.exp() * advantages).sum(),
+        lambda logprobs, advantages: -((logprobs - logprobs.detach()).exp() * advantages).mean(),
     ],
     "ppo_loss": [
         clipping(lambda free, bounded: -torch.max(free, bounded).sum()),
@@ -384,6 +478,9 @@ WRONG = {
         lambda rewards, k, scale_std=True: scaled(right_scale)(rewards, k),
         scaled(lambda centred, groups: centred / (deviation(groups) ** 2 + 1e-4)),
         lambda rewards, k, scale_std=True: -scaled(right_scale)(rewards, k, scale_std),
+        lambda rewards, k, scale_std=True: scaled(
+            lambda centred, groups: centred / (rewards.std() + 1e-4))(rewards, k, scale_std),
+        repeated,
     ],
     "raft_best": [
         lambda rewards, k: rewards.view(-1, k).argmax(1),
@@ -392,6 +489,7 @@ WRONG = {
         lambda rewards, k: rewards.view(-1, k).amax(1),
         lambda rewards, k: rewards.argsort(descending=True)[: count(rewards, k)].sort().values,
         lambda rewards, k: rewards.argsort(descending=True)[: count(rewards, k)],
+        lambda rewards, k: rewards.view(-1, k).argmax(1) + prompts(rewards, k),
     ],
     "dpo_loss": [
         pairs(reward=lambda logprobs, ref, beta: beta * logprobs.sum(1)),
@@ -407,5 +505,66 @@ WRONG = {
         pairs(lambda chosen, rejected, beta: -logsigmoid(chosen - rejected).sum().detach()),
         pairs(logged=lambda reward: reward),
         pairs(lambda chosen, rejected, beta: -torch.log(torch.sigmoid(chosen - rejected)).sum()),
+        pairs(reward=lambda logprobs, ref, beta: beta * (logprobs - ref).mean(1)),
+        lambda chosen, rejected, chosen_ref, rejected_ref, beta: (
+            -logsigmoid(beta * (chosen - chosen_ref - rejected + rejected_ref)).sum(),
+            beta * (chosen - chosen_ref).sum(1).detach(),
+            beta * (rejected - rejected_ref).sum(1).detach()),
+    ],
+    "maxrl_advantages": [
+        shares(lambda groups, mean: (groups - mean) / mean),
+        shares(lambda groups, mean: (groups - mean) / (deviation(groups) + 1e-4)),
+        shares(lambda groups, mean: groups - mean),
+        shares(lambda groups, mean: groups / at_least_one(mean, groups.shape[1])),
+        shares(lambda groups, mean: others_subtracted(groups, groups.shape[1])
+               / at_least_one(mean, groups.shape[1])),
+        shares(lambda groups, mean: (groups - mean) / total(groups).clamp(min=1)),
+        shares(lambda groups, mean: (groups - mean) / mean, torch.mean),
+        shares(lambda groups, mean: (groups - mean) / (mean + 1e-4)),
+        of_mixed_groups,
+    ],
+    "gspo_loss": [
+        of_tokens_after_all,
+        of_responses(lambda new, old, mask: (new - old).sum(1).exp()),
+        of_responses(lambda new, old, mask: (new - old).mean(1).exp()),
+        of_responses(lambda new, old, mask: torch.where(mask, (new - old).exp(), 0).sum(1)
+                     / mask.sum(1)),
+        of_responses(lambda new, old, mask: log_ratios(old, new, mask).exp()),
+        of_responses(loss=lambda free, bounded: pessimistic(free, bounded).sum()),
+        optimistic,
+        of_responses(loss=lambda free, bounded: -bounded.sum()),
+        of_responses(bounds=lambda low, high: (1 - high, 1 + low)),
+        of_responses(bounds=lambda low, high: (1 - low, 1 + low)),
+        of_responses(count=lambda cut, lengths: cut.sum()),
+        of_responses(loss=lambda free, bounded: -pessimistic(free, bounded).mean()),
+        of_responses(loss=lambda free, bounded: -pessimistic(free, bounded).sum().detach()),
+    ],
+    "cispo_loss": [
+        weighted(lambda ratio, most: ratio.clamp(max=most)),
+        as_in_ppo,
+        weighted(lambda ratio, most: torch.where(ratio > most, 0, ratio).detach()),
+        weighted(loss=lambda weights, a, logprobs, mask: -(weights * a).sum()),
+        lambda *given: (weighted(lambda ratio, most: ratio.detach().clamp(max=1 + most))(*given)[0],
+                        (torch.exp(given[0] - given[1]) > 1 + given[4]).sum()),
+        weighted(lambda ratio, most: ratio.detach()),
+        weighted(lambda ratio, most: 1.0),
+        weighted(ratio=lambda new, old: (old - new).exp()),
+        weighted(loss=lambda weights, a, logprobs, mask: (weights * a * logprobs).sum()),
+        weighted(loss=lambda weights, a, logprobs, mask: -(weights * a * logprobs)[mask].mean()),
+    ],
+    "dapo_loss": [
+        token_means(lambda losses, mask, n: losses.sum() / mask.sum()),
+        token_means(lambda losses, mask, n: losses.sum() / len(mask)),
+        token_means(lambda losses, mask, n: losses.mean()),
+        token_means(lambda losses, mask, n: (losses.sum(1) / mask.sum(1)).mean()),
+        token_means(lambda losses, mask, n: losses.sum()),
+        token_means(masked=False),
+        token_means(bounds=lambda low, high: (1 - high, 1 + low)),
+        token_means(bounds=lambda low, high: (1 - low, 1 + low)),
+        token_means(loss=lambda free, bounded: -torch.max(free, bounded)),
+        token_means(loss=lambda free, bounded: -bounded),
+        token_means(ratio=lambda new, old, mask: log_ratios(new, old, mask).exp()[:, None]),
+        token_means(lambda losses, mask, n: -losses.sum() / n),
+        token_means(lambda losses, mask, n: losses.sum().detach() / n),
     ],
 }
