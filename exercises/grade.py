@@ -1,6 +1,6 @@
 """Grade a finished run: which thresholds of a rubric does its last evaluation meet?
 
-    python rloo.py --num-updates 75 --output runs/graded
+    python rloo.py --num-updates 75 --eval-prompts 256 --output runs/graded
     python -m exercises.grade runs/graded
     python -m exercises.grade runs/graded --json results.json      # as Gradescope reads it
 
