@@ -7,6 +7,7 @@ would step, its gradients are noted, and the weights stay as they are.
 """
 
 import copy
+import fnmatch
 import functools
 import shlex
 from contextlib import ExitStack, nullcontext
@@ -97,14 +98,46 @@ class BlackBox(Run):
     log = log_evaluation = save_model = checkpoint = nothing
 
 
+def load(path):
+    """The module of a file here or in the project."""
+    return load_module(str((Path(path) if Path(path).is_file() else ROOT / path).resolve()))
+
+
+def rows(command):
+    """The commands that one stands for: itself, or a row for each name that matches.
+
+    For example "lab/dialects.py" for all of its table DIALECTS, and "lab/dialects.py:trl-*".
+    """
+    path, *words = shlex.split(command)
+    path, _, pattern = path.partition(":")
+    if not (Path(path).is_file() or (ROOT / path).is_file()):
+        return [command]  # which `parse` will say
+    names = fnmatch.filter(getattr(load(path), "DIALECTS", ()), pattern or "*")
+    return [shlex.join([f"{path}:{name}", *words]) for name in names] or [command]
+
+
+def resolve(command):
+    """Script, its flags, and the function that says what to replace in it, of a command.
+
+    The last is None, except for a row of a table of dialects such as "lab/dialects.py:trl-rloo".
+    """
+    path, *words = shlex.split(command)
+    path, _, name = path.partition(":")
+    if not name:
+        return path, words, None
+    table = getattr(load(path), "DIALECTS", {})
+    require(name in table, f"{path}:{name}: no such row; it has {', '.join(table) or 'none'}")
+    dialect = table[name]
+    return dialect.script, shlex.split(dialect.flags) + words, dialect.functions
+
+
 def parse(command, **settings):
     """Module and Args of a command such as "ppo.py --lam 0".
 
     Settings that the script has as flags replace its defaults.
     """
-    path, *words = shlex.split(command)
-    path = Path(path) if Path(path).is_file() else ROOT / path
-    module = load_module(str(path.resolve()))
+    path, words, _ = resolve(command)
+    path, module = Path(path), load(path)
     for name in ("Args", "main", "Run"):
         require(hasattr(module, name),
                 f"{path.name}: has no {name}; a script that fits has the form of rloo.py")
@@ -127,6 +160,7 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
     """
     settings = dict(max_grad_norm=1e30, eval_every=0, save_every=0, eval_prompts=1) | settings
     module, args = parse(command, **settings | {"num_updates": warmup + count})
+    *_, functions = resolve(command)
     seen = []
 
     def batches(dataset, size, *_):
@@ -137,7 +171,8 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
         replaced = {"Run": functools.partial(BlackBox, seen, warmup, stack),
                     "rollout": chosen_rollout(command, given, seen, warmup),
                     "token_logprobs": noted(getattr(module, "token_logprobs", None), seen),
-                    "evaluate": lambda *_: None, **(replace or {})}
+                    "evaluate": lambda *_: None, **(functions(args) if functions else {}),
+                    **(replace or {})}
         for name in replaced.keys() & vars(module).keys():
             stack.enter_context(patch.object(module, name, replaced[name]))
         stack.enter_context(patch("plumbing.run.batches", batches))

@@ -493,10 +493,11 @@ def describe(world, args):
 
 def rows_and_places(args):
     """The commands of the table's rows, and the pairs (lag, KL) that get a table each."""
+    given = tuple(row for command in args.scripts for row in blackbox.rows(command))
     if not any(args.stale):
-        return args.scripts or SCRIPTS, [("policy", 0.0)]
+        return given or SCRIPTS, [("policy", 0.0)]
     lags = stale.LAGS if args.lag == "both" else [args.lag]
-    return (args.scripts or (*SCRIPTS, *stale.ROWS),
+    return (given or (*SCRIPTS, *stale.ROWS),
             list(itertools.product(lags, sorted(set(args.stale)))))
 
 
