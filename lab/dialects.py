@@ -4,19 +4,19 @@
     python -m lab.gradient rloo.py lab/dialects.py:trl-rloo "lab/dialects.py:verl-rloo --beta 0"
     python -m lab.gradient "lab/dialects.py:*-rloo" --stale 0.01  # all names that match
 
-A dialect is a script of this project with flags, in which some functions are replaced; nothing else
-of the library takes part. Sampling, scores and optimizer steps are the script's, with one mini-batch
-per rollout. The rows are at the versions that docs/dialects.md names, which has the results;
-tools/check_dialects.py compares TRL's with the installed package.
+A dialect is a script of this project with flags, in which some functions are replaced. Sampling,
+scores and optimizer steps stay the script's, and a mini-batch is the whole rollout.
+docs/dialects.md has the results; tools/check_dialects.py compares loss and gradient of the rows
+with what the libraries themselves compute.
 
 Losses return 0 for the number of clipped tokens, which is only logged. A script that divides by the
 number of rows gets a mean over tokens by scaled advantages, since clipping commutes with a positive
 factor.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable
 
 import torch
 
@@ -190,9 +190,9 @@ def trl_cispo_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_ma
 
 
 def without_ratio(logprobs, _, ref_logprobs, advantages, response_mask, clip, beta, length_mean):
-    """TRL 0.14 and 0.15, and later ones while an optimizer step takes the whole rollout: pi / sg(pi).
+    """TRL 0.14 and 0.15, and later ones while an optimizer step takes the whole rollout.
 
-    Whatever policy has sampled, it passes for the current one.
+    The ratio is pi / sg(pi), 1: whatever policy has sampled, it passes for the current one.
     """
     gain = (logprobs - logprobs.detach()).exp() * each_token(advantages, response_mask)  # (n, T)
     losses = (beta * k3(logprobs, ref_logprobs) - gain) / response_mask.sum(1, keepdim=True)
