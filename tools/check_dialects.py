@@ -1,20 +1,28 @@
-"""Are the rows of lab/dialects.py what TRL computes? The installed package and ours on one rollout.
+"""Are the rows of lab/dialects.py what the libraries compute? Theirs and ours on one rollout.
 
-TRL is not a requirement of this project, so this runs in an environment of its own:
+TRL is not a requirement of this project, so its check runs in an environment of its own:
 
-    python -m venv /tmp/trl && . /tmp/trl/bin/activate
+    python -m venv trl-env && . trl-env/bin/activate
     pip install -r requirements.txt trl==1.16.0
     python -m tools.check_dialects
 
-A rollout of six responses, with log-probs, old and reference log-probs and scores that are written
-down below, goes through the trainer's own `_generate_and_score_completions` (advantages) and
-`_compute_loss`, and through the `main` of the script that the row names, with its functions
-replaced. Of the trainer, only what samples and what runs the model is replaced: `_generate` and
-`_get_per_token_logps_and_entropies` return the given numbers. The table has the loss of both, and
-the largest difference between the gradients with respect to the log-probs of the tokens. TRL keeps
-scores in float32, so differences of 1e-7 are rounding.
+verl and OpenRLHF, which want GPUs, are read from checkouts, in the project's own environment:
 
-docs/dialects.md has the table, and tests/test_dialects.py keeps TRL's numbers.
+    git clone --depth 1 --branch v0.9.0 https://github.com/verl-project/verl
+    git clone --depth 1 --branch v0.11.0 https://github.com/OpenRLHF/OpenRLHF
+    python -m tools.check_dialects --verl verl
+    python -m tools.check_dialects --openrlhf OpenRLHF
+
+A rollout of six responses, with the scores and log-probs that are written down below, goes through
+their functions, and through the `main` of the script that the row names, with the row's functions
+in it. Of TRL's trainers, only what samples and what runs the model is replaced (`_generate` and
+`_get_per_token_logps_and_entropies`); advantages and loss are those of
+`_generate_and_score_completions` and `_compute_loss`. Of verl and OpenRLHF, the functions for
+KL, advantages and loss are taken out of their files, and called here as their trainers do.
+
+The table has both losses, the norm of their gradient with respect to the tokens' log-probs, and its
+largest difference from ours. Where a library computes in float32, 1e-7 is rounding.
+docs/dialects.md has the tables, and tests/test_dialects.py keeps the numbers.
 """
 
 import __future__
@@ -335,14 +343,15 @@ def main(args):
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     compared, worst = theirs(args), 0.0
-    print("| row | their loss | ours | difference | largest in the gradient |\n" + "|---" * 5 + "|")
+    print("| row | their loss | ours | difference | norm of their gradient | largest difference |\n"
+          + "|---" * 6 + "|")
     for command, other in compared.items():
         with redirect_stdout(io.StringIO()):
             (loss, grad), (our_loss, our_grad) = other(), ours(command)
         far = (grad - our_grad).abs().max().item()
         worst = max(worst, far, abs(loss - our_loss))
         print(f"| `{command}` | {loss:.7f} | {our_loss:.7f} | {abs(loss - our_loss):.0e} | "
-              f"{far:.0e} |", flush=True)
+              f"{grad.norm():.7f} | {far:.0e} |", flush=True)
     require(worst < 1e-6, f"a difference of {worst:.0e} is more than rounding")
 
 
