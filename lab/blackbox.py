@@ -104,27 +104,24 @@ def load(path):
 
 
 def rows(command):
-    """The commands that one stands for: itself, or a row for each name that matches.
-
-    For example "lab/dialects.py" for all of its table DIALECTS, and "lab/dialects.py:trl-*".
+    """The commands of a command with a pattern such as "lab/dialects.py:trl-*": one for each match.
     """
-    path, *words = shlex.split(command)
-    path, _, pattern = path.partition(":")
-    if not (Path(path).is_file() or (ROOT / path).is_file()):
-        return [command]  # which `parse` will say
-    names = fnmatch.filter(getattr(load(path), "DIALECTS", ()), pattern or "*")
-    return [shlex.join([f"{path}:{name}", *words]) for name in names] or [command]
+    words = shlex.split(command)
+    path, _, pattern = words[0].partition(":")
+    names = fnmatch.filter(getattr(load(path), "DIALECTS", ()), pattern) if pattern else []
+    return [shlex.join([f"{path}:{name}", *words[1:]]) for name in names] or [command]
 
 
 def resolve(command):
-    """Script, its flags, and the function that says what to replace in it, of a command.
+    """What a command runs: a script, flags, and what takes the place of the script's functions.
 
-    The last is None, except for a row of a table of dialects such as "lab/dialects.py:trl-rloo".
+    "lab/dialects.py:trl-rloo --k 4" is a row of that file's table DIALECTS, with more flags.
+    Returns: path; list of words; function (the script's Args) -> dict name -> function.
     """
     path, *words = shlex.split(command)
     path, _, name = path.partition(":")
     if not name:
-        return path, words, None
+        return path, words, lambda args: {}
     table = getattr(load(path), "DIALECTS", {})
     require(name in table, f"{path}:{name}: no such row; it has {', '.join(table) or 'none'}")
     dialect = table[name]
@@ -160,8 +157,9 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
     """
     settings = dict(max_grad_norm=1e30, eval_every=0, save_every=0, eval_prompts=1) | settings
     module, args = parse(command, **settings | {"num_updates": warmup + count})
-    *_, functions = resolve(command)
-    seen = []
+    functions, seen = resolve(command)[2](args), []
+    for name in functions:
+        require(hasattr(module, name), f"{command}: {module.__name__}.py has no {name} to replace")
 
     def batches(dataset, size, *_):
         for update in range(-warmup, count):
@@ -171,8 +169,7 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
         replaced = {"Run": functools.partial(BlackBox, seen, warmup, stack),
                     "rollout": chosen_rollout(command, given, seen, warmup),
                     "token_logprobs": noted(getattr(module, "token_logprobs", None), seen),
-                    "evaluate": lambda *_: None, **(functions(args) if functions else {}),
-                    **(replace or {})}
+                    "evaluate": lambda *_: None, **functions, **(replace or {})}
         for name in replaced.keys() & vars(module).keys():
             stack.enter_context(patch.object(module, name, replaced[name]))
         stack.enter_context(patch("plumbing.run.batches", batches))

@@ -2,16 +2,15 @@
 
     python -m lab.dialects                                        # the list, with sources
     python -m lab.gradient rloo.py lab/dialects.py:trl-rloo "lab/dialects.py:verl-rloo --beta 0"
-    python -m lab.gradient "lab/dialects.py:*-rloo" --stale 0.01  # all names that match
+    python -m lab.gradient "lab/dialects.py:*-rloo" --stale 0.01  # all names that match; "*": all
 
 A dialect is a script of this project with flags, in which some functions are replaced. Sampling,
 scores and optimizer steps stay the script's, and a mini-batch is the whole rollout.
 docs/dialects.md has the results; tools/check_dialects.py compares loss and gradient of the rows
 with what the libraries themselves compute.
 
-Losses return 0 for the number of clipped tokens, which is only logged. A script that divides by the
-number of rows gets a mean over tokens by scaled advantages, since clipping commutes with a positive
-factor.
+A script that divides by the number of rows gets a mean over tokens by scaled advantages, since
+clipping commutes with a positive factor.
 """
 
 from collections.abc import Callable
@@ -22,6 +21,8 @@ import torch
 
 import dapo
 import reinforce_pp
+
+NOT_COUNTED = torch.tensor(0)  # clipped tokens, which scripts only log
 
 # ------------------------------------------------------------------- one number for each response
 
@@ -99,51 +100,15 @@ def token_mean(advantages, response_mask):
 # ------------------------------------------------------------------------------------------- losses
 
 
-def sequence_clip(logprobs, old_logprobs, advantages, clip):
-    """TRL's RLOO: PPO's clip on the ratio of the whole response, the product over its tokens."""
-    ratio = (logprobs - old_logprobs).sum(1).exp()  # (n,)
-    free, bounded = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    return -torch.min(free, bounded).sum(), (bounded < free).sum()
+def clipped(ratio, advantages, clip_low, clip_high):
+    """PPO's gain: min( ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A )."""
+    return torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 
-def dual_clipped(ratio, advantages, clip_low, clip_high, most):
-    """verl's gain: PPO's clip, and where A < 0 never below most * A (arXiv:1912.09729)."""
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (n, T)
-    gain = torch.min(ratio * advantages, bounded)  # (n, T)
-    return torch.where(advantages < 0, gain.maximum(most * advantages), gain)
-
-
-def verl_loss(logprobs, old_logprobs, advantages, clip):
-    """verl's default policy loss "vanilla", for scripts that have the KL in the reward."""
-    ratio = (logprobs - old_logprobs).exp()  # (n, T)
-    return -dual_clipped(ratio, advantages, clip, clip, 3.0).sum(), torch.tensor(0)
-
-
-def verl_grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mask, clip_low,
-                   clip_high, beta, most=3.0):
-    """The same with k3 in the loss (use_kl_loss, kl_loss_type low_var_kl)."""
-    ratio, advantages = (logprobs - old_logprobs).exp(), each_token(advantages, response_mask)
-    gain = dual_clipped(ratio, advantages, clip_low, clip_high, most)  # (n, T)
-    return (beta * k3(logprobs, ref_logprobs) - gain).sum(), torch.tensor(0)
-
-
-def verl_gspo_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mask, clip_low,
-                   clip_high, beta):
-    """The sequence's ratio, its gradient by each token's own: sg(s) pi / sg(pi)."""
-    lengths = response_mask.sum(1, keepdim=True)  # (n, 1)
-    log_ratio = (logprobs - old_logprobs).sum(1, keepdim=True) / lengths  # (n, 1)
-    ratio = (logprobs - logprobs.detach() + log_ratio.detach()).exp()  # (n, T)
-    advantages = each_token(advantages, response_mask)  # (n, T)
-    gain = torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    kl = token_mean(k3(logprobs, ref_logprobs), response_mask)  # (n, T); the KL's mean is another
-    return (beta * kl - gain / lengths).sum(), torch.tensor(0)
-
-
-def verl_cispo_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mask, _, beta):
-    """The weight is bounded on both sides, 1 - 0.2 and 1 + 0.2."""
-    weight = (logprobs - old_logprobs).exp().clamp(0.8, 1.2).detach()  # (n, T)
-    gain = weight * each_token(advantages, response_mask) * logprobs  # (n, T)
-    return (beta * k3(logprobs, ref_logprobs) - gain).sum(), torch.tensor(0)
+def dual_clipped(ratio, advantages, clip_low, clip_high, c=3.0):
+    """verl's gain: where A < 0, never below c A (arXiv:1912.09729)."""
+    gain = clipped(ratio, advantages, clip_low, clip_high)  # (n, T)
+    return torch.where(advantages < 0, gain.maximum(c * advantages), gain)
 
 
 def k3(logprobs, ref_logprobs):
@@ -157,13 +122,50 @@ def k3_kl(logprobs, ref_logprobs, response_mask):
     return k3(logprobs, ref_logprobs).clamp(max=10) * response_mask
 
 
+def sequence_loss(logprobs, old_logprobs, advantages, clip):
+    """TRL's RLOO: the ratio is that of the whole response, the product over its tokens."""
+    ratio = (logprobs - old_logprobs).sum(1).exp()  # (n,)
+    return -clipped(ratio, advantages, clip, clip).sum(), NOT_COUNTED
+
+
+def verl_loss(logprobs, old_logprobs, advantages, clip):
+    """verl's default policy loss "vanilla", for scripts that have the KL in the reward."""
+    ratio = (logprobs - old_logprobs).exp()  # (n, T)
+    return -dual_clipped(ratio, advantages, clip, clip).sum(), NOT_COUNTED
+
+
+def verl_grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mask, clip_low,
+                   clip_high, beta, c=3.0):
+    """The same with k3 in the loss (use_kl_loss, kl_loss_type low_var_kl)."""
+    ratio, advantages = (logprobs - old_logprobs).exp(), each_token(advantages, response_mask)
+    gain = dual_clipped(ratio, advantages, clip_low, clip_high, c)  # (n, T)
+    return (beta * k3(logprobs, ref_logprobs) - gain).sum(), NOT_COUNTED
+
+
+def verl_gspo_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mask, clip_low,
+                   clip_high, beta):
+    """The sequence's ratio, its gradient by each token's own: sg(s) pi / sg(pi)."""
+    lengths = response_mask.sum(1, keepdim=True)  # (n, 1)
+    log_ratio = (logprobs - old_logprobs).sum(1, keepdim=True) / lengths  # (n, 1)
+    ratio = (logprobs - logprobs.detach() + log_ratio.detach()).exp()  # (n, T)
+    gain = clipped(ratio, each_token(advantages, response_mask), clip_low, clip_high)  # (n, T)
+    kl = token_mean(k3(logprobs, ref_logprobs), response_mask)  # (n, T); the KL's mean is another
+    return (beta * kl - gain / lengths).sum(), NOT_COUNTED
+
+
+def verl_cispo_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mask, _, beta):
+    """The weight is bounded on both sides, 1 - 0.2 and 1 + 0.2."""
+    weight = (logprobs - old_logprobs).exp().clamp(0.8, 1.2).detach()  # (n, T)
+    gain = weight * each_token(advantages, response_mask) * logprobs  # (n, T)
+    return (beta * k3(logprobs, ref_logprobs) - gain).sum(), NOT_COUNTED
+
+
 def trl_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mask, clip_low, clip_high,
              beta):
     """TRL's GRPO summed over tokens; since 1.10, k3 is multiplied by the ratio."""
     ratio = (logprobs - old_logprobs).exp()  # (n, T)
-    advantages = each_token(advantages, response_mask)  # (n, T)
-    gain = torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    return (beta * ratio * k3(logprobs, ref_logprobs) - gain).sum(), torch.tensor(0)
+    gain = clipped(ratio, each_token(advantages, response_mask), clip_low, clip_high)  # (n, T)
+    return (beta * ratio * k3(logprobs, ref_logprobs) - gain).sum(), NOT_COUNTED
 
 
 def trl_gspo_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mask, clip_low,
@@ -175,10 +177,9 @@ def trl_gspo_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mas
     """
     lengths = response_mask.sum(1, keepdim=True)  # (n, 1)
     ratio = ((logprobs - old_logprobs).sum(1, keepdim=True) / lengths).exp()  # (n, 1)
-    advantages = each_token(advantages, response_mask)  # (n, T)
-    gain = torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    gain = clipped(ratio, each_token(advantages, response_mask), clip_low, clip_high)  # (n, T)
     losses = beta * ratio * k3(logprobs, ref_logprobs) - gain  # (n, T)
-    return (losses if by_length else losses / lengths).sum(), torch.tensor(0)
+    return (losses if by_length else losses / lengths).sum(), NOT_COUNTED
 
 
 def trl_cispo_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_mask, max_ratio,
@@ -186,7 +187,7 @@ def trl_cispo_loss(logprobs, old_logprobs, ref_logprobs, advantages, response_ma
     """epsilon_high is the largest weight itself; it is not added to 1."""
     ratio = (logprobs - old_logprobs).exp()  # (n, T)
     gain = ratio.clamp(max=max_ratio).detach() * each_token(advantages, response_mask) * logprobs
-    return (beta * ratio * k3(logprobs, ref_logprobs) - gain).sum(), torch.tensor(0)
+    return (beta * ratio * k3(logprobs, ref_logprobs) - gain).sum(), NOT_COUNTED
 
 
 def without_ratio(logprobs, _, ref_logprobs, advantages, response_mask, clip, beta, length_mean):
@@ -196,7 +197,7 @@ def without_ratio(logprobs, _, ref_logprobs, advantages, response_mask, clip, be
     """
     gain = (logprobs - logprobs.detach()).exp() * each_token(advantages, response_mask)  # (n, T)
     losses = (beta * k3(logprobs, ref_logprobs) - gain) / response_mask.sum(1, keepdim=True)
-    return losses.sum(), torch.tensor(0)
+    return losses.sum(), NOT_COUNTED
 
 
 def over_groups(compute_loss, k):
@@ -209,7 +210,7 @@ def over_groups(compute_loss, k):
         loss = sum(compute_loss(*(x[k * i : k * i + k] if torch.is_tensor(x) else x
                                   for x in (logprobs, *inputs)))[0] / mask[k * i : k * i + k].sum()
                    for i in range(prompts))
-        return loss / prompts * mask.sum(), torch.tensor(0)
+        return loss / prompts * mask.sum(), NOT_COUNTED
 
     return run
 
@@ -243,7 +244,7 @@ def trl_rloo(advantages_of):
     Args: advantages_of (function (R (N,)) -> (N,), where R is the score less beta times the KL).
     """
     return {"compute_advantages": lambda rewards, *_: advantages_of(rewards.sum(1)),
-            "compute_loss": sequence_clip}
+            "compute_loss": sequence_loss}
 
 
 def verl(advantages_of):
@@ -268,9 +269,7 @@ def openrlhf(baseline, whitened=False):
     What is left of the score is cut off at 10, and the mean is over the tokens of the step.
     """
     def compute_advantages(rewards, response_mask, _):
-        advantages = to_go(rewards, response_mask)  # (N, T)
-        if whitened:
-            advantages = openrlhf_whitened(advantages, response_mask)
+        advantages = reinforce_pp.compute_advantages(rewards, response_mask, whitened)
         return token_mean(advantages, response_mask)
 
     return {"normalize_scores": lambda scores, _: baseline(scores).clamp(-10, 10),
@@ -379,7 +378,7 @@ DIALECTS = {
         f"{TRL_GRPO}, epsilon_high=0.28"),
     "verl-dapo": Dialect(
         "dapo.py", ONE_ROUND,
-        lambda args: group_std(1e-6) | {"compute_loss": partial(verl_grpo_loss, most=10.0)},
+        lambda args: group_std(1e-6) | {"compute_loss": partial(verl_grpo_loss, c=10.0)},
         f"{VERL}, clip_ratio_high=0.28, clip_ratio_c=10"),
     "paper-dapo": Dialect(
         "dapo.py", ONE_ROUND, lambda args: {"compute_loss": over_groups(dapo.compute_loss, args.k)},

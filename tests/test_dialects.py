@@ -134,7 +134,7 @@ def test_clips_by_hand():
     """Ratios 1.5 and 2 per token are 3 for the response; the dual clip counts where A < 0."""
     logprobs, old = torch.tensor([[3.0, 4.0]]).log(), torch.tensor([[2.0, 2.0]]).log()
     for advantage, expected in ((1.0, -1.2), (-1.0, 3.0)):
-        loss, _ = dialects.sequence_clip(logprobs, old, torch.tensor([advantage]), 0.2)
+        loss, _ = dialects.sequence_loss(logprobs, old, torch.tensor([advantage]), 0.2)
         assert loss.item() == pytest.approx(expected)
     ratio = torch.tensor([4.0, 4.0, 0.5, 0.5])
     advantages = torch.tensor([-1.0, 1.0, -1.0, 1.0])
@@ -223,8 +223,8 @@ def test_rows_of_a_table():
     assert blackbox.rows("lab/dialects.py:trl-rloo") == ["lab/dialects.py:trl-rloo"]
     assert blackbox.rows("lab/dialects.py:*-ppo --beta 0") == [
         f"lab/dialects.py:{name}-ppo --beta 0" for name in ("trl", "verl", "openrlhf")]
-    assert len(blackbox.rows("lab/dialects.py")) == len(dialects.DIALECTS)
-    for other in ("rloo.py", "ppo.py --lam 0", "no.py", "no.py:a", "rloo.py:a"):
+    assert len(blackbox.rows("lab/dialects.py:*")) == len(dialects.DIALECTS)
+    for other in ("rloo.py", "ppo.py --lam 0", "no.py", "rloo.py:a", "lab/dialects.py:no"):
         assert blackbox.rows(other) == [other]
     args = gradient.Args(scripts=("rloo.py", "lab/dialects.py:*-remax"))
     assert gradient.rows_and_places(args)[0] == ("rloo.py", "lab/dialects.py:verl-remax")
@@ -244,15 +244,18 @@ def test_a_table_of_ones_own(tmp_path):
     (tmp_path / "my.py").write_text("""
 from types import SimpleNamespace
 double = lambda rewards, k: 2 * (rewards - rewards.mean())
-DIALECTS = {"twice": SimpleNamespace(script="rloo.py", flags="--k 2",
-                                     functions=lambda args: {"compute_advantages": double})}
+row = lambda **functions: SimpleNamespace(script="rloo.py", flags="--k 2",
+                                          functions=lambda args: functions)
+DIALECTS = {"twice": row(compute_advantages=double), "wrong": row(compute_advantage=double)}
 """)
     with loop.float64():
         world = gradient.make_world(SMALL)
         twice, before = (gradient.measure(command, world, SMALL)
                          for command in (f"{tmp_path}/my.py:twice", "rloo.py --k 2"))
+        said = gradient.attempt(f"{tmp_path}/my.py:wrong", world, SMALL)
     assert twice.length == pytest.approx(1) and before.length == pytest.approx(1)
     assert twice.variance == pytest.approx(before.variance)
+    assert said == f"{tmp_path}/my.py:wrong: rloo.py has no compute_advantage to replace"
 
 
 def test_the_list(capsys):
