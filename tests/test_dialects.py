@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +87,16 @@ def test_every_row_of_a_library_is_recorded_but_two():
     assert set(dialects.DIALECTS) - set(RECORDED) == others
     compared = [*check_dialects.TRL, *check_dialects.VERL, *check_dialects.OPENRLHF]
     assert [name.removeprefix("lab/dialects.py:") for name in compared] == [*RECORDED]
+
+
+def test_the_page_has_these_numbers_and_every_row():
+    page = (Path(__file__).parent.parent / "docs" / "dialects.md").read_text()
+    assert all(f"`{name}`" in page for name in dialects.DIALECTS)
+    for command in check_dialects.TRL:
+        name = command.removeprefix("lab/dialects.py:")
+        loss, norm = (f"{number:.7f}" for number in RECORDED[name])
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` | {loss} |"))
+        assert norm in line
 
 
 # ---------------------------------------------------------------------------------- numbers by hand
