@@ -135,6 +135,9 @@ def parse(command, **settings):
     """
     path, words, _ = resolve(command)
     path, module = Path(path), load(path)
+    table = getattr(module, "DIALECTS", {})
+    require(not table, f"{path}: name a row of its table, such as {path}:{next(iter(table), '')}; "
+                       f"'{path}:*' is all of them")
     for name in ("Args", "main", "Run"):
         require(hasattr(module, name),
                 f"{path.name}: has no {name}; a script that fits has the form of rloo.py")

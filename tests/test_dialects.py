@@ -244,10 +244,12 @@ def test_rows_of_a_table():
 def test_flags_win_over_the_dialects(capsys):
     module, args = blackbox.parse("lab/dialects.py:trl-cispo --max-ratio 3 --beta 0.1", beta=0.5)
     assert module.__name__ == "cispo" and (args.max_ratio, args.beta) == (3, 0.1)
-    with pytest.raises(SystemExit):
-        blackbox.parse("lab/dialects.py:trl-rlo")
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: lab/dialects.py:trl-rlo: no such row; it has trl-rloo, verl")
+    for wrong, said in (
+            (":trl-rlo", "no such row; it has trl-rloo, verl-rloo, openrlhf-rloo,"),
+            ("", "name a row of its table, such as lab/dialects.py:trl-rloo; 'lab/dialects.py:*'")):
+        with pytest.raises(SystemExit):
+            blackbox.parse(f"lab/dialects.py{wrong}")
+        assert capsys.readouterr().err.startswith(f"error: lab/dialects.py{wrong}: {said}")
 
 
 def test_a_table_of_ones_own(tmp_path):
