@@ -137,6 +137,7 @@ def trls(name, flags):
 
 
 def of_trainer(name, flags, folder):
+    """The same, with a folder for the model that the trainer wants."""
     import trl
 
     world = gradient.make_world(gradient.Args(k=K))
@@ -179,6 +180,8 @@ def extract(path, names, namespace):
 
     Args: path; names (of functions and classes; "Class.method" for a method alone); namespace.
     """
+    require(Path(path).is_file(), f"{path}: no such file; --verl and --openrlhf are the folders of "
+                                  "checkouts")
     tree = ast.parse(Path(path).read_text())
     nodes = {node.name: node for node in tree.body if hasattr(node, "name")}
     for name in list(nodes):
