@@ -49,6 +49,7 @@ from lab.dialects import ONE_ROUND
 from plumbing import require
 
 K, BETA = 3, 0.3
+FLAGS = gradient.Args(k=K, length=3, beta=BETA, temperature=1.0, missing_eos_penalty=0.0)
 # Of each response: its row in the lab's world, its score, and for each token the log-probs under
 # the policy, the policy that sampled and the reference.
 ROLLOUT = [
@@ -112,8 +113,7 @@ def on_last_token(scores, response_mask):
 
 def ours(command):
     """Loss and its gradient with respect to the log-probs (N, T) of a command's `main`."""
-    args = gradient.Args(k=K, beta=BETA, temperature=1.0, missing_eos_penalty=0.0)
-    batch, logprobs, ref_logprobs, scores = given(gradient.make_world(args))
+    batch, logprobs, ref_logprobs, scores = given(gradient.make_world(FLAGS))
     logprobs.requires_grad_()
     losses = []
 
@@ -121,7 +121,7 @@ def ours(command):
         losses.append(numbers["loss"])
 
     with patch.object(blackbox.BlackBox, "check_finite", note):
-        blackbox.run(command, lambda *_: batch, **gradient.settings(args), replace={
+        blackbox.run(command, lambda *_: batch, **gradient.settings(FLAGS), replace={
             "token_logprobs": lambda *_: logprobs, "no_grad_logprobs": lambda *_: ref_logprobs,
             "no_grad_values": lambda *_: values_of(batch),
             "token_values": lambda *_: values_of(batch).requires_grad_(),
@@ -140,7 +140,7 @@ def of_trainer(name, flags, folder):
     """The same, with a folder for the model that the trainer wants."""
     import trl
 
-    world = gradient.make_world(gradient.Args(k=K))
+    world = gradient.make_world(FLAGS)
     world.tokenizer.pad_token = world.tokenizer.eos_token
     world.policy.save_pretrained(folder)
     batch, logprobs, ref_logprobs, scores = given(world)
@@ -221,7 +221,7 @@ def verls(estimator, flags, functions):
     flags = Config({"loss": "vanilla", "mean": "token-mean", "in_reward": True, "std": True,
                     "clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2,
                     "global_batch_info": {}, "gamma": 1.0} | flags)
-    batch, logprobs, ref_logprobs, scores = given(gradient.make_world(gradient.Args(k=K)))
+    batch, logprobs, ref_logprobs, scores = given(gradient.make_world(FLAGS))
     old_logprobs, mask = batch.old_logprobs, batch.response_mask.double()
     logprobs.requires_grad_()
     rewards = on_last_token(scores, batch.response_mask)
@@ -277,7 +277,7 @@ def openrlhf_functions(folder):
 def openrlhfs(estimator, flags, functions):
     """Loss and gradient, by the experience maker's advantages and PolicyLoss."""
     flags = {"kl": "k1", "beta": BETA, "loss": "ppo"} | flags
-    batch, logprobs, ref_logprobs, scores = given(gradient.make_world(gradient.Args(k=K)))
+    batch, logprobs, ref_logprobs, scores = given(gradient.make_world(FLAGS))
     mask = batch.response_mask.double()
     logprobs.requires_grad_()
     advantage = SimpleNamespace(estimator=estimator, gamma=1.0, lambd=1.0, no_std_norm=False)
