@@ -162,7 +162,8 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
     module, args = parse(command, **settings | {"num_updates": warmup + count})
     functions, seen = resolve(command)[2](args), []
     for name in functions:
-        require(hasattr(module, name), f"{command}: {module.__name__}.py has no {name} to replace")
+        require(hasattr(module, name),
+                f"{command}: {Path(module.__file__).name} has no {name} to replace")
 
     def batches(dataset, size, *_):
         for update in range(-warmup, count):
