@@ -1,11 +1,11 @@
 """Bias and variance of the gradient that whole scripts compute, ours or your own, in seconds.
 
     python -m lab.gradient                                        # every algorithm of this project
+    python -m lab.gradient rloo.py "lab/dialects.py:*-rloo"       # the same name in other libraries
     python -m lab.gradient rloo.py my_rloo.py "ppo.py --lam 0.9"  # any scripts, with flags
     python -m lab.gradient rloo.py "reinforce.py --baseline none" --constant 3
     python -m lab.gradient --toys 11                              # ranges over eleven worlds
     python -m lab.gradient --stale 0.01 0.1                       # rollouts of an older policy
-    python -m lab.gradient rloo.py "lab/dialects.py:*-rloo"       # the same name in other libraries
 
 In a world so small that every response can be written down, a script's own `main` makes an update
 for every rollout that could be sampled, and the gradient is read where the policy's optimizer would
@@ -61,8 +61,7 @@ WARMUP = 4  # updates before those that count, so that an average over past ones
 @dataclass
 class Args:
     scripts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """scripts, or rows such as lab/dialects.py:trl-rloo, each with flags if you put both in quotes;
-    default: all of this project"""
+    """scripts, each with flags if you put both in quotes; default: all of this project"""
     k: Annotated[int, Between(1, 8)] = 2
     """responses per prompt, where the script's own flags do not say"""
     prompts: Annotated[int, Between(1, 4)] = 2
