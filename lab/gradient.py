@@ -494,17 +494,17 @@ def describe(world, args):
 
 def rows_and_places(args):
     """The commands of the table's rows, and the pairs (lag, KL) that get a table each."""
-    given = tuple(row for command in args.scripts for row in blackbox.rows(command))
     if not any(args.stale):
-        return given or SCRIPTS, [("policy", 0.0)]
+        return args.scripts or SCRIPTS, [("policy", 0.0)]
     lags = stale.LAGS if args.lag == "both" else [args.lag]
-    return (given or (*SCRIPTS, *stale.ROWS),
+    return (args.scripts or (*SCRIPTS, *stale.ROWS),
             list(itertools.product(lags, sorted(set(args.stale)))))
 
 
 def main(args):
     check_args(args)
     commands, places = rows_and_places(args)
+    commands = [row for command in commands for row in blackbox.rows(command)]
     results = {place: {} for place in places}  # place -> command -> list of Results, or one line
     worlds = []  # pairs of a place and its World; first, since a KL may be out of reach
     for toy in range(args.toys):

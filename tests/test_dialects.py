@@ -237,8 +237,15 @@ def test_rows_of_a_table():
     assert len(blackbox.rows("lab/dialects.py:*")) == len(dialects.DIALECTS)
     for other in ("rloo.py", "ppo.py --lam 0", "no.py", "rloo.py:a", "lab/dialects.py:no"):
         assert blackbox.rows(other) == [other]
-    args = gradient.Args(scripts=("rloo.py", "lab/dialects.py:*-remax"))
-    assert gradient.rows_and_places(args)[0] == ("rloo.py", "lab/dialects.py:verl-remax")
+
+
+def test_the_lab_takes_them_as_rows(tmp_path, capsys):
+    with loop.float64():
+        gradient.main(replace(SMALL, length=1, scripts=("rloo.py", "lab/dialects.py:*-remax"),
+                              output=f"{tmp_path}/a.png"))
+    *_, first, second, _, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("| `rloo.py` | ")
+    assert second.startswith("| `lab/dialects.py:verl-remax` | ")
 
 
 def test_flags_win_over_the_dialects(capsys):
