@@ -7,6 +7,7 @@ would step, its gradients are noted, and the weights stay as they are.
 """
 
 import copy
+import fnmatch
 import functools
 import shlex
 from contextlib import ExitStack, nullcontext
@@ -97,14 +98,46 @@ class BlackBox(Run):
     log = log_evaluation = save_model = checkpoint = nothing
 
 
+def load(path):
+    """The module of a file here or in the project."""
+    return load_module(str((Path(path) if Path(path).is_file() else ROOT / path).resolve()))
+
+
+def rows(command):
+    """The commands of a command with a pattern such as "lab/dialects.py:trl-*": one for each match.
+    """
+    words = shlex.split(command)
+    path, _, pattern = words[0].partition(":")
+    names = fnmatch.filter(getattr(load(path), "DIALECTS", ()), pattern) if pattern else []
+    return [shlex.join([f"{path}:{name}", *words[1:]]) for name in names] or [command]
+
+
+def resolve(command):
+    """What a command runs: a script, flags, and what takes the place of the script's functions.
+
+    "lab/dialects.py:trl-rloo --k 4" is a row of that file's table DIALECTS, with more flags.
+    Returns: path; list of words; function (the script's Args) -> dict name -> function.
+    """
+    path, *words = shlex.split(command)
+    path, _, name = path.partition(":")
+    if not name:
+        return path, words, lambda args: {}
+    table = getattr(load(path), "DIALECTS", {})
+    require(name in table, f"{path}:{name}: no such row; it has {', '.join(table) or 'none'}")
+    dialect = table[name]
+    return dialect.script, shlex.split(dialect.flags) + words, dialect.functions
+
+
 def parse(command, **settings):
     """Module and Args of a command such as "ppo.py --lam 0".
 
     Settings that the script has as flags replace its defaults.
     """
-    path, *words = shlex.split(command)
-    path = Path(path) if Path(path).is_file() else ROOT / path
-    module = load_module(str(path.resolve()))
+    path, words, _ = resolve(command)
+    path, module = Path(path), load(path)
+    table = getattr(module, "DIALECTS", {})
+    require(not table, f"{path}: name a row of its table, such as {path}:{next(iter(table), '')}; "
+                       f"'{path}:*' is all of them")
     for name in ("Args", "main", "Run"):
         require(hasattr(module, name),
                 f"{path.name}: has no {name}; a script that fits has the form of rloo.py")
@@ -127,7 +160,10 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
     """
     settings = dict(max_grad_norm=1e30, eval_every=0, save_every=0, eval_prompts=1) | settings
     module, args = parse(command, **settings | {"num_updates": warmup + count})
-    seen = []
+    functions, seen = resolve(command)[2](args), []
+    for name in functions:
+        require(hasattr(module, name),
+                f"{command}: {Path(module.__file__).name} has no {name} to replace")
 
     def batches(dataset, size, *_):
         for update in range(-warmup, count):
@@ -137,7 +173,7 @@ def run(command, given, count=1, warmup=0, rows=None, replace=None, **settings):
         replaced = {"Run": functools.partial(BlackBox, seen, warmup, stack),
                     "rollout": chosen_rollout(command, given, seen, warmup),
                     "token_logprobs": noted(getattr(module, "token_logprobs", None), seen),
-                    "evaluate": lambda *_: None, **(replace or {})}
+                    "evaluate": lambda *_: None, **functions, **(replace or {})}
         for name in replaced.keys() & vars(module).keys():
             stack.enter_context(patch.object(module, name, replaced[name]))
         stack.enter_context(patch("plumbing.run.batches", batches))

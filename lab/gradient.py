@@ -1,6 +1,7 @@
 """Bias and variance of the gradient that whole scripts compute, ours or your own, in seconds.
 
     python -m lab.gradient                                        # every algorithm of this project
+    python -m lab.gradient rloo.py "lab/dialects.py:*-rloo"       # the same name in other libraries
     python -m lab.gradient rloo.py my_rloo.py "ppo.py --lam 0.9"  # any scripts, with flags
     python -m lab.gradient rloo.py "reinforce.py --baseline none" --constant 3
     python -m lab.gradient --toys 11                              # ranges over eleven worlds
@@ -503,6 +504,7 @@ def rows_and_places(args):
 def main(args):
     check_args(args)
     commands, places = rows_and_places(args)
+    commands = [row for command in commands for row in blackbox.rows(command)]
     results = {place: {} for place in places}  # place -> command -> list of Results, or one line
     worlds = []  # pairs of a place and its World; first, since a KL may be out of reach
     for toy in range(args.toys):
