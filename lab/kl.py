@@ -11,6 +11,7 @@ lab/importance.py, in which nothing but the KL can have a bias.
                           (DeepSeek-V3.2, arXiv:2512.02556, equation 7)
     --kl loss-whole-k2    R = r; beta 1/2 (sum_t k1_t)^2, with the response as a single action
 
+    python -m lab.kl --kl loss-k3 --k 4
     python -m lab.gradient "lab/kl.py --kl loss-k3" "lab/kl.py --kl loss-ratio-k3"
 
 k1, k3 and ratio k3 have the same mean, and different gradients. On policy, that of the mean of
