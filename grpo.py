@@ -23,7 +23,10 @@ numbers.
 
 Where published code differs: implementations divide by std + 1e-4 (as here) or std + 1e-8. The
 official Dr. GRPO code has no KL (--beta 0) and divides by a constant, the maximum length, which
-here is absorbed into the learning rate.
+here is absorbed into the learning rate. Where TRL has a KL (its beta is 0 by default), it
+multiplies k3 by the ratio, with a gradient through it, by default since version 1.10 (equation 7 of
+DeepSeek-V3.2, arXiv:2512.02556). Token by token, that is the gradient of KL(pi || pi_ref); it lacks
+the KL-to-go all the same (lab/kl.py).
 
 Because the advantages are divided by the std, beta is relative to a reward of size 1, whatever the
 reward's scale. At rloo.py's 0.05 the policy strays far from the reference on mini TL;DR (KL 69,

@@ -32,9 +32,8 @@ FAMILY = {
         {"baseline": "ema", "num_updates": 4},
         {"baseline": "ema", "decay": 0.3, "num_updates": 4},
     ), lab=("--baseline none", ""), least_k=1),
-    "remax": Algorithm("rloo", 30, lab=("--k 1", ""), least_k=1),
-    # The lab's world has other scores than 0 and 1: no row there.
-    "maxrl": Algorithm("rloo", 20, lab=(), binary=True),
+    "remax": Algorithm("rloo", 30, lab=("--k 1", "--k 4"), least_k=1),
+    "maxrl": Algorithm("rloo", 20, lab=(), binary=True),  # lab.gradient has its row with --binary
     "grpo": Algorithm("rloo", 64, (
         {"scale_std": False, "length_mean": False},
         {"scale_std": False},

@@ -6,18 +6,20 @@
     python -m lab.gradient rloo.py "reinforce.py --baseline none" --constant 3
     python -m lab.gradient --toys 11                              # ranges over eleven worlds
     python -m lab.gradient --stale 0.01 0.1                       # rollouts of an older policy
+    python -m lab.gradient --binary                               # scores of 0 and 1
 
 In a world so small that every response can be written down, a script's own `main` makes an update
 for every rollout that could be sampled, and the gradient is read where the policy's optimizer would
 step. Weighted by the rollouts' probabilities, these gradients give the estimator's mean and
 variance exactly. The true gradient is that of E[r] - beta KL(pi || pi_ref).
 
-The table: the cosine of the mean gradient to the true one; the length of its projection on it; the
-bias, the norm of their difference; the variance, the trace of the covariance times the responses
-that an update generates (divide it by yours); that variance once the step is rescaled to length 1.
-All but the cosine are shares of the true gradient's norm, or of its square. With --toys, each
-number is the median (smallest to largest) over worlds with other weights and scores, and the
-variances are multiples of the first script's in the same world.
+The table: k, the responses that are sampled to each prompt; the cosine of the mean gradient to the
+true one; the length of its projection on it; the bias, the norm of their difference; the variance,
+the trace of the covariance times the responses that an update generates (divide it by yours); that
+variance once the step is rescaled to length 1. All but k and the cosine are shares of the true
+gradient's norm, or of its square. With --toys, each number is the median (smallest to largest) over
+worlds with other weights and scores, and the variances are multiples of the first script's in the
+same world.
 
 With --stale, the policy that is trained has moved away from the one that sampled, to a given KL
 (lab/stale.py). old_logprobs and the rollouts' probabilities are those of the sampler, and the true
@@ -54,6 +56,7 @@ from plumbing import (Between, NotNegative, Positive, check_ranges, load_module,
 WORLD = str(Path(__file__).resolve().parent / "tiny_world.py")
 ROWS = [f"{name}.py {flags}".strip() for name in FAMILY for flags in FAMILY[name].lab]
 SCRIPTS = (ROWS[0], "lab/rloo_token.py", *ROWS[1:])
+BINARY = tuple(f"{name}.py" for name in FAMILY if FAMILY[name].binary)
 WARMUP = 4  # updates before those that count, so that an average over past ones holds something
 
 
@@ -61,13 +64,14 @@ WARMUP = 4  # updates before those that count, so that an average over past ones
 class Args:
     scripts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """scripts, each with flags if you put both in quotes; default: all of this project"""
-    k: Annotated[int, Between(1, 8)] = 2
-    """responses per prompt, where the script's own flags do not say"""
+    k: Annotated[int, Between(1, 8)] | None = None
+    """responses per prompt, where the script's own flags do not say; default: the script's own k,
+    or 2 if that makes more rollouts than --draws"""
     prompts: Annotated[int, Between(1, 4)] = 2
     """prompts per update, all different"""
     words: Annotated[int, Between(1, 6)] = 1
     """words besides EOS"""
-    length: Annotated[int, Between(1, 6)] = 3
+    length: Annotated[int, Between(1, 6)] = 2
     """most tokens of a response, EOS included"""
     beta: NotNegative = 0.3
     """weight of the KL, where the script's own flags do not say"""
@@ -87,6 +91,9 @@ class Args:
     critic_error: NotNegative = 1.0
     """standard deviation of the critic's error, one for each state; 0 is a critic that knows the
     true values"""
+    binary: bool = False
+    """scores of 0 and 1, without a penalty: 1 where a response is better than the prompt's median;
+    --constant and --spread do nothing"""
     at_optimum: bool = False
     """scores that make the policy the optimum of E[r] - beta KL, where the true gradient is 0;
     shares are of the gradient of E[r]"""
@@ -123,6 +130,7 @@ class Result:
     error: float  # standard error of the bias; 0 if every draw was enumerated
     variance: float  # trace of the covariance times an update's generated responses, as a share
     draws: int
+    k: int | None = None  # responses per prompt; None if it learns from pairs
     at_optimum: bool = False
 
     @property
@@ -156,6 +164,8 @@ def check_args(args):
     require(args.beta > 0 or not args.at_optimum,
             f"--at-optimum --beta {args.beta}: without a KL there is no optimum inside; give a "
             "positive --beta")
+    require(not (args.at_optimum and args.binary),
+            "--at-optimum --binary: its scores are not 0 and 1; use one of them")
     for kl in args.stale:
         require(0 <= kl < math.inf, f"--stale {kl}: a KL must be 0 or more, and finite")
     require(not (args.at_optimum and any(args.stale)),
@@ -166,12 +176,12 @@ def check_args(args):
 
 
 def settings(args):
-    """What a script's flags are by default: this world's."""
-    return dict(
+    """What a script's flags are by default: this world's. Its k is its own where args has none."""
+    return ({} if args.k is None else {"k": args.k}) | dict(
         model=f"{WORLD}:policy", reference=f"{WORLD}:reference", critic=f"{WORLD}:critic",
         reward=(f"{WORLD}:reward",), gold="none", dataset=f"{WORLD}:prompts",
         eval_dataset=f"{WORLD}:prompts", device="cpu", plain=True,  # twice as fast on so little
-        k=args.k, prompts_per_step=args.prompts, batch_size=1, epochs=1, minibatches=1,
+        prompts_per_step=args.prompts, batch_size=1, epochs=1, minibatches=1,
         max_rounds=1, beta=args.beta, temperature=args.temperature,
         missing_eos_penalty=args.missing_eos_penalty, max_new_tokens=args.length)
 
@@ -292,8 +302,17 @@ def all_pairs(command, world, args, batch, scores):
     return gradients, weights.flatten(), 2, True
 
 
+def countable_k(command, world, args):
+    """The k of a script whose flags do not say: its own, if all rollouts can be counted, or 2."""
+    _, flags = blackbox.parse(command, **settings(args))
+    own = getattr(flags, "k", 2)
+    rollouts = math.comb(world.M + own - 1, own) ** args.prompts
+    return own if rollouts <= args.draws else min(own, 2)
+
+
 def measure(command, world, args):
     """The Result of a command such as "ppo.py --lam 0"."""
+    args = replace(args, k=args.k or countable_k(command, world, args))
     _, flags = blackbox.parse(command, **settings(args))
     pairs = hasattr(flags, "rejected_column")
     for name in ("beta", "temperature", *(() if pairs else ("k", "prompts_per_step"))):
@@ -315,7 +334,8 @@ def measure(command, world, args):
         length=(mean @ unit / unit.norm() ** 2).item(),
         bias=((mean - true).norm() / unit.norm()).item(),
         error=0.0 if exact else math.sqrt(variance / len(found)),
-        variance=variance * generated, draws=len(found), at_optimum=args.at_optimum)
+        variance=variance * generated, draws=len(found), k=None if pairs else flags.k,
+        at_optimum=args.at_optimum)
 
 
 def attempt(command, world, args):
@@ -377,19 +397,23 @@ def table(results):
     worked = [found for found in results.values() if not isinstance(found, str)] or [[]]
     if any(result.at_optimum for result in worked[0]):
         # Equal rewards have no variance, and a step of 0 no direction.
-        header = ["", "mean step / gradient of E[r]"]
+        header = ["", "k", "mean step / gradient of E[r]"]
         row = lambda found: [middle_and_range([result.bias for result in found])]
     elif len(worked[0]) > 1:
         share = f" / that of `{next(iter(results))}`"
-        header = ["", "cosine", "length", "bias", f"variance{share}", f"at length 1{share}", ""]
+        header = ["", "k", "cosine", "length", "bias", f"variance{share}", f"at length 1{share}",
+                  ""]
         row = lambda found: cells_of_toys(found, worked[0])
     else:
-        header = ["", "cosine", "length", "bias", "variance", "at length 1", ""]
+        header = ["", "k", "cosine", "length", "bias", "variance", "at length 1", ""]
         row = lambda found: cells(found[0])
     lines = [header, ["---"] * len(header)]
     for command, found in results.items():
-        failed = ["–"] * (len(header) - 2) + [found]
-        lines.append([f"`{command}`", *(failed if isinstance(found, str) else row(found))])
+        if isinstance(found, str):
+            numbers = ["–"] * (len(header) - 2) + [found]
+        else:
+            numbers = [str(found[0].k or "–"), *row(found)]  # of pairs, there is no k
+        lines.append([f"`{command}`", *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -479,30 +503,36 @@ def make_world(args, toy=0):
     tiny_world.world = tiny_world.World(
         args.words, args.length, args.prompts, args.temperature, args.beta,
         args.missing_eos_penalty, args.constant, args.spread, args.peaked, args.critic_error,
-        args.at_optimum, toy)
+        args.at_optimum, toy, args.binary)
     return tiny_world.world
 
 
 def describe(world, args):
-    """Print how large the world is, and how far from uniform."""
+    """Print how large the world is, how far from uniform, and what k is."""
     likely = world.batch.old_logprobs.sum(1).exp().view(args.prompts, -1).amax(1)  # (B,)
-    true = world.loss_gradient().norm()
-    tqdm.write(f"{world.M} responses to each prompt, the most probable with probability "
-               f"{', '.join(f'{p:.2f}' for p in likely)}; the true gradient's squared norm is "
-               f"{true**2:.3g}{' (in the first world)' * (args.toys > 1)}\n")
+    numbers = (f"the most probable has probability {', '.join(f'{p:.2f}' for p in likely)}; the "
+               f"true gradient's squared norm is {world.loss_gradient().norm() ** 2:.3g}"
+               f"{' (in the first world)' * (args.toys > 1)}")
+    default = ("each script's own default, or 2 where that makes more rollouts than --draws "
+               f"{args.draws}")
+    tqdm.write(f"{world.M} different responses to each prompt are possible; {numbers}.\n"
+               f"k of them are sampled: {args.k or default} (where a script's flags do not say).\n")
 
 
 def rows_and_places(args):
     """The commands of the table's rows, and the pairs (lag, KL) that get a table each."""
+    scripts = args.scripts or SCRIPTS + BINARY * args.binary
     if not any(args.stale):
-        return args.scripts or SCRIPTS, [("policy", 0.0)]
+        return scripts, [("policy", 0.0)]
     lags = stale.LAGS if args.lag == "both" else [args.lag]
-    return (args.scripts or (*SCRIPTS, *stale.ROWS),
+    return (args.scripts or (*scripts, *stale.ROWS),
             list(itertools.product(lags, sorted(set(args.stale)))))
 
 
 def main(args):
     check_args(args)
+    if args.binary:
+        args = replace(args, missing_eos_penalty=0.0)
     commands, places = rows_and_places(args)
     commands = [row for command in commands for row in blackbox.rows(command)]
     results = {place: {} for place in places}  # place -> command -> list of Results, or one line

@@ -1,6 +1,6 @@
 """What an estimator climbs where rewards are 0 or 1: its expected gradient as a function of p.
 
-    python -m lab.objective                               # RLOO and GRPO
+    python -m lab.objective                               # RLOO, GRPO and MaxRL
     python -m lab.objective rloo.py my_rloo.py --k 4 64
 
 p is the probability that the policy's response is right. On policy and without a KL, the mean of
@@ -33,7 +33,7 @@ GRID = [i / 100 for i in range(1, 100)]
 
 @dataclass
 class Args:
-    scripts: Annotated[tuple[str, ...], tyro.conf.Positional] = ("rloo.py", "grpo.py")
+    scripts: Annotated[tuple[str, ...], tyro.conf.Positional] = ("rloo.py", "grpo.py", "maxrl.py")
     """scripts whose compute_advantages takes rewards and k"""
     k: tuple[int, ...] = (2, 4, 16, 64)
     """responses per prompt, a curve each"""

@@ -59,11 +59,12 @@ class World:
     means lie from it, above and below by turns); peaked (factor on the logits of policy and
     reference); critic_error (standard deviation of the critic's error); at_optimum (whether the
     scores are those that make the policy the optimum of E[r] - beta KL, instead of random ones);
-    toy (another number draws other weights and scores).
+    toy (another number draws other weights and scores); binary (a score is 1 where it is above the
+    prompt's median, and 0 elsewhere).
     """
 
     def __init__(self, words, length, prompts, temperature, beta, penalty, constant, spread, peaked,
-                 critic_error, at_optimum=False, toy=0):
+                 critic_error, at_optimum=False, toy=0, binary=False):
         self.temperature, self.beta, self.penalty = temperature, beta, penalty
         self.critic_error, self.seed = critic_error, 10 * toy
         self.tokenizer = make_tokenizer(words)
@@ -83,6 +84,9 @@ class World:
         self.texts = [(self.prompts[row // self.M], text)  # (B M,), no two are equal
                       for row, text in enumerate(texts)]
         self.scores = self.make_scores(constant, spread)  # (B M,)
+        if binary:
+            groups = self.scores.view(-1, self.M)  # (B, M)
+            self.scores = (groups > groups.median(1, keepdim=True).values).double().flatten()
         if at_optimum:  # pi = pi_ref exp(r / beta), where the score has the penalty taken off
             ref_logprobs = self.logprobs(temperature, self.reference).detach()  # (B M, T)
             log_ratio = (self.batch.old_logprobs - ref_logprobs).sum(1)  # (B M,)

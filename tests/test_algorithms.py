@@ -80,6 +80,23 @@ def test_a_run_raises_its_reward(name, world, tmp_path):
     assert result["before"]["score"] < 0.4 and result["after"]["score"] > 0.8
 
 
+def test_dapo_draws_further_prompts_from_all_of_the_training_data(world, tmp_path, monkeypatch):
+    """Not from as many as there are to evaluate on, of which there is one here."""
+    script, seen = importlib.import_module("dapo"), []
+    real = script.rollout
+
+    def rollout(policy, tokenizer, prompt_ids, *flags, **more):
+        seen.append({tuple(ids) for ids in prompt_ids})
+        return real(policy, tokenizer, prompt_ids, *flags, **more)
+
+    monkeypatch.setattr(script, "rollout", rollout)
+    text = "def same(prompts, **_):\n    return [1.0] * len(prompts)\n"
+    (tmp_path / "reward.py").write_text(text)
+    run("dapo", world, tmp_path / "run", reward=(f"{tmp_path}/reward.py:same",), num_updates=1,
+        eval_every=0, eval_prompts=1, max_rounds=4, missing_eos_penalty=0.0, overlong_penalty=0.0)
+    assert len(seen) == 4 and len(set.union(*seen[1:])) > 1
+
+
 @pytest.mark.slow
 def test_dpo_prefers_the_chosen(world, tmp_path):
     unused = {"k", "prompts_per_step"}

@@ -295,6 +295,11 @@ OTHERS = [
     (reinforce, {"decay": 1.0}, "--decay 1.0: must be at least 0 and below 1"),
     (reinforce, {"window": -1}, "--window -1: must be 0 or more, and finite"),
     (grpo, {"k": 1}, "--k 1: the baseline is the mean of the k responses; use at least 2"),
+    *[(script, {"k": 1}, "--k 1: the baseline is the mean of the k responses; use at least 2")
+      for script in (gspo, cispo, dapo)],
+    *[(script, {"k": 2, "prompts_per_step": 1, "minibatches": 3},
+       "--minibatches 3: a rollout has only 2 responses to divide")
+      for script in (gspo, cispo, dapo)],
     (gspo, {"clip_high": 0.0}, '--clip-high 0.0: must be positive ("inf" disables it)'),
     (cispo, {"max_ratio": 0.0}, '--max-ratio 0.0: must be positive ("inf" disables it)'),
     (dapo, {"max_rounds": 0}, "--max-rounds 0: must be 1 or more"),

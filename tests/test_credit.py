@@ -13,6 +13,7 @@ import torch
 
 import common
 import grpo
+import maxrl
 import plumbing
 import ppo
 import reinforce_pp
@@ -236,6 +237,30 @@ def test_baselines_values_and_advantages(shown):
     with torch.no_grad():
         torch.testing.assert_close(script.old_values, common.token_values(critic, script.batch),
                                    atol=1e-5, rtol=1e-4)
+
+
+def test_maxrl_where_scores_are_0_or_1(world, tmp_path):
+    """With the reward of a run folder: -1 for wrong responses, the more for right ones the rarer.
+
+    RLOO beside it gives a right one no more than 1.
+    """
+    reward, output = tmp_path / "reward.py", tmp_path / "page.html"
+    reward.write_text("def right(prompts, completions, **_):\n"
+                      "    return [float('a' in text.split()) for text in completions]\n")
+    flags = world.flags | {"num_updates": 1, "eval_every": 0, "reward": (f"{reward}:right",),
+                           "missing_eos_penalty": 0.0, "beta": 0.0, "k": 4}
+    maxrl.main(maxrl.Args(**flags, output=str(tmp_path / "run")))
+    credit.main(credit.Args(("maxrl.py", "rloo.py --beta 0"), policy=str(tmp_path / "run"), k=4,
+                            prompts_per_step=PROMPTS, output=str(output)))
+    ours, theirs = Page(output.read_text(encoding="utf-8")).sections.values()
+    right = [float(response.numbers["score"]) for response in ours]
+    share = sum(right) / 4
+    assert 0 < share < 1 and sorted(right, reverse=True) == right
+    for score, mine, others in zip(right, ours, theirs):
+        wanted = (score - share) / share
+        assert mine.multipliers == pytest.approx([wanted] * len(mine.words), abs=5.1e-4)
+        leave_one_out = (score - share) * 4 / 3
+        assert others.multipliers == pytest.approx([leave_one_out] * len(mine.words), abs=5.1e-4)
 
 
 def told_missing(text):

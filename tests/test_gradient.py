@@ -28,7 +28,7 @@ from tools import kill
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-SMALL = gradient.Args(length=2, prompts=1)  # 3 responses to a prompt
+SMALL = gradient.Args(k=2, length=2, prompts=1)  # 3 responses to a prompt are possible
 
 
 def measure(command, args=SMALL):
@@ -293,7 +293,7 @@ SOUND = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_names_the_bias_of_a_broken_copy(name, tmp_path):
     script, flags, *changes = BROKEN[name]
-    args = gradient.Args(length=1, prompts=2) if name == "sample-major rows" else SMALL
+    args = replace(SMALL, length=1, prompts=2) if name == "sample-major rows" else SMALL
     found = measure(f"{edited(tmp_path, script, *changes)} {flags}", args)
     assert found.bias > 1e-3
     if name in ("self in the baseline", "sample-major rows"):  # half of the rows' own
@@ -307,7 +307,7 @@ def test_names_the_bias_of_a_broken_copy(name, tmp_path):
 @pytest.mark.parametrize("name", SOUND)
 def test_finds_no_bias_in_a_sound_copy(name, tmp_path):
     script, flags, *changes = SOUND[name]
-    args = gradient.Args(length=1, prompts=2) if "prompts" in name else SMALL
+    args = replace(SMALL, length=1, prompts=2) if "prompts" in name else SMALL
     found = measure(f"{edited(tmp_path, script, *changes)} {flags}", args)
     assert found.error == 0 and found.verdict() == "unbiased to 1e-6"
     if name == "a baseline that is added":  # which only the variance can tell
@@ -469,7 +469,7 @@ def test_the_critic_knows_the_true_values_or_errs_by_chance(error):
 
 
 def test_scores_have_the_mean_that_the_flags_say():
-    args = gradient.Args(words=2, prompts=3, constant=1.0, spread=2.0)
+    args = gradient.Args(words=2, length=3, prompts=3, constant=1.0, spread=2.0)
     with loop.float64():
         world = gradient.make_world(args)
     probabilities = world.batch.old_logprobs.exp().prod(1)  # masked tokens have probability 1
@@ -486,7 +486,7 @@ def test_scores_have_the_mean_that_the_flags_say():
                                      "lab/rloo_token.py"])
 def test_the_weights_of_tokens_make_the_gradient(command):
     with loop.float64():
-        args = gradient.Args(prompts=1)
+        args = gradient.Args(k=2, length=3, prompts=1)
         world = gradient.make_world(args)
         rows = [0, 2]
         given = lambda *_: world.batch[rows]
@@ -552,7 +552,7 @@ def test_updates_start_from_the_state_and_the_random_numbers_after_the_warm_up(m
 
 
 def test_updates_get_the_first_rows_of_the_data_or_the_chosen_ones(monkeypatch):
-    seen, args = [], gradient.Args(length=1, prompts=2)
+    seen, args = [], gradient.Args(k=2, length=1, prompts=2)
     monkeypatch.setattr(blackbox.BlackBox, "check_finite",
                         lambda run, examples, **_: seen.append(examples["prompt"]))
     with loop.float64():
@@ -579,6 +579,8 @@ def test_updates_get_the_first_rows_of_the_data_or_the_chosen_ones(monkeypatch):
     ({"temperature": 0.0}, "--temperature 0.0: must be positive and finite"),
     ({"at_optimum": True, "beta": 0.0}, "--at-optimum --beta 0.0: without a KL there is no optimum "
                                         "inside; give a positive --beta"),
+    ({"at_optimum": True, "binary": True}, "--at-optimum --binary: its scores are not 0 and 1; use "
+                                           "one of them"),
     ({"output": "a.pdf"}, "--output a.pdf: must be the name of a PNG file"),
 ])
 def test_bad_flags(flags, line, capsys):
@@ -597,31 +599,65 @@ def test_the_rows_are_those_of_the_family():
 
 
 def test_the_tables_columns():
-    found = gradient.Result(cosine=0.8, length=0.5, bias=0.7, error=0.25, variance=3.0, draws=9)
+    found = gradient.Result(cosine=0.8, length=0.5, bias=0.7, error=0.25, variance=3.0, draws=9,
+                            k=2)
     backward = gradient.Result(cosine=-0.8, length=-0.5, bias=1.7, error=0.0, variance=30.0,
                                draws=9)
     results = {"a.py --k 2": [found], "b.py": [backward], "c.py": "no such file"}
     assert gradient.table(results).splitlines() == [
-        "|  | cosine | length | bias | variance | at length 1 |  |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| `a.py --k 2` | 0.800 | 0.500 | 0.700 ± 0.250 | 3 | 12 | no bias seen: 0.70 ± 0.25 |",
-        "| `b.py` | -0.800 | -0.500 | 1.700 | 30 | – | biased: points 143° off, away from it, "
+        "|  | k | cosine | length | bias | variance | at length 1 |  |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| `a.py --k 2` | 2 | 0.800 | 0.500 | 0.700 ± 0.250 | 3 | 12 | no bias seen: 0.70 ± 0.25 |",
+        "| `b.py` | – | -0.800 | -0.500 | 1.700 | 30 | – | biased: points 143° off, away from it, "
         "-0.50 of the length |",
-        "| `c.py` | – | – | – | – | – | no such file |"]
+        "| `c.py` | – | – | – | – | – | – | no such file |"]
 
 
 def test_several_worlds_are_a_median_and_a_range():
     """Variances are multiples of the first script's in the same world, whose own are 2, 4 and 8."""
-    first = [gradient.Result(1.0, 1.0, 0.0, 0.0, variance, 9) for variance in (2.0, 4.0, 8.0)]
-    other = [gradient.Result(0.8, 0.5, 0.7, 0.0, 2.0, 9),
+    first = [gradient.Result(1.0, 1.0, 0.0, 0.0, variance, 9, 4) for variance in (2.0, 4.0, 8.0)]
+    other = [gradient.Result(0.8, 0.5, 0.7, 0.0, 2.0, 9, 1),
              gradient.Result(0.5, 2.0, 1.9, 0.0, 2.0, 9),
              gradient.Result(-0.5, -1.0, 2.5, 0.0, 2.0, 9)]
     results = {"a.py": first, "b.py": other, "c.py": "no such file"}
     assert gradient.table(results).splitlines()[2:] == [
-        "| `a.py` | 1.00 | 1.00 | 0.00 | 1.00 | 1.00 | unbiased to 1e-6 |",
-        "| `b.py` | 0.50 (-0.50 to 0.80) | 0.50 (-1.00 to 2.00) | 1.90 (0.70 to 2.50) | "
+        "| `a.py` | 4 | 1.00 | 1.00 | 0.00 | 1.00 | 1.00 | unbiased to 1e-6 |",
+        "| `b.py` | 1 | 0.50 (-0.50 to 0.80) | 0.50 (-1.00 to 2.00) | 1.90 (0.70 to 2.50) | "
         "0.50 (0.25 to 1.00) | 4.00 (0.12 to inf) | points 37° to 120° off |",
-        "| `c.py` | – | – | – | – | – | no such file |"]
+        "| `c.py` | – | – | – | – | – | – | no such file |"]
+
+
+@pytest.mark.parametrize("command, flags, k, draws", [
+    ("rloo.py", {}, 4, 15), ("ppo.py --lam 1", {}, 1, 3), ("rloo.py --k 3", {}, 3, 10),
+    ("rloo.py", {"draws": 14}, 2, 6), ("ppo.py --k 3", {"draws": 2}, 3, 2),
+    ("rloo.py", {"k": 3}, 3, 10), ("dpo.py", {}, None, 9),
+    ("raft.py", {"prompts": 2, "draws": 224}, 2, 36)])
+def test_k_is_the_scripts_own_where_it_can_be_counted(command, flags, k, draws):
+    """Of three responses to a prompt: its own, or 2 if there are more rollouts than --draws."""
+    found = measure(command, gradient.Args(length=2, **{"prompts": 1} | flags))
+    assert (found.k, found.draws) == (k, draws)
+    assert gradient.table({command: [found]}).splitlines()[2].split(" | ")[1] == str(k or "–")
+
+
+def test_scores_of_0_and_1(tmp_path, capsys):
+    """Where MaxRL has a row: with two responses it is RLOO, with four it is longer.
+
+    By (1 - (1 - p)^3) / p, where p is the probability of the one response with the better score.
+    """
+    args = gradient.Args(scripts=("maxrl.py --k 2", "maxrl.py"), length=1, prompts=1, binary=True,
+                         beta=0.0, output=f"{tmp_path}/a.png")
+    with loop.float64():
+        gradient.main(args)
+        world = gradient.make_world(replace(args, missing_eos_penalty=0.0))
+    assert sorted(world.scores.tolist()) == [0, 1]
+    plain = gradient.make_world(replace(args, binary=False))
+    assert torch.equal(world.scores == 1, plain.scores == plain.scores.max())
+    p = (world.batch.old_logprobs.sum(1).exp() @ world.scores).item()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "maxrl" in line]
+    assert [row[1] for row in rows] == ["2", "4"] and rows[0][-1] == "unbiased to 1e-6 |"
+    assert rows[1][3] == f"{(1 - (1 - p) ** 3) / p:.3f}" and rows[1][2] == "1.000"
+    assert gradient.rows_and_places(gradient.Args(binary=True))[0] == (*gradient.SCRIPTS,
+                                                                       "maxrl.py")
 
 
 def test_the_pictures_points():
@@ -659,12 +695,12 @@ def test_redrawn_worlds_differ_in_weights_scores_and_critic():
     ("reinforce_pp_baseline.py --no-whiten", 1.305, "1.31")])
 def test_at_the_optimum_only_a_kl_in_the_reward_stays(command, step, text):
     """The world of test_exact.py, which finds the same numbers with the scripts' functions."""
-    args = gradient.Args(at_optimum=True, beta=0.5, prompts=1, words=2)
+    args = gradient.Args(at_optimum=True, beta=0.5, k=2, prompts=1, words=2, length=3)
     world = gradient.make_world(args)
     with loop.float64():
         found = gradient.measure(command, world, args)
     assert found.bias == pytest.approx(step, abs=1e-3) and (found.bias < 1e-9) == (step == 0)
-    assert gradient.table({command: [found]}).splitlines()[-1] == f"| `{command}` | {text} |"
+    assert gradient.table({command: [found]}).splitlines()[-1] == f"| `{command}` | 2 | {text} |"
 
 
 def test_flags_at_their_limits():
@@ -681,8 +717,9 @@ def test_table_and_picture(tmp_path, capsys):
         gradient.main(args)
         likely = gradient.make_world(args).logprobs(args.temperature).exp().prod(1).max()
     printed = capsys.readouterr().out
-    assert printed.startswith("3 responses to each prompt, the most probable with probability "
-                              f"{likely:.2f}; ")
+    assert printed.startswith("3 different responses to each prompt are possible; the most "
+                              f"probable has probability {likely:.2f}; ")
+    assert "\nk of them are sampled: each script's own default, or 2 where " in printed
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| `")]
     assert [row[-1] for row in rows][0] == "unbiased to 1e-6 |" and "no such file" in rows[2][-1]
     assert rows[1][-1].startswith("biased") and (tmp_path / "new" / "a.png").stat().st_size > 10_000
@@ -690,7 +727,8 @@ def test_table_and_picture(tmp_path, capsys):
 
 def test_the_page_has_todays_numbers():
     """Of an example in the first world."""
-    found = [measure("rloo.py", gradient.Args(beta=beta)).variance for beta in (0.3, 1.0)]
+    found = [measure("rloo.py", gradient.Args(k=2, length=3, beta=beta)).variance
+             for beta in (0.3, 1.0)]
     page = (ROOT / "docs" / "lab.md").read_text()
     assert "this is RLOO | {:.3g} | {:.3g} |".format(*found) in page
 

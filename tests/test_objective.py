@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import grpo
+import maxrl
 import rloo
 from lab import objective
 
 
-@pytest.mark.parametrize("script", [rloo, grpo])
+@pytest.mark.parametrize("script", [rloo, grpo, maxrl])
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_slope_is_that_of_a_softmax_policy_over_every_draw(script, k):
     """Four responses, two of them right: the mean gradient of all draws is f(p) grad p."""
@@ -43,12 +44,23 @@ def test_what_rloo_and_grpo_climb(p):
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.02
 
 
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_what_maxrl_climbs(p):
+    """log p, cut off after k - 1 terms: 1/p (1 - (1 - p)^(k - 1)), which is p itself for k 2."""
+    for k in (2, 3, 16):
+        wanted = sum((1 - p) ** (j - 1) for j in range(1, k))
+        assert objective.slope(maxrl.compute_advantages, p, k) == pytest.approx(wanted, abs=1e-9)
+    limit = objective.LIMITS["log p"](p)
+    assert objective.slope(maxrl.compute_advantages, p, 512) == pytest.approx(limit, rel=1e-9)
+
+
 def test_table_and_picture(tmp_path, capsys):
     objective.main(objective.Args(k=(2, 3), output=f"{tmp_path}/new/a.png"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| f(p) | p 0.05 | p 0.2 | p 0.5 | p 0.8 | p 0.95 |"
     assert lines[2] == "| `rloo.py`, k 2 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |"
-    assert lines[4] == "| `grpo.py`, k 2 | 0.71 | 0.71 | 0.71 | 0.71 | 0.71 |" and len(lines) == 8
+    assert lines[4] == "| `grpo.py`, k 2 | 0.71 | 0.71 | 0.71 | 0.71 | 0.71 |"
+    assert lines[7] == "| `maxrl.py`, k 3 | 1.95 | 1.80 | 1.50 | 1.20 | 1.05 |" and len(lines) == 10
     assert (tmp_path / "new" / "a.png").stat().st_size > 10_000
 
 
