@@ -67,7 +67,7 @@ def draw(curves, path):
         styles = plot.styles([f"k {k}" for k in found])
         for i, ((name, style), values) in enumerate(zip(styles.items(), found.values())):
             axis.plot(GRID, values, markevery=(8 * i % 33, 33), label=name, **style)
-        axis.set(yscale="log", title=script, xlabel="p, the probability of a right response")
+        axis.set(yscale="log", title=script, xlabel="p: share of right responses")
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("f(p): the mean gradient is f(p) ∇p")
     axes[0, -1].legend(frameon=False)
