@@ -567,7 +567,7 @@ def test_what_is_run_and_drawn(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"experiments": ("fig1", "fig9")}, "fig9: unknown experiment; choose from lr, stale, "),
+    ({"experiments": ("fig1", "fig9")}, "fig9: unknown experiment; choose from lr, lr_math, "),
     ({"experiments": ("fig1_tuned",)}, "fig1_tuned: takes the learning rates that lr finds; run "),
     ({"minutes": 0.0}, "--minutes 0.0: must be above 0"),
     ({"experiments": ("first",), "redraw": True}, "first: docs/results has no numbers of it yet"),
@@ -617,10 +617,10 @@ def test_the_page_agrees_with_the_saved_numbers(tmp_path, monkeypatch):
 
 def sentences():
     """The page's sentences that draw conclusions, and the table of what each rests on."""
-    text = papers.PAGE.read_text().partition("## What to make of it")[2]
-    text = text.partition("## How the runs were made")[0]
+    text = papers.PAGE.read_text().partition("## Several steps per rollout")[2]
+    text = text.partition("## How the runs were made")[0].partition("\n")[2]
     text, _, table = text.partition("<!--")
-    text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^(#|\||    |!\[).*$", "", text, flags=re.MULTILINE)  # only prose
     blocks = [" ".join(block.split()) for block in text.replace("\n- ", "\n\n").split("\n\n")]
     found = [sentence for block in blocks
              for sentence in re.split(r"(?<=[.)]) (?=[A-Z`*])", block) if sentence]
@@ -643,6 +643,44 @@ def test_conclusions_say_no_more_than_the_verdicts_after_correction():
             assert open_, f"sounds decided: {sentence}"
         if {row[-1] for row in rows} == {"too small"}:
             assert "too small" in sentence, f"says more than that it is small: {sentence}"
+
+
+def ranks(values):
+    """The mean rank of each, where some are the same."""
+    return [sum(other < value for other in values) + values.count(value) / 2 for value in values]
+
+
+def test_the_table_of_several_steps_and_its_correlations():
+    """Its numbers are those of the runs; Spearman's correlations are those of its columns."""
+    text = papers.PAGE.read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (-?[\d.]+)[^|]*((?:\| [^|]+){8})\|$", text, re.MULTILINE)
+    assert len(rows) == 10
+    columns = [("stale_math", "score", 4), ("stale_math", "score", 16), ("stale_math", "lag", 4),
+               ("stale_math", "lag", 16), ("stale", "final gold", 4), ("stale", "final gold", 16),
+               ("stale", "lag", 4), ("stale", "lag", 16)]
+    found = {column: [] for column in columns}
+    for name, _, cells in rows:
+        for (experiment, metric, steps), cell in zip(columns, cells.split("|")[1:]):
+            round_ = ", one round" if (name, experiment) == ("DAPO", "stale_math") else ""
+            arm = papers.read(experiment)[f"{name}{round_}, {steps} steps"]
+            mean, low, _ = intervals.interval([papers.measure(run, metric)
+                                               for run in arm["runs"].values()])
+            half = "" if metric == "lag" else f" ± {papers.number(mean - low)}"
+            assert cell.strip() == papers.number(mean) + half, (name, experiment, steps)
+            found[experiment, metric, steps].append(float(cell.split()[0]))
+    cosines = [float(cosine) for _, cosine, _ in rows]
+
+    def correlations(of):
+        """With the outcome on mini math and mini TL;DR, 4 and 16 steps, as text."""
+        pairs = [(of(experiment, steps), ranks(found[experiment, metric, steps]))
+                 for experiment, metric, steps in columns if metric != "lag"]
+        numbers = [f"{np.corrcoef(*pair)[0, 1]:.1f}".replace("-", "−") for pair in pairs]
+        return f"{', '.join(numbers[:3])} and {numbers[3]}"
+
+    moved = correlations(lambda experiment, steps: ranks(found[experiment, "lag", steps]))
+    assert f"with the outcome is {moved}." in text
+    cosine = correlations(lambda experiment, steps: ranks(cosines))
+    assert f"cosine with the outcome is {cosine} (mini math" in text
 
 
 @pytest.mark.parametrize("edit", [
