@@ -27,14 +27,15 @@ To plant bugs of your own, give a JSON file as --bugs:
 Within a text, «one¦other» stands for one of its parts, by --seed, and for the same one wherever it
 occurs in a copy. Edits that are "silenced" hide the symptom, and must not pass.
 
-bugs.txt holds the twelve bugs, compressed so that nobody reads them by accident. To edit one, unpack
-it with `base64 -d bugs.txt | gunzip > bugs.json`, and pack it again with `gzip -c bugs.json |
-base64 > bugs.txt`.
+bugs.txt holds the twelve bugs, compressed so that nobody reads them by accident. To edit one,
+unpack it with `base64 -d bugs.txt | gunzip > bugs.json`, and pack it again with `gzip -c bugs.json
+| base64 > bugs.txt`.
 """
 
 import ast
 import base64
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -104,25 +105,32 @@ def choose(text, key):
 def edit(text, changes, what, key=""):
     """Replace each old text by its new one."""
     for old, new in changes:
+        old, new = choose(old, key), choose(new, key)
         found = text.count(old)
         require(found == 1, f"{what}: {old.strip()[:60]!r} occurs {found} times; it must occur "
                             "exactly once")
-        text = text.replace(old, choose(new, key))
+        text = text.replace(old, new)
     return text
 
 
-def import_all(text):
-    """A script with the imports of all scripts, so that a copy's do not tell what its bug needs."""
+@functools.cache
+def all_imports():
+    """The import of all that scripts may need: dict package -> text."""
     common = (ROOT / "common.py").read_text()
     scripts = [common, *((ROOT / f"{name}.py").read_text() for name in FAMILY)]
     lists = re.findall(r"from plumbing import \((.*?)\)", "\n".join(scripts), re.DOTALL)
     names = {"common": re.findall(r"^(?:def|class) (\w+)", common, re.MULTILINE),
              "plumbing": re.findall(r"\w+", " ".join(lists))}
-    for package in names:
-        start = f"    from {package} import ("
-        listed = textwrap.fill(", ".join(sorted({*names[package]})), 99, initial_indent=start,
-                               subsequent_indent=" " * len(start))
-        text = re.sub(rf"    from {package} import \(.*?\)", f"{listed})", text, flags=re.DOTALL)
+    starts = {package: f"    from {package} import (" for package in names}
+    return {package: textwrap.fill(", ".join(sorted({*names[package]})), 99, initial_indent=start,
+                                   subsequent_indent=" " * len(start)) + ")"
+            for package, start in starts.items()}
+
+
+def import_all(text):
+    """A script with the imports of all scripts, so that a copy's do not tell what its bug needs."""
+    for package, imports in all_imports().items():
+        text = re.sub(rf"    from {package} import \(.*?\)", imports, text, flags=re.DOTALL)
     return text
 
 

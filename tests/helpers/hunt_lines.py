@@ -1,19 +1,20 @@
 """Can the planted bugs of exercises/hunt.py be found without understanding them?
 
-    python -m tests.helpers.hunt_lines 20         # over the copies of seeds 1 to 20
-    python -m tests.helpers.hunt_lines 20 --show  # and every line, with a mark at the bugs'
+    python -m tests.helpers.hunt_lines 20            # the copies of seeds 1 to 20
+    python -m tests.helpers.hunt_lines 20 --lines    # and every unique line, the bugs' marked
 
-A place is a block of lines in which a copy differs from its script. For each bug, the first table
-says how many places a copy has, how many of its lines are unique, which means in no script and in
-no other copy of the same seed, how many of these are the bug's, and in how many places they lie.
+A place is a block of lines in which a copy differs from its script. A line is unique if it is in no
+script and in no other copy of the same seed. The first table has, for each bug, means over the
+seeds: the places, the unique lines, those of the bug's place, and the places that have some.
 
-The second table plays students who look for the bug by a rule, without reading: how often the rule
-points at the bug's place, next to how often a blind choice among the copy's places would. "Rarest
-line" and "commonest line" compare the same copy over all seeds, as a class can.
+The second plays students who look for the bug by a rule, without reading: for each of the bugs, how
+often the rule picks the bug's place. With ties, a draw among them decides. "Rarest line",
+"commonest line" and "versions" compare the same copy over all seeds, as a class can; "left alone
+elsewhere" looks for lines of the script that most other copies of the seed do not rewrite. The last
+row is a blind choice.
 """
 
 import difflib
-import random
 from collections import Counter
 from typing import Annotated, NamedTuple
 
@@ -22,7 +23,7 @@ import tyro
 from exercises import hunt
 from lab.family import SCRIPTS
 
-BUGS, PLACES = hunt.load_bugs(__import__("os").environ.get("HUNT", hunt.Args.bugs))
+BUGS, PLACES = hunt.load_bugs(hunt.Args.bugs)
 
 
 class Place(NamedTuple):
@@ -43,7 +44,7 @@ def text_of(script):
 
 
 def places_of(bug, key):
-    """The places of a copy. The imports are no place, since they are the same in all copies."""
+    """The places of a copy. The imports, which are the same in all copies, are none."""
     script = hunt.import_all(text_of(bug["script"])).splitlines()
     copy = hunt.plant(bug, PLACES, key).splitlines()
     planted = {line for old, new in bug["bug"]
@@ -94,7 +95,8 @@ def rules(unique, alone, times, versions):
         "fewest versions": lambda place: -versions[place.old],
         "most versions": lambda place: versions[place.old],
         "lines only added": lambda place: not place.old,
-        "left alone elsewhere": lambda place: max([alone.get(line, 0) for line in place.old] or [0]),
+        "left alone elsewhere": lambda place: max((alone.get(line, 0) for line in place.old),
+                                                  default=0),
         "blind": lambda place: 0,
     }
 
