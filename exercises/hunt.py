@@ -83,7 +83,7 @@ def require(ok, message):
 def load_bugs(path):
     """The bugs in a JSON file, plain or compressed, and the places that are written differently."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
         is_plain = text.lstrip().startswith("{")
         found = json.loads(text if is_plain else gzip.decompress(base64.b64decode(text)))
     except (OSError, EOFError, ValueError) as error:
