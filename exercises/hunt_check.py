@@ -35,10 +35,19 @@ from plumbing import batches, errors, load_module, load_rows, one_line, run
 
 
 TOKENIZER = make_tokenizer(words=6)
-TOKENIZER.pad_token = TOKENIZER.eos_token
-PROMPTS = ["a b c", "d", "e f a b", "b b", "c e d f a", "f"]
-VALUE = dict(zip("abcdef", (1.0, -0.7, 0.4, 2.1, -1.3, 0.2)))
-make = functools.cache(functools.partial(make_model, vocab_size=len(TOKENIZER)))
+TOKENIZER.pad_token = "f"  # a token of its own, which nobody writes, as in the shipped tasks
+PROMPTS = ["a b c", "d", "e c a b", "b b", "c e d b a", "e"]
+VALUE = dict(zip("abcde", (1.0, -0.7, 0.4, 2.1, -1.3)))
+
+
+@functools.cache
+def make(kind, seed, **kwargs):
+    model = make_model(kind, len(TOKENIZER), seed, **kwargs)
+    if kind is GPT2LMHeadModel:
+        bias = torch.zeros(len(TOKENIZER), dtype=torch.float64)  # of the logits
+        bias[TOKENIZER.pad_token_id] = -1e4
+        model.lm_head.bias = torch.nn.Parameter(bias)
+    return model
 
 
 def policy():
@@ -77,7 +86,8 @@ SETTINGS = [  # each flag of an algorithm has at least two values in these
     dict(k=2, beta=0.1, temperature=1.3, max_new_tokens=3, missing_eos_penalty=2.0,
          microbatch_tokens=10_000, minibatches=1, max_grad_norm=0.5, lr=0.01, baseline="ema",
          decay=0.3, whiten=False, lam=0.5, gamma=0.9, value_clip=0.05, rank_by="score",
-         scale_std=False, length_mean=False, normalize_scores=False),
+         scale_std=False, length_mean=False, normalize_scores=False,
+         clip_low=0.02, clip_high=0.05, max_ratio=1.02),
     dict(k=4, beta=0.0, temperature=1.0, max_new_tokens=5, missing_eos_penalty=0.0,
          microbatch_tokens=30, minibatches=3, epochs=2, clip=0.05, lr=0.003, critic_lr=0.2,
          baseline="none", lam=1.0, clip_scores=1.0),

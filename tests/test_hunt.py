@@ -1,5 +1,6 @@
 """exercises/hunt.py: a mended copy passes, however it is written; a bug or new damage does not."""
 
+import ast
 import json
 import re
 import shlex
@@ -12,15 +13,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 import tyro
 
+from common import rollout
 from exercises import hunt, hunt_check
-from plumbing import RunArgs, load_module
+from plumbing import (RunArgs, isolated_rng, load_module, load_policy, load_rows, load_tokenizer)
+from tests.helpers import hunt_lines
 
 ROOT = Path(__file__).parent.parent
-BUGS = hunt.load_bugs(ROOT / "exercises" / "bugs.txt")
+BUGS, PLACES = hunt.load_bugs(ROOT / "exercises" / "bugs.txt")
 NAMES = [f"{number}-{Path(bug['script']).stem}" for number, bug in enumerate(BUGS, 1)]
 each_bug = pytest.mark.parametrize("bug", BUGS, ids=NAMES)
+CHOSEN = "cabbccabcbca"  # in every process and Python: old copies can be checked next year
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,11 +47,11 @@ def remember():
 
 @pytest.fixture
 def check(tmp_path):
-    """What --check says of a text that is meant to mend a bug."""
-    def check(text, bug):
+    """What hunt_check says of a text that is meant to mend a bug."""
+    def check(text, bug, seed=1):
         copy, planted = tmp_path / "copy.py", tmp_path / "planted.py"
         copy.write_text(text)
-        planted.write_text(hunt.plant(bug))
+        planted.write_text(planted_copy(bug, seed))
         return hunt_check.check(str(copy), str(ROOT / bug["script"]), str(planted))
 
     return check
@@ -56,21 +61,44 @@ def script(bug):
     return (ROOT / bug["script"]).read_text()
 
 
-# ------------------------------------------------------------------------------------- the ten bugs
+def key_of(bug, seed):
+    return f"{seed} {BUGS.index(bug) + 1}"
 
 
-def test_ten_bugs_in_nine_scripts():
-    assert len(BUGS) == 10 and len({bug["script"] for bug in BUGS}) == 9
-    assert all(len(bug["silenced"]) >= 2 and len(bug["same"]) >= 4 for bug in BUGS)
+def planted_copy(bug, seed=1, more=()):
+    """A student's copy; `more` are further edits of the script."""
+    return hunt.plant(bug | {"bug": [*bug["bug"], *more]}, PLACES, key_of(bug, seed))
+
+
+def mended_copy(bug, seed=1, mend=()):
+    """That copy in which only the bug is mended: by the script's own lines, or by other edits."""
+    return hunt.plant(bug | {"bug": mend}, PLACES, key_of(bug, seed))
+
+
+# ---------------------------------------------------------------------------------- the twelve bugs
+
+
+def test_twelve_bugs_in_eleven_scripts():
+    assert len(BUGS) == 12 and len({bug["script"] for bug in BUGS}) == 11
+    assert all(len(bug["silenced"]) >= 2 for bug in BUGS)
 
 
 @each_bug
 def test_a_bug_fits_its_script(bug):
     """If not, a script's old text is no longer there: the top of hunt.py says how to edit a bug."""
-    planted = hunt.plant(bug)
-    compile(planted, bug["script"], "exec")
-    for changes in bug["silenced"]:
-        compile(hunt.edit(planted, changes, "silenced"), bug["script"], "exec")
+    for seed in range(1, 9):
+        planted = planted_copy(bug, seed)
+        compile(planted, bug["script"], "exec")
+        assert max(map(len, planted.splitlines())) <= 100
+        for changes in bug["silenced"]:
+            compile(planted_copy(bug, seed, changes), bug["script"], "exec")
+
+
+def test_every_place_is_in_a_script_and_every_copy_has_many():
+    fitting = {bug["script"]: {old for old, _ in PLACES if script(bug).count(old) == 1}
+               for bug in BUGS}
+    assert all(len(places) >= 10 for places in fitting.values())
+    assert set.union(*fitting.values()) == {old for old, _ in PLACES}
 
 
 @each_bug
@@ -89,34 +117,49 @@ def test_nobody_reads_them_by_accident():
     copies = [hunt.place(number, bug) for number, bug in enumerate(BUGS, 1)]
     text = "\n".join(path.read_text() for path in pages if path.name not in copies)
     assert "bugs.txt" in text
-    assert not any(new.strip() in text for bug in BUGS for _, new in bug["bug"])
+    assert not any(hunt.choose(new, key_of(bug, seed)).strip() in text
+                   for bug in BUGS for _, new in bug["bug"] for seed in range(1, 9))
 
 
 @pytest.mark.slow
 @each_bug
-def test_the_script_itself_passes(bug, check):
-    said = f"mended: it computes what {bug['script']} computes"
-    assert check(script(bug), bug) == (True, said)
-
-
-@pytest.mark.slow
-@each_bug
-def test_the_other_places_compute_the_same(bug, check):
-    """A copy in which only the bug is mended."""
-    assert check(hunt.edit(script(bug), bug["same"], "same"), bug)[0]
+def test_the_other_places_compute_the_same(bug, check, monkeypatch):
+    """To 1e-9. (python -m tests.helpers.hunt_places goes through every way to write them.)"""
+    monkeypatch.setattr(hunt_check, "same", lambda found, expected: torch.allclose(
+        found, expected, rtol=0, atol=1e-9 * (1 + expected.nan_to_num().abs().max()),
+        equal_nan=True))
+    text = mended_copy(bug)
+    assert check(text, bug) == (True, f"mended: it computes what {bug['script']} computes")
+    left, count = hunt.left_of(text, bug, PLACES, key_of(bug, 1))
+    assert left >= 0.9 * count >= 10
 
 
 @pytest.mark.slow
 @each_bug
 def test_the_bug_is_seen(bug, check):
-    assert check(hunt.plant(bug), bug) == (False, "the bug is still there")
+    assert check(planted_copy(bug), bug) == (False, "the bug is still there")
+
+
+@pytest.mark.slow
+def test_a_symptom_quotes_the_share_of_responses_that_end():
+    """Bug 10's command evaluates the embedded policy with its flags before it trains."""
+    (command,), (symptom,) = [[bug[name] for bug in BUGS if "eval/eos_rate" in bug["symptom"]]
+                              for name in ("commands", "symptom")]
+    args = tyro.cli(load_module(str(ROOT / "ppo.py")).Args, args=shlex.split(command[0])[2:])
+    tokenizer = load_tokenizer(str(ROOT / args.model))
+    args.model, args.dataset = str(ROOT / args.model), str(ROOT / args.dataset)
+    test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)
+    with isolated_rng(args.seed):
+        batch = rollout(load_policy(args, "cpu"), tokenizer, test[:]["prompt_ids"], 1,
+                        args.temperature, args.max_new_tokens)
+    assert f"eval/eos_rate says {batch.ended.float().mean():.2f} before training" in symptom
 
 
 @pytest.mark.slow
 def test_the_first_check_of_a_process_samples_as_the_second_does(tmp_path):
     """The tiny world's models are made once, and that must not move the random numbers."""
     path = tmp_path / "copy.py"
-    path.write_text(hunt.plant(BUGS[4]))
+    path.write_text(planted_copy(BUGS[4]))
     command = [sys.executable, "-m", "exercises.hunt", "5", "--check", str(path)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 1 and found.stdout == f"{path}: the bug is still there\n"
@@ -126,7 +169,7 @@ def test_the_first_check_of_a_process_samples_as_the_second_does(tmp_path):
 @pytest.mark.parametrize("number", [0, 1])
 @each_bug
 def test_hiding_the_symptom_does_not_pass(bug, number, check):
-    mended, message = check(hunt.edit(hunt.plant(bug), bug["silenced"][number], "silenced"), bug)
+    mended, message = check(planted_copy(bug, more=bug["silenced"][number]), bug)
     assert not mended
     assert message.startswith(("the bug is still there", "something else is different now"))
 
@@ -134,10 +177,23 @@ def test_hiding_the_symptom_does_not_pass(bug, number, check):
 @pytest.mark.slow
 def test_another_mend_of_the_same_bug_passes(check):
     """With other random numbers than the script's: what counts is what is made of the responses."""
-    (bug,) = [bug for bug in BUGS if "isolated_rng(args.seed + run.step)" in hunt.plant(bug)]
-    mended = hunt.plant(bug).replace("isolated_rng(args.seed + run.step)",
-                                     "isolated_rng(args.seed + run.step * args.k + len(samples))")
-    assert check(mended, bug)[0]
+    (bug,) = [bug for bug in BUGS if bug["script"] == "grpo.py"]
+    lines = planted_copy(bug).splitlines(keepends=True)
+    seeded = [line for line in lines if "with isolated_rng(" in line]
+    assert len(seeded) == 1
+    unseeded = seeded[0].partition("isolated_rng(")[0] + "torch.enable_grad():\n"
+    assert check("".join(lines).replace(seeded[0], unseeded), bug)[0]
+
+
+@pytest.mark.slow
+def test_padding_left_out_of_the_loss_is_a_right_mend(check):
+    """Where padding has a token of its own, as in the shipped tasks."""
+    (bug,) = [bug for bug in BUGS if bug["script"] == "raft.py"]
+    mend = [["        num_tokens = batch.response_mask[best].sum()\n",
+             "        words = batch.responses != tokenizer.pad_token_id\n"
+             "        num_tokens = words[best].sum()\n"],
+            ["part = compute_loss(logprobs)", "part = compute_loss(logprobs * words[best[rows]])"]]
+    assert check(mended_copy(bug, mend=mend), bug)[0]
 
 
 @pytest.mark.parametrize("script", sorted({bug["script"] for bug in BUGS}))
@@ -150,6 +206,85 @@ def test_each_flag_of_an_algorithm_has_two_values(script):
     same = {name for name in values if len(values[name]) == 1}
     assert same - {*hunt_check.BASE, "lr_schedule", "warmup_updates", "seed"} <= {"window"}
     assert not {"lr", "critic_lr", "max_grad_norm"} & same
+
+
+# ------------------------------------------------------------------------------- whose copy it is
+
+
+@each_bug
+def test_the_script_itself_is_refused(bug, tmp_path):
+    """Nor does another layout of it pass, without comments."""
+    number, copy = BUGS.index(bug) + 1, tmp_path / "copy.py"
+    for text in (script(bug), ast.unparse(ast.parse(script(bug)))):
+        copy.write_text(text)
+        mended, message = hunt.check(copy, number, bug, PLACES, seed=1)
+        assert not mended and message.startswith("it is not your copy, or no longer: of ")
+        assert f"0 are left; mend {hunt.place(number, bug)}, and" in message
+
+
+def test_a_mended_copy_of_another_seed_is_refused(tmp_path):
+    for number, bug in enumerate(BUGS, 1):
+        copy = tmp_path / "copy.py"
+        copy.write_text(mended_copy(bug, seed=2))
+        mended, message = hunt.check(copy, number, bug, PLACES, seed=1)
+        assert not mended and "it is not your copy" in message
+
+
+def test_a_mend_may_put_back_a_third_of_the_places_and_leave_out_the_comments():
+    for bug in BUGS:
+        fitting = [old for old, _ in PLACES if script(bug).count(old) == 1]
+        some = [place for place in PLACES if place[0] not in fitting[::3]]
+        text = ast.unparse(ast.parse(hunt.plant(bug | {"bug": []}, some, key_of(bug, 1))))
+        left, count = hunt.left_of(text, bug, PLACES, key_of(bug, 1))
+        assert count / 2 <= left < count
+
+
+def test_a_syntax_error_is_one_line(tmp_path):
+    copy = tmp_path / "copy.py"
+    copy.write_text(planted_copy(BUGS[0]) + "\nreturn (\n")
+    line = planted_copy(BUGS[0]).count("\n") + 2
+    assert hunt.check(copy, 1, BUGS[0], PLACES, 1) == (
+        False, f"it stops in line {line}: SyntaxError: '(' was never closed")
+
+
+# ----------------------------------------------------------------- no way around reading the copies
+
+
+def test_choices_depend_on_the_key_and_are_the_same_within_a_copy():
+    text = "«x¦y» = «a¦b¦«c¦d»»; «x¦y»"
+    found = [hunt.choose(text, key) for key in range(40)]
+    assert set(found) == {f"{name} = {value}; {name}" for name in "xy" for value in "abcd"}
+    assert found == [hunt.choose(text, key) for key in range(40)]  # in every process, see below
+    assert "".join(hunt.choose("«a¦b¦c»", key) for key in range(12)) == CHOSEN
+
+
+def test_all_copies_import_the_same():
+    imports = {text[text.index("    from common") : text.index("\nexcept ModuleNotFoundError")]
+               for bug in BUGS for text in [planted_copy(bug)]}
+    assert len(imports) == 1
+
+
+@each_bug
+def test_copies_vary_with_the_seed(bug):
+    """Of the lines of a copy that are not the script's, few are in another seed's copy."""
+    known = set(hunt.import_all(script(bug)).splitlines())
+    one, other = ({*planted_copy(bug, seed).splitlines()} - known for seed in (1, 2))
+    assert len(one & other) < 0.4 * len(one)
+
+
+def test_students_who_do_not_read_do_not_find_the_bugs():
+    counts, hits = hunt_lines.study(range(1, 21))
+    for row in counts:
+        assert row["places with some"] >= 6 and row["the bug's"] < 0.4 * row["unique lines"]
+    mean = {name: sum(row[name] for row in hits) / len(hits) for name in hits[0]}
+    assert 0.05 < mean["blind"] < 0.15 and max(mean.values()) < 0.3
+
+
+def test_the_study_sees_places_that_repeat(monkeypatch):
+    """As they did, one way to write each: then unique lines or the versions tell the bug."""
+    monkeypatch.setattr(hunt_lines, "PLACES", [[old, hunt.choose(new, "")] for old, new in PLACES])
+    _, hits = hunt_lines.study(range(1, 6))
+    assert sum(row["most versions"] for row in hits) / len(hits) > 0.6
 
 
 # ------------------------------------------------------------------------------------- other damage
@@ -211,10 +346,10 @@ def test_an_endless_loop_is_one_line(tmp_path, monkeypatch):
     stop, file = tmp_path / "stop", tmp_path / "endless.py"
     loop = (f"    import os, time\n    while not os.path.exists({str(stop)!r}):\n"
             "        time.sleep(0.01)\n")
-    file.write_text(hunt.edit(script(RLOO), [("    device = setup(args)\n", loop)], "rloo.py"))
+    file.write_text(mended_copy(RLOO, mend=[("    device = setup(args)\n", loop)]))
     monkeypatch.setattr(hunt, "SECONDS", 0.5)
     before = set(threading.enumerate())
-    mended, message = hunt.check(file, RLOO)
+    mended, message = hunt.check(file, 5, RLOO, PLACES, seed=1)
     left = set(threading.enumerate()) - before
     assert len(left) == 1 and all(thread.daemon for thread in left)  # so that the command can end
     stop.touch()
@@ -247,7 +382,7 @@ def test_copies_stand_beside_the_scripts_and_git_ignores_them():
     """So that they find what scripts import, and need no edit for it."""
     patterns = (ROOT / ".gitignore").read_text().split()
     places = [hunt.place(number, bug) for number, bug in enumerate(BUGS, 1)]
-    assert len(set(places)) == 10 and all(Path(place).name == place for place in places)
+    assert len(set(places)) == 12 and all(Path(place).name == place for place in places)
     assert all(any(fnmatch(place, pattern) for pattern in patterns) for place in places)
 
 
@@ -259,38 +394,47 @@ def test_all_symptoms_are_listed(capsys):
 
 @pytest.mark.slow
 def test_the_exit_code_says_whether_it_is_mended(tmp_path, capsys):
-    planted = tmp_path / "rloo.py"
-    planted.write_text(hunt.plant(BUGS[4]))
-    right = ROOT / "rloo.py"
-    for number, path, code in ((5, right, 0), (6, right, 1), (5, planted, 1)):  # 5 is rloo.py's
+    texts = mended_copy(BUGS[4]), planted_copy(BUGS[4]), script(BUGS[4])
+    for text, code in zip(texts, (0, 1, 1)):
+        (tmp_path / "rloo.py").write_text(text)
         with pytest.raises(SystemExit) as stopped:
-            hunt.main(hunt.Args(number=number, check=str(path)))
+            hunt.main(hunt.Args(number=5, check=str(tmp_path / "rloo.py")))
         assert stopped.value.code == code
     assert re.findall(r"rloo.py: (.*?)[:\n]", capsys.readouterr().out) == [
-        "mended", "something else is different now", "the bug is still there"]
+        "mended", "the bug is still there", "it is not your copy, or no longer"]
+
+
+def test_the_command_to_check_names_the_seed(here, capsys):
+    for seed, said in ((1, "exercises.hunt 3 --check"), (7, "exercises.hunt 3 --seed 7 --check")):
+        hunt.main(hunt.Args(number=3, seed=seed))
+        assert said in capsys.readouterr().out
+        assert (here / "3.py").read_text() == planted_copy(BUGS[2], seed)
+        (here / "3.py").unlink()
 
 
 def test_bugs_of_your_own(tmp_path, here, capsys):
     bug = {"script": "rloo.py", "symptom": "It forgets.", "commands": ["python {copy}"],
-           "bug": [["return -(advantages", "return (advantages"]], "same": [], "silenced": []}
-    (tmp_path / "my.json").write_text(json.dumps([bug]))
+           "bug": [["return -(advantages", "return (advantages"]], "silenced": []}
+    (tmp_path / "my.json").write_text(json.dumps({"places": [], "bugs": [bug]}))
     hunt.main(hunt.Args(number=1, bugs=str(tmp_path / "my.json")))
     assert "return (advantages" in (here / "1.py").read_text()
     assert "It forgets." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"number": 11}, "there are bugs 1 to 10"),
-    ({"number": 0}, "there are bugs 1 to 10"),
+    ({"number": 13}, "there are bugs 1 to 12"),
+    ({"number": 0}, "there are bugs 1 to 12"),
     ({"check": "x.py"}, "--check x.py: give the number of the bug as well"),
     ({"number": 1, "check": "no/such.py"}, "--check no/such.py: no such file"),
     ({"bugs": "no/such.json"}, "--bugs no/such.json: cannot be read"),
     ({"bugs": str(ROOT / "README.md")}, "cannot be read"),
     ({"bugs": "wrong.json"}, "--bugs wrong.json: each bug needs"),
+    ({"bugs": "places.json"}, "--bugs places.json: needs places and bugs"),
 ])
 def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("wrong.json").write_text(json.dumps([BUGS[0], {"script": "rloo.py"}]))
+    Path("wrong.json").write_text(json.dumps({"places": [], "bugs": [{"script": "rloo.py"}]}))
+    Path("places.json").write_text(json.dumps({"bugs": []}))
     with pytest.raises(SystemExit) as stopped:
         hunt.main(hunt.Args(**flags))
     error = capsys.readouterr().err
