@@ -331,7 +331,8 @@ def prompts_share(claim, arms):
             found[name] = np.concatenate([left_out, total / table.shape[1]], 1).tolist()
         return found
 
-    prompts = len(next(iter(used.values()))["prompts"]["odd"]["curves"]["score"][0])
+    (first_row, *_), *_ = next(iter(used.values()))["prompts"]["odd"]["curves"].values()
+    prompts = len(first_row)  # P
     halves = [{label: curves(arm, half) for label, arm in used.items()} for half in HALVES]
     first = {label: next(iter(arm["runs"].values())) for label, arm in used.items()}
 
@@ -630,7 +631,7 @@ def sweep(names, rates, args):
 def curves_of(experiment):
     """The curves whose numbers on each prompt an experiment's claims need."""
     words = {word for claim in experiment.claims for word in claim.metric.lower().split()}
-    return [name for name in CURVES if name in words | {"score"}]
+    return [name for name in CURVES if name in words]
 
 
 def add(arm, seed, numbers, curves):
