@@ -94,7 +94,7 @@ class Args(RunArgs):  # data, evaluation, memory, devices, checkpoints: see plum
     missing_eos_penalty: NotNegative = 1.0
     """subtracted from the score of a response without EOS"""
     model: str = "tasks/mini_tldr-sft"
-    """initial policy: hub name or folder"""
+    """initial policy: hub name, folder, or path/to/file.py:function"""
     reference: str | None = None
     """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
