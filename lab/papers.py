@@ -331,7 +331,8 @@ def prompts_share(claim, arms):
             found[name] = np.concatenate([left_out, total / table.shape[1]], 1).tolist()
         return found
 
-    prompts = len(next(iter(used.values()))["prompts"]["odd"]["curves"]["score"][0])
+    (first_row, *_), *_ = next(iter(used.values()))["prompts"]["odd"]["curves"].values()
+    prompts = len(first_row)  # P
     halves = [{label: curves(arm, half) for label, arm in used.items()} for half in HALVES]
     first = {label: next(iter(arm["runs"].values())) for label, arm in used.items()}
 
@@ -416,9 +417,11 @@ def draw(name, arms):
     panels, points = experiment.panels, experiment.points
     curves = dict.fromkeys(curve for curve, _ in points.values()) if points else arms
     looks = {label: look | {"label": label} for label, look in plot.styles(curves).items()}
-    figure, axes = plot.plt.subplots(1, len(panels), squeeze=False, layout="constrained",
-                                     figsize=(4 * len(panels), 3 + 0.15 * len(curves)))
-    for axis, (x, y) in zip(axes[0], panels):
+    rows = 1 if len(panels) < 4 else 2
+    columns = len(panels) // rows
+    figure, axes = plot.plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                                     figsize=(4 * columns, 3 * rows + 0.15 * len(curves)))
+    for axis, (x, y) in zip(axes.flat, panels):
         if points:
             draw_against(axis, experiment, y, arms, looks)
         elif x:
@@ -431,7 +434,7 @@ def draw(name, arms):
             axis.set_ylabel(AXES.get(y, y))
         axis.grid(alpha=0.3)
     if any(x for x, _ in panels) or points:
-        plot.add_legend(figure, axes[0], training=False)
+        plot.add_legend(figure, axes.flat, training=False)
     plot.save(figure, RESULTS / f"{name}.png")
 
 
@@ -454,6 +457,8 @@ def draw_against(axis, experiment, y, arms, looks):
                       elinewidth=0.8, markersize=4.5, linewidth=1.3, **look)
     ticks = sorted({number for _, number in experiment.points.values()})
     axis.set_xscale("log")
+    if y in ("final kl", "lag"):  # of which an estimator that runs away has far more
+        axis.set_yscale("log", nonpositive="clip")
     axis.set_xticks(ticks, [f"{number:g}" for number in ticks], rotation=30)
     axis.set_xticks([], minor=True)
 
@@ -640,7 +645,7 @@ def sweep(names, rates, args):
 def curves_of(experiment):
     """The curves whose numbers on each prompt an experiment's claims need."""
     words = {word for claim in experiment.claims for word in claim.metric.lower().split()}
-    return [name for name in CURVES if name in words | {"score"}]
+    return [name for name in CURVES if name in words]
 
 
 def add(arm, seed, numbers, curves):

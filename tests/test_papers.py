@@ -253,7 +253,8 @@ def fake(tmp_path, monkeypatch):
     """Two experiments of two arms that share one, with fake runs."""
     def pair(a, b):
         arms = {k: f"rloo.py --k {k}" for k in (a, b)}
-        return Experiment("", "", arms, [], [], seeds=range(1, 3), tuned=True)
+        claims = [Claim("", "final score", (a,), (b,))]
+        return Experiment("", "", arms, claims, [], seeds=range(1, 3), tuned=True)
 
     runs = FakeRuns()
     lr = Experiment("", "", {}, [], [], seeds=range(101, 103))
@@ -542,7 +543,7 @@ def test_the_list_says_what_was_run(fake, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(papers, "read_numbers", lambda folder: RUN | {
         "cpu_seconds": 90.0, "prompts": {"score": [[0.0], [0.0], [0.0]]}})
     claims = [Claim("a", "score", ("3",)), Claim("b", "score", ("3",), ("4",))]
-    papers.EXPERIMENTS["second"].claims = claims
+    papers.EXPERIMENTS["first"].claims, papers.EXPERIMENTS["second"].claims = [], claims
     args = papers.Args(output=str(tmp_path / "runs"))
     papers.sweep(["first", "second"], {"rloo.py": "0.1"}, args)
     papers.EXPERIMENTS["first"].seeds = range(1, 4)
