@@ -367,6 +367,8 @@ def cells(result):
 
 def middle_and_range(values):
     """The median (smallest to largest) as text; one number where they do not differ."""
+    if not values:
+        return "–"
     found = statistics.median(values), min(values), max(values)
     middle, low, high = (f"{value:z.2f}" for value in found)
     return middle if low == high else f"{middle} ({low} to {high})"
@@ -375,12 +377,14 @@ def middle_and_range(values):
 def cells_of_toys(found, first):
     """The numbers of several worlds as text.
 
-    Variances are multiples of the first script's in the same world.
+    Variances are multiples of the first script's in the same world; at length 1, of the worlds in
+    which the first does not point away.
     """
     numbers = [[result.cosine for result in found], [result.length for result in found],
                [result.bias for result in found],
                [result.variance / other.variance for result, other in zip(found, first)],
-               [result.noise / other.noise for result, other in zip(found, first)]]
+               [result.noise / other.noise for result, other in zip(found, first)
+                if other.length > 0]]
     angles = [result.angle for result in found]
     verdicts = {result.verdict().partition(":")[0] for result in found}
     said = " or ".join(verdicts)

@@ -109,7 +109,7 @@ class Args(RunArgs):  # data, evaluation, memory, devices, checkpoints: see plum
     missing_eos_penalty: NotNegative = 1.0
     """subtracted from the score of a response without EOS"""
     model: str = "tasks/mini_tldr-sft"
-    """initial policy: hub name or folder"""
+    """initial policy: hub name, folder, or path/to/file.py:function"""
     reference: str | None = None
     """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)
@@ -128,7 +128,7 @@ def main(args):
     device = setup(args)
     tokenizer = load_tokenizer(args.model)
     policy = load_policy(args, device)
-    reference = load_reference(args, tokenizer, device)
+    reference = load_reference(args, tokenizer, device, policy)
     reward_fns = load_rewards(args, device, args.reward_noise)  # maximized, or only logged
     train = load_rows(args, args.train_split, tokenizer)
     test = load_rows(args, args.test_split, tokenizer, first=args.eval_prompts)

@@ -342,7 +342,9 @@ def prompts_share(claim, arms):
         def number(label):
             run = {name: [row[column] for row in rows] for name, rows in half[label].items()}
             axes = {name: first[label][name] for name in ("updates", "samples")}
-            return measure(axes | run, claim.metric)
+            # evaluate.py measures the trained policy, on nearly the same prompts.
+            taxed = claim.metric in run and claim.metric in first[label].get("tax", {})
+            return measure(axes | run, f"final {claim.metric}" if taxed else claim.metric)
 
         return effect(claim, number)
 
@@ -359,12 +361,19 @@ def margin_of(claim, arms):
 
 
 def change(run, metric):
-    """What training has changed of a metric; the metric itself if that is a change, or a cost."""
+    """What training has changed of a metric; the metric itself if that is a change, or a cost.
+
+    0 for what only evaluate.py says (perplexity, variance), which has not read the initial policy.
+    """
     value, (first, *_, last) = measure(run, metric), metric.split() * 2
     if first == "log":
         return 1.0
+    if metric == "wrong_length_after":
+        return run["growth_of_wrong"]
     curve = run.get(last if first == "final" else first)
-    return value - curve[0] if isinstance(curve, list) else value
+    if isinstance(curve, list):
+        return value - curve[0]
+    return 0.0 if metric in run.get("tax", {}) else value
 
 
 def chosen_rates(arms):
@@ -550,7 +559,8 @@ def write_page():
     for said, heading in VERDICTS.items():
         rows = [cells for verdict, cells in claims if verdict == said]
         parts += [f"## {heading}", markdown([header, *rows])]
-    parts.append("## Numbers and pictures\n\nMeans ± half of the 95% interval.")
+    parts.append("## Numbers and pictures\n\nMeans ± half of the 95% interval over seeds; "
+                 "other prompts would change them a little more.")
     drawn = {name: arms for name in EXPERIMENTS
              if EXPERIMENTS[name].panels and (arms := read(name))}
     for name, arms in drawn.items():
@@ -584,7 +594,7 @@ def print_list():
     judged, rates = judge_all(), chosen_rates(read("lr"))
     for name, experiment in EXPERIMENTS.items():
         runs, minutes = cost([name])
-        asked = len(experiment.arms) * len(experiment.seeds)
+        asked = len(set(experiment.arms.values())) * len(experiment.seeds)
         said = [found[-2] for (other, _), found in judged.items() if other == name]
         counts = ", ".join(f"{word}: {said.count(word)}" for word in VERDICTS if word in said)
         done = seeds_done(experiment, arms) if (arms := read(name)) else 0

@@ -6,11 +6,12 @@ it, with the same advantages, KL and loss for all four, so that nothing else dif
     none      A_i sum_t grad log pi_t                           as if nothing had happened
     token     A_i sum_t w_t grad log pi_t                       w_t = pi / pi_old of the token
     clip      as token, but 0 where w_t has left 1 +- --clip in the direction of A_i   (PPO's clip)
-    sequence  A_i (prod_t w_t) sum_t grad log pi_t              unbiased; see lab/importance.py
+    sequence  A_i (prod_t w_t) sum_t grad log pi_t              unbiased without a KL
 
     python -m lab.reuse --k 4 --minibatches 16 --ratio none
 
-The KL that is part of the rewards is the sampler's, and stays as it was at the rollout.
+The KL that is part of the rewards is the sampler's, and stays as it was at the rollout;
+lab/importance.py takes that of the policy, and is unbiased with a KL too.
 """
 
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Args(RunArgs):  # data, evaluation, memory, devices, checkpoints: see plum
     missing_eos_penalty: NotNegative = 1.0
     """subtracted from the score of a response without EOS"""
     model: str = "tasks/mini_tldr-sft"
-    """initial policy: hub name or folder"""
+    """initial policy: hub name, folder, or path/to/file.py:function"""
     reference: str | None = None
     """reference policy for the KL; default: a frozen copy of --model"""
     reward: tuple[str, ...] = ("tasks/mini_tldr-reward",)

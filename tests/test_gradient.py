@@ -625,6 +625,11 @@ def test_several_worlds_are_a_median_and_a_range():
         "| `b.py` | 1 | 0.50 (-0.50 to 0.80) | 0.50 (-1.00 to 2.00) | 1.90 (0.70 to 2.50) | "
         "0.50 (0.25 to 1.00) | 4.00 (0.12 to inf) | points 37° to 120° off |",
         "| `c.py` | – | – | – | – | – | – | no such file |"]
+    # Where the first one points away, nothing is a share of it; in the second world it is 0.5 / 4.
+    rows = gradient.table({"b.py": [other[2], first[1]], "a.py": [first[0], other[1]]})
+    assert rows.splitlines()[3].split(" | ")[6] == "0.12"
+    rows = gradient.table({"b.py": [other[2], other[2]], "a.py": first[:2]})
+    assert [row.split(" | ")[6] for row in rows.splitlines()[2:]] == ["–", "–"]
 
 
 @pytest.mark.parametrize("command, flags, k, draws", [

@@ -184,6 +184,14 @@ def test_what_training_changes_by_hand(metric, by):
     assert papers.change(RUN, metric) == pytest.approx(by)
 
 
+def test_what_training_changes_is_not_the_whole_of_a_number_that_was_there_before():
+    """Wrong answers had 3 tokens and have 3.2. Perplexity is only measured of trained policies."""
+    run = RUN | {"wrong_length_after": 3.2, "growth_of_wrong": 0.2,
+                 "tax": {"perplexity": 1.5, "score": 2.0}}
+    assert papers.change(run, "wrong_length_after") == 0.2
+    assert papers.change(run, "perplexity") == 0 and papers.change(run, "score") == 2
+
+
 def test_a_difference_is_too_small_within_a_tenth_of_what_training_changes():
     """Heights 2 above the start: margin 0.2. A bound of 0.5 has none, nor has a single arm."""
     close = {"a": {"runs": {"1": RUN, "2": RUN}},
@@ -213,6 +221,12 @@ def test_the_prompts_share_of_a_claim_by_hand():
     claim = Claim("", "score", ("a",), ("b",))
     assert papers.prompts_share(claim, both) == pytest.approx(1)
     assert papers.prompts_share(claim._replace(metric="clipfrac"), both) == 0
+    for arm in both.values():  # what evaluate.py measures is the end of training
+        arm["runs"]["1"] = run | {"tax": {"score": 1.0, "perplexity": 1.0}}
+        for half in arm["prompts"].values():
+            half["curves"]["score"].insert(1, [5.0, 0.0, 1.0])
+    assert papers.prompts_share(claim, both) == pytest.approx(1)
+    assert papers.prompts_share(claim._replace(metric="perplexity"), both) == 0
     del both["b"]["prompts"]["even"]  # one seed so far
     assert papers.prompts_share(claim, both) == 0
 
