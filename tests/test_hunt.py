@@ -243,7 +243,8 @@ def test_the_script_itself_is_refused(bug, tmp_path):
         copy.write_text(text)
         mended, message = hunt.check(copy, number, bug, PLACES, seed=1)
         assert not mended and message.startswith("it is not your copy, or no longer: of ")
-        assert f"0 are left; mend {hunt.place(number, bug)}, and" in message
+        assert (f"0 are left; give your copy's --seed, and mend {hunt.place(number, bug)} "
+                "without") in message
 
 
 def test_a_mended_copy_of_another_seed_is_refused(tmp_path):
