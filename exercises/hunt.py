@@ -194,7 +194,8 @@ def check(path, number, bug, places, seed):
     if 2 * left < count:
         return False, (f"it is not your copy, or no longer: of {count} lines that --seed {seed} "
                        f"writes differently from {bug['script']} to no effect, {left} are left; "
-                       f"mend {place(number, bug)}, and leave the rest of it as it is")
+                       f"give your copy's --seed, and mend {place(number, bug)} without changing "
+                       "the rest of it")
     from exercises import hunt_check  # loads torch and transformers, which the rest does not need
 
     found = [(False, f"it is still running after {SECONDS} seconds; is there a loop that never "

@@ -15,9 +15,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import tyro
+from helpers import loop
 
 from common import rollout
 from exercises import hunt, hunt_check
+from lab import gradient
 from plumbing import (RunArgs, isolated_rng, load_module, load_policy, load_rows, load_tokenizer)
 from tests.helpers import hunt_lines
 
@@ -156,6 +158,28 @@ def test_a_symptom_quotes_the_share_of_responses_that_end():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bug", [bug for bug in BUGS if "lab/gradient.py" in bug["symptom"]],
+                         ids=lambda bug: bug["script"])
+def test_a_symptom_quotes_what_the_lab_says(bug, tmp_path, monkeypatch):
+    """With the flags of its command: with others it may say nothing at all."""
+    monkeypatch.chdir(ROOT)
+    copy = tmp_path / "copy.py"
+    copy.write_text(planted_copy(bug))
+    (command,) = [command for command in bug["commands"] if "lab.gradient" in command]
+    args = tyro.cli(gradient.Args, args=shlex.split(command.format(copy=copy))[3:])
+    with loop.float64():
+        world = gradient.make_world(args)
+        right, wrong = (gradient.measure(row, world, args) for row in args.scripts)
+    holds = {"no bias, but nine times the variance":
+             wrong.bias < 1e-6 and round(wrong.variance / right.variance) == 9,
+             "38 degrees away from the true one, and is a quarter as long":
+             round(wrong.angle) == 38 and 0.2 < wrong.length < 0.3,
+             "finds a bias": wrong.bias > 0.1}
+    assert right.bias < 1e-6
+    assert [holds[words] for words in holds if words in bug["symptom"]] == [True]
+
+
+@pytest.mark.slow
 def test_the_first_check_of_a_process_samples_as_the_second_does(tmp_path):
     """The tiny world's models are made once, and that must not move the random numbers."""
     path = tmp_path / "copy.py"
@@ -219,7 +243,8 @@ def test_the_script_itself_is_refused(bug, tmp_path):
         copy.write_text(text)
         mended, message = hunt.check(copy, number, bug, PLACES, seed=1)
         assert not mended and message.startswith("it is not your copy, or no longer: of ")
-        assert f"0 are left; mend {hunt.place(number, bug)}, and" in message
+        assert (f"0 are left; give your copy's --seed, and mend {hunt.place(number, bug)} "
+                "without") in message
 
 
 def test_a_mended_copy_of_another_seed_is_refused(tmp_path):
