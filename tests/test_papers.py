@@ -541,7 +541,7 @@ def test_the_list_says_what_was_run(fake, tmp_path, monkeypatch, capsys):
 
     assert listed() == ["0 of 2 seeds, 0 CPU minutes, about 1 to go (after lr)"] * 2
     monkeypatch.setattr(papers, "read_numbers", lambda folder: RUN | {
-        "cpu_seconds": 90.0, "prompts": {"score": [[0.0, 1.0]] * 3}})
+        "cpu_seconds": 90.0, "prompts": {"score": [[0.0, 0.0]] * 3}})
     claims = [Claim("a", "score", ("3",)), Claim("b", "score", ("3",), ("4",))]
     papers.EXPERIMENTS["first"].claims, papers.EXPERIMENTS["second"].claims = [], claims
     args = papers.Args(output=str(tmp_path / "runs"))
