@@ -116,10 +116,11 @@ REUSED = {"RLOO, no ratio": "lab/reuse.py --ratio none",
           "DAPO": "dapo.py"}
 
 
-def stale(title, setting, commands, gold=()):
+def stale(title, setting, commands, gold=(), dapo="DAPO"):
     """The experiment of several steps per rollout.
 
-    Args: title; setting (flags of all); commands (name -> command); gold (metrics of that reward).
+    Args: title; setting (flags of all); commands (name -> command); gold (metrics of that reward);
+    dapo (the name of the DAPO that has as many responses as the others).
     """
     points = {f"{name}, {steps} steps": (name, steps) for name in commands for steps in (1, 4, 16)}
     # With one step every ratio is 1, and the four forms of RLOO are one.
@@ -134,7 +135,7 @@ def stale(title, setting, commands, gold=()):
     orders = [("RLOO, token ratio", "RLOO, no ratio"), ("RLOO, clipped", "RLOO, token ratio"),
               ("RLOO, clipped", "RLOO, no ratio"), ("RLOO, clipped", "RLOO, sequence ratio"),
               ("RLOO, sequence ratio", "RLOO, token ratio"),
-              ("GSPO", "GRPO"), ("CISPO", "GRPO"), (list(commands)[-1], "GRPO"), ("PPO", "GRPO"),
+              ("GSPO", "GRPO"), ("CISPO", "GRPO"), (dapo, "GRPO"), ("PPO", "GRPO"),
               ("REINFORCE++", "GRPO")]
     return Experiment(
         title, "GSPO, MiniMax-M1 (CISPO), DAPO and PPO; ours", arms,
@@ -180,7 +181,8 @@ EXPERIMENTS = {
     "stale": stale("Several steps per rollout (mini TL;DR)", STALE, REUSED, ("final gold",)),
     # Where many groups have no differences, DAPO samples up to four times as many responses.
     "stale_math": stale("Several steps per rollout (mini math)", STALE_MATH,
-                        REUSED | {"DAPO, one round": "dapo.py --max-rounds 1"}),
+                        REUSED | {"DAPO, one round": "dapo.py --max-rounds 1"},
+                        dapo="DAPO, one round"),
     "fig2": Experiment(
         "REINFORCE, RLOO, vanilla PG and PPO", "Back to Basics, figure 2",
         RLOO4 | REINFORCE | VANILLA | PPO95 | PPO_ONE,

@@ -109,4 +109,9 @@ def verdict(low, high, margin=0.0):
         return "holds"
     if high <= 0:
         return "does not hold"
+    return undecided(low, high, margin)
+
+
+def undecided(low, high, margin):
+    """What an interval says where it is open on which side of 0 the number lies."""
     return "too small" if -margin < low and high < margin else "cannot tell"

@@ -48,7 +48,8 @@ import evaluate
 import plot
 from common import no_grad_logprobs
 from lab.experiments import COMMON, EXPERIMENTS, RATES, TUNED
-from lab.intervals import discoveries, interval, p_value, prompt_variance, verdict
+from lab.intervals import (discoveries, interval, p_value, prompt_variance, undecided,
+                           verdict)
 from plumbing import require
 from tools import kill
 
@@ -142,7 +143,7 @@ def train(command, folder, lag):
 
 
 def measured(rollout, lags):
-    """A script's `rollout` that notes KL(pi_old || pi) at the end of the last rollout's use.
+    """A script's `rollout` that first notes KL(pi_old || pi), if the rollout before was used.
 
     Args: rollout; lags (list to append to: sum over tokens of ratio - 1 - log ratio, in nats, mean
     over responses; an unbiased estimate, since the tokens come from pi_old).
@@ -191,7 +192,7 @@ def finish(context, job, output):
     numbers, taxed, log = folder / "numbers.json", folder / "tax.json", f"{folder}.log"
     if not numbers.exists():
         shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted sweep
-        Path(log).write_text(f"python {command} --seed {seed}\n")
+        Path(log).write_text(f"python {shown(command)} --seed {seed}\n")
         call(context, train, log, f"{command} --seed {seed}", folder, lag)
         numbers.write_text(json.dumps(read_numbers(folder)))
         shutil.rmtree(folder / "checkpoints")
@@ -520,10 +521,8 @@ def judge_all():
              for claim in EXPERIMENTS[name].claims}
     decided, judged = discoveries([p for *_, p, _ in found.values()]), {}
     for (key, (claim, mean, low, high, said, _, margin)), sure in zip(found.items(), decided):
-        if sure or low == high:  # low == high: all are the same
-            corrected = said
-        else:  # the p-value decides nothing; the size may
-            corrected = "too small" if -margin < low and high < margin else "cannot tell"
+        # low == high: all are the same. Where the p-value decides nothing, the size may.
+        corrected = said if sure or low == high else undecided(low, high, margin)
         judged[key] = claim, mean, low, high, margin, said, corrected
     return judged
 

@@ -42,21 +42,21 @@ def compute_advantages(rewards, k):
     return (rewards - baseline).flatten()
 
 
-def compute_loss(logprobs, old_logprobs, advantages, response_mask, ratio, clip):
+def compute_loss(logprobs, old_logprobs, advantages, response_mask, kind, clip):
     """- sum_i A_i sum_t w_t log pi_t, with the weights w of --ratio. A sum: the caller divides.
 
     Args: logprobs, old_logprobs (n, T), 0 where masked; advantages (n,); response_mask (n, T);
-    ratio (a value of --ratio); clip. Returns: scalar.
+    kind (a value of --ratio); clip. Returns: scalar.
     """
     advantages = advantages[:, None]  # (n, 1)
     log_ratio = logprobs.detach() - old_logprobs  # (n, T)
-    if ratio == "none":
+    if kind == "none":
         weights = torch.ones_like(log_ratio)  # (n, T)
-    elif ratio == "sequence":
+    elif kind == "sequence":
         weights = log_ratio.sum(1, keepdim=True).exp()  # (n, 1)
     else:
         weights = log_ratio.exp()  # (n, T)
-    if ratio == "clip":
+    if kind == "clip":
         outside = torch.where(advantages > 0, weights > 1 + clip, weights < 1 - clip)  # (n, T)
         weights = weights.masked_fill(outside, 0.0)
     return -(advantages * weights * logprobs * response_mask).sum()
