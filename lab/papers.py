@@ -596,7 +596,8 @@ def print_list():
         asked = len(set(experiment.arms.values())) * len(experiment.seeds)
         said = [found[-2] for (other, _), found in judged.items() if other == name]
         counts = ", ".join(f"{word}: {said.count(word)}" for word in VERDICTS if word in said)
-        done = seeds_done(experiment, arms) if (arms := read(name)) else 0
+        arms = stored_arms(name)
+        done = seeds_done(experiment, arms) if experiment.arms.keys() <= arms.keys() else 0
         line = f"{done} of {len(experiment.seeds)} seeds, {minutes:.0f} CPU minutes"
         if done < len(experiment.seeds):
             each = minutes / runs if runs else 0.3  # minutes
