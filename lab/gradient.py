@@ -39,6 +39,7 @@ import shlex
 import statistics
 import textwrap
 import traceback
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -99,7 +100,7 @@ class Args:
     shares are of the gradient of E[r]"""
     stale: tuple[float, ...] = (0.0,)
     """KL(pi || pi_old), in nats, between the policy that is trained and the one that sampled; for
-    several, a table each"""
+    several, a table each, of the worlds that can move that far"""
     lag: Literal["both", "policy", "random"] = "both"
     """with --stale, how they came apart: by the policy's own updates, in a random direction, or a
     table for both"""
@@ -545,20 +546,29 @@ def main(args):
         world = make_world(args, toy)
         if toy == 0:
             describe(world, args)
-        worlds += [(place, stale.lagging(world, *place, args.seed)) for place in places]
+        lagging = [(place, stale.lagging(world, *place, args.seed)) for place in places]
+        worlds += [(place, moved) for place, moved in lagging if moved]
+    numbers = Counter(place for place, _ in worlds)  # of worlds
+    for lag, kl in places:
+        require(numbers[lag, kl], f"--stale {kl}: no policy is that far away, {stale.LAGS[lag]}; "
+                                  "use a smaller KL")
     jobs = [*itertools.product(worlds, commands)]
     for (place, world), command in tqdm(jobs, unit="script", leave=False):
         load_module(WORLD).world, found = world, results[place]
         if not isinstance(found.setdefault(command, []), str):
             one = attempt(command, world, args)
             found[command] = one if isinstance(one, str) else [*found[command], one]
-    report(results, args)
+    report(results, numbers, args)
 
 
-def report(results, args):
-    """Print the table of each place, and draw the picture."""
-    parts = [f"KL(pi || pi_old) = {kl:g}, {stale.LAGS[lag]}:\n\n" * any(args.stale) + table(found)
-             for (lag, kl), found in results.items()]
+def report(results, numbers, args):
+    """Print the table of each place, with the number of its worlds, and draw the picture."""
+    parts = []
+    for (lag, kl), found in results.items():
+        some = f" ({numbers[lag, kl]} of {args.toys} worlds can move that far)"
+        heading = (f"KL(pi || pi_old) = {kl:g}, {stale.LAGS[lag]}"
+                   f"{some * (numbers[lag, kl] < args.toys)}:\n\n")
+        parts.append(heading * any(args.stale) + table(found))
     if not args.at_optimum:
         if any(args.stale):
             stale.draw(results, args.output)

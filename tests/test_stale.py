@@ -238,6 +238,26 @@ def test_a_table_for_each_lag_and_kl(tmp_path, capsys):
     assert (tmp_path / "new" / "a.png").stat().st_size > 10_000
 
 
+def test_worlds_that_cannot_move_that_far_are_left_out(tmp_path, capsys):
+    """The table is that of the others, and says how many they are."""
+    args = gradient.Args(scripts=("rloo.py",), length=1, prompts=1, stale=(0.1, 1.0), lag="policy",
+                         toys=4, output=f"{tmp_path}/a.png")
+    with loop.float64():
+        worlds = [gradient.make_world(args, toy) for toy in range(4)]
+        moved = [stale.lagging(world, "policy", 1.0, args.seed) for world in worlds]
+        assert 1 < len([world for world in moved if world]) < 4
+        gradient.main(args)
+        found = []
+        for world in filter(None, moved):
+            gradient.load_module(gradient.WORLD).world = world
+            found.append(gradient.measure("rloo.py", world, args))
+    near, far = capsys.readouterr().out.split("KL(pi || pi_old) = ")[1:]
+    assert near.startswith("0.1, along the policy's own updates:\n")
+    assert far.startswith(f"1, along the policy's own updates ({len(found)} of 4 worlds can move "
+                          "that far):\n")
+    assert gradient.table({"rloo.py": found}) in far
+
+
 def test_the_rows_and_places_of_the_flags():
     commands, places = gradient.rows_and_places(gradient.Args(stale=(0.1, 0.0), lag="random"))
     assert commands == (*gradient.SCRIPTS, *stale.ROWS)
