@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-from lab import intervals, papers
+from lab import claims, intervals, page, papers, results, sweep
 from lab.experiments import COMMON, EXPERIMENTS, RATES, TUNED, Claim, Experiment
 
 RUN = {"updates": [0, 20, 40], "score": [0.0, 1.0, 3.0], "gold": [4.0, 6.0, 5.0],
@@ -126,9 +126,9 @@ def test_intervals_cover_other_seeds_and_other_prompts():
 def test_differences_are_taken_seed_by_seed():
     """The seeds differ by far more than the arms do, and yet the claim holds."""
     claim, a = Claim("", "height", ("a",), ("b",)), [1.0, 11.0, 21.0]
-    found = papers.judge(claim, arms(a=a, b=[0.5, 10.0, 20.5]))  # 0.5, 1, 0.5: half-width 0.717
+    found = claims.judge(claim, arms(a=a, b=[0.5, 10.0, 20.5]))  # 0.5, 1, 0.5: half-width 0.717
     assert found[0] == pytest.approx(2 / 3) and found[3] == "cannot tell"
-    mean, low, high, *found, _ = papers.judge(claim, arms(a=a, b=[0.5, 10.4, 20.5]))
+    mean, low, high, *found, _ = claims.judge(claim, arms(a=a, b=[0.5, 10.4, 20.5]))
     assert mean == pytest.approx(1.6 / 3)
     assert (low, high) == pytest.approx((0.3899, 0.6768), abs=1e-4)
     assert found == ["holds", intervals.p_value([0.5, 0.6, 0.5])]
@@ -137,7 +137,7 @@ def test_differences_are_taken_seed_by_seed():
 def test_claims_add_and_subtract_arms_and_a_threshold():
     """(a + b) - c - 1, by seed: 1 + 2 - 1 - 1 = 1 and 3 + 4 - 2 - 1 = 4."""
     claim = Claim("", "height", ("a", "b"), ("c",), 1.0)
-    mean, low, high, *_ = papers.judge(claim, arms(a=[1.0, 3.0], b=[2.0, 4.0], c=[1.0, 2.0]))
+    mean, low, high, *_ = claims.judge(claim, arms(a=[1.0, 3.0], b=[2.0, 4.0], c=[1.0, 2.0]))
     assert (mean, high - mean) == pytest.approx((2.5, 1.5 * 12.7062)) and low < 0
 
 
@@ -146,20 +146,20 @@ def test_claims_add_and_subtract_arms_and_a_threshold():
     ("clipfrac", 0.25), ("log seconds", 1.0), ("score at update 20", 1.0), ("gold at KL 0.5", 5.0),
     ("score each 32", 3.0), ("score at KL 3", 1 + 2 * (3**0.5 - 2**0.5) / (2 - 2**0.5))])
 def test_measures_by_hand(metric, value):
-    assert papers.measure(RUN, metric) == pytest.approx(value)
+    assert results.measure(RUN, metric) == pytest.approx(value)
 
 
 def test_a_kl_that_one_run_never_reaches_decides_nothing():
-    assert math.isnan(papers.measure(RUN, "gold at KL 5"))
-    assert math.isnan(papers.measure(RUN, "variance"))
+    assert math.isnan(results.measure(RUN, "gold at KL 5"))
+    assert math.isnan(results.measure(RUN, "variance"))
     further = RUN | {"kl": [0.0, 2.0, 9.0]}
-    found = papers.judge(Claim("", "gold at KL 5", ("a",)),
+    found = claims.judge(Claim("", "gold at KL 5", ("a",)),
                          {"a": {"runs": {"1": RUN, "2": further, "3": further}}})
     assert found[3] == "cannot tell"
 
 
 def test_evaluated_policies_are_measured_by_evaluate():
-    assert papers.measure(RUN | {"tax": {"score": 7.0}}, "score") == 7.0
+    assert results.measure(RUN | {"tax": {"score": 7.0}}, "score") == 7.0
 
 
 def test_the_rate_with_the_highest_score_is_chosen():
@@ -171,9 +171,9 @@ def test_the_rate_with_the_highest_score_is_chosen():
     runs = {f"{name} --lr {rate}": {"runs": {str(seed): run(-abs(i - j % 7) + 9.0 * (seed == i))
                                              for seed in seeds}}
             for j, name in enumerate(TUNED) for i, rate in enumerate(RATES)}
-    assert papers.chosen_rates(runs) == {name: RATES[j % 7] for j, name in enumerate(TUNED)}
+    assert claims.chosen_rates(runs) == {name: RATES[j % 7] for j, name in enumerate(TUNED)}
     del runs["rloo.py --lr 3e-3"]["runs"]["105"]
-    assert papers.chosen_rates(runs) == papers.chosen_rates(None) == {}
+    assert claims.chosen_rates(runs) == claims.chosen_rates(None) == {}
 
 
 @pytest.mark.parametrize("metric, by", [
@@ -181,15 +181,15 @@ def test_the_rate_with_the_highest_score_is_chosen():
     ("score at update 20", 1.0), ("gold at KL 0.5", 1.0), ("clipfrac", 0.25), ("log seconds", 1.0),
     ("kl", 3.0)])
 def test_what_training_changes_by_hand(metric, by):
-    assert papers.change(RUN, metric) == pytest.approx(by)
+    assert claims.change(RUN, metric) == pytest.approx(by)
 
 
 def test_what_training_changes_is_not_the_whole_of_a_number_that_was_there_before():
     """Wrong answers had 3 tokens and have 3.2. Perplexity is only measured of trained policies."""
     run = RUN | {"wrong_length_after": 3.2, "growth_of_wrong": 0.2,
                  "tax": {"perplexity": 1.5, "score": 2.0}}
-    assert papers.change(run, "wrong_length_after") == 0.2
-    assert papers.change(run, "perplexity") == 0 and papers.change(run, "score") == 2
+    assert claims.change(run, "wrong_length_after") == 0.2
+    assert claims.change(run, "perplexity") == 0 and claims.change(run, "score") == 2
 
 
 def test_a_difference_is_too_small_within_a_tenth_of_what_training_changes():
@@ -198,13 +198,13 @@ def test_a_difference_is_too_small_within_a_tenth_of_what_training_changes():
              "b": {"runs": {"1": RUN | {"score": [0.0, 1.0, 3.2]},
                             "2": RUN | {"score": [0.0, 1.0, 2.81]}}}}
     claim = Claim("", "score", ("a",), ("b",))
-    assert papers.margin_of(claim, close) == pytest.approx(0.2, abs=1e-3)
-    assert papers.judge(claim, close)[3] == "cannot tell"  # 2 seeds
+    assert claims.margin_of(claim, close) == pytest.approx(0.2, abs=1e-3)
+    assert claims.judge(claim, close)[3] == "cannot tell"  # 2 seeds
     same = {"a": close["a"], "b": {"runs": {"1": RUN | {"score": [0.0, 1.0, 3.001]},
                                             "2": RUN | {"score": [0.0, 1.0, 2.998]}}}}
-    assert papers.judge(claim, same)[3] == "too small"
-    assert papers.margin_of(claim._replace(least=0.5), same) == 0
-    assert papers.margin_of(claim._replace(less=()), same) == 0
+    assert claims.judge(claim, same)[3] == "too small"
+    assert claims.margin_of(claim._replace(least=0.5), same) == 0
+    assert claims.margin_of(claim._replace(less=()), same) == 0
 
 
 def halves(odd, even):
@@ -219,16 +219,16 @@ def test_the_prompts_share_of_a_claim_by_hand():
     both = {"a": {"runs": {"1": run, "2": run}, "prompts": halves([2.0, 4, 9], [4.0, 5, 6])},
             "b": {"runs": {"1": run, "2": run}, "prompts": halves([1.0, 2, 3], [3.0, 1, 2])}}
     claim = Claim("", "score", ("a",), ("b",))
-    assert papers.prompts_share(claim, both) == pytest.approx(1)
-    assert papers.prompts_share(claim._replace(metric="clipfrac"), both) == 0
+    assert claims.prompts_share(claim, both) == pytest.approx(1)
+    assert claims.prompts_share(claim._replace(metric="clipfrac"), both) == 0
     for arm in both.values():  # what evaluate.py measures is the end of training
         arm["runs"]["1"] = run | {"tax": {"score": 1.0, "perplexity": 1.0}}
         for half in arm["prompts"].values():
             half["curves"]["score"].insert(1, [5.0, 0.0, 1.0])
-    assert papers.prompts_share(claim, both) == pytest.approx(1)
-    assert papers.prompts_share(claim._replace(metric="perplexity"), both) == 0
+    assert claims.prompts_share(claim, both) == pytest.approx(1)
+    assert claims.prompts_share(claim._replace(metric="perplexity"), both) == 0
     del both["b"]["prompts"]["even"]  # one seed so far
-    assert papers.prompts_share(claim, both) == 0
+    assert claims.prompts_share(claim, both) == 0
 
 
 # ------------------------------------------------------------------------------------------- sweeps
@@ -242,7 +242,7 @@ class FakeRuns:
 
     def __call__(self, context, function, log, command, folder, lag):
         (folder / "checkpoints").mkdir(parents=True)  # fails if the folder is there
-        papers.require(len(self.done) < self.most, "out of disk space")
+        sweep.require(len(self.done) < self.most, "out of disk space")
         note = {"command": command, "prompts": {"score": [[0.0, 1.0], [len(self.done), 2.0]]}}
         (folder / "note.json").write_text(json.dumps(note))
         self.done.append(command)
@@ -253,49 +253,53 @@ def fake(tmp_path, monkeypatch):
     """Two experiments of two arms that share one, with fake runs."""
     def pair(a, b):
         arms = {k: f"rloo.py --k {k}" for k in (a, b)}
-        claims = [Claim("", "final score", (a,), (b,))]
-        return Experiment("", "", arms, claims, [], seeds=range(1, 3), tuned=True)
+        claim = Claim("", "final score", (a,), (b,))
+        return Experiment("", "", arms, [claim], [], seeds=range(1, 3), tuned=True)
 
     runs = FakeRuns()
     lr = Experiment("", "", {}, [], [], seeds=range(101, 103))
-    monkeypatch.setattr(papers, "EXPERIMENTS",
-                        {"lr": lr, "first": pair("2", "3"), "second": pair("3", "4")})
-    monkeypatch.setattr(papers, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(papers.kill, "processes", lambda: None)
-    monkeypatch.setattr(papers, "read_numbers",
+    real = dict(EXPERIMENTS)
+    EXPERIMENTS.clear()
+    EXPERIMENTS.update(lr=lr, first=pair("2", "3"), second=pair("3", "4"))
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(page, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sweep.kill, "processes", lambda: None)
+    monkeypatch.setattr(sweep, "read_numbers",
                         lambda folder: json.loads((folder / "note.json").read_text()))
-    monkeypatch.setattr(papers, "call", runs)
-    return runs
+    monkeypatch.setattr(sweep, "call", runs)
+    yield runs
+    EXPERIMENTS.clear()
+    EXPERIMENTS.update(real)
 
 
 def test_runs_that_experiments_share_are_made_once(fake, tmp_path):
-    papers.sweep(["first", "second"], {"rloo.py": "0.1"},
+    sweep.sweep(["first", "second"], {"rloo.py": "0.1"},
                  papers.Args(output=str(tmp_path / "new" / "runs")))
     assert len(fake.done) == len(set(fake.done)) == 6
-    runs = papers.read("second")["3"]["runs"]
-    ends = f"--lr 0.1 {papers.PROMPTS} {papers.EVERY_RUN}"
+    runs = results.read("second")["3"]["runs"]
+    ends = f"--lr 0.1 {sweep.PROMPTS} {sweep.EVERY_RUN}"
     assert runs["2"]["command"] == f"rloo.py --k 3 {ends} --seed 2"
-    assert runs == papers.read("first")["3"]["runs"]
+    assert runs == results.read("first")["3"]["runs"]
 
 
 def test_an_interrupted_sweep_goes_on(fake, tmp_path):
     args = papers.Args(output=str(tmp_path / "runs"), jobs=1)
     fake.most = 3
     with pytest.raises(SystemExit):
-        papers.sweep(["first"], {"rloo.py": "0.1"}, args)
-    assert len(fake.done) == 3 and papers.read("first") is None
-    kept = papers.stored_arms("first")  # seed by seed: both arms have the first one
+        sweep.sweep(["first"], {"rloo.py": "0.1"}, args)
+    assert len(fake.done) == 3 and results.read("first") is None
+    kept = results.stored_arms("first")  # seed by seed: both arms have the first one
     assert [sorted(arm["runs"]) for arm in kept.values()] == [["1", "2"], ["1"]]
     fake.most = 100
-    papers.sweep(["first"], {"rloo.py": "0.1"}, args)
+    sweep.sweep(["first"], {"rloo.py": "0.1"}, args)
     assert len(fake.done) == len(set(fake.done)) == 4
-    assert [sorted(arm["runs"]) for arm in papers.read("first").values()] == [["1", "2"]] * 2
+    assert [sorted(arm["runs"]) for arm in results.read("first").values()] == [["1", "2"]] * 2
 
 
 def test_no_run_starts_after_its_time(fake, tmp_path, monkeypatch):
     clock = iter([0.0, 30.0, 50.0, 61.0, 70.0])
-    monkeypatch.setattr(papers.time, "monotonic", lambda: next(clock))
-    papers.sweep(["first"], {"rloo.py": "0.1"},
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: next(clock))
+    sweep.sweep(["first"], {"rloo.py": "0.1"},
                  papers.Args(output=str(tmp_path / "runs"), jobs=1, minutes=1.0))
     assert [command.split()[2] for command in fake.done] == ["2", "3"]
 
@@ -303,11 +307,11 @@ def test_no_run_starts_after_its_time(fake, tmp_path, monkeypatch):
 def test_more_seeds_are_added_to_those_that_are_there(fake, tmp_path):
     """Prompts' numbers are means over the odd and the even seeds: runs 0, 2 and 4, 6 of the arm."""
     args = papers.Args(output=str(tmp_path / "runs"), jobs=1)
-    papers.sweep(["first"], {"rloo.py": "0.1"}, args)
-    papers.EXPERIMENTS["first"].seeds = range(1, 5)
-    papers.sweep(["first"], {"rloo.py": "0.1"}, args)
+    sweep.sweep(["first"], {"rloo.py": "0.1"}, args)
+    EXPERIMENTS["first"].seeds = range(1, 5)
+    sweep.sweep(["first"], {"rloo.py": "0.1"}, args)
     assert len(fake.done) == len(set(fake.done)) == 8
-    arm = papers.read("first")["2"]
+    arm = results.read("first")["2"]
     assert list(arm["runs"]) == ["1", "2", "3", "4"]
     assert arm["prompts"] == {
         "odd": {"seeds": [1, 3], "curves": {"score": [[0.0, 1.0], [2.0, 2.0]]}},
@@ -317,16 +321,16 @@ def test_more_seeds_are_added_to_those_that_are_there(fake, tmp_path):
 
 def test_saved_numbers_are_not_computed_again(fake, tmp_path):
     """Without the runs' folders: a reader has only docs/results. They are of one learning rate."""
-    papers.sweep(["first"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "runs")))
-    before = papers.read("first")
-    papers.sweep(["first"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "elsewhere")))
-    assert len(fake.done) == 4 and papers.read("first") == before
-    papers.sweep(["first"], {"rloo.py": "0.2"}, papers.Args(output=str(tmp_path / "elsewhere")))
+    sweep.sweep(["first"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "runs")))
+    before = results.read("first")
+    sweep.sweep(["first"], {"rloo.py": "0.1"}, papers.Args(output=str(tmp_path / "elsewhere")))
+    assert len(fake.done) == 4 and results.read("first") == before
+    sweep.sweep(["first"], {"rloo.py": "0.2"}, papers.Args(output=str(tmp_path / "elsewhere")))
     assert len(fake.done) == 8
     again = papers.Args(output=str(tmp_path / "third"), again=True)
-    papers.sweep(["first"], {"rloo.py": "0.2"}, again)
+    sweep.sweep(["first"], {"rloo.py": "0.2"}, again)
     assert len(fake.done) == 12
-    assert papers.read("first")["2"]["prompts"]["odd"]["seeds"] == [1]
+    assert results.read("first")["2"]["prompts"]["odd"]["seeds"] == [1]
 
 
 def test_how_far_a_rollouts_use_moves_the_policy(monkeypatch):
@@ -338,8 +342,8 @@ def test_how_far_a_rollouts_use_moves_the_policy(monkeypatch):
         old_logprobs = torch.zeros(2, 2)
 
     now, lags = [torch.zeros(2, 2)], []
-    monkeypatch.setattr(papers, "no_grad_logprobs", lambda *given: now[0])
-    rollout = papers.measured(lambda *given: Batch(), lags)
+    monkeypatch.setattr(sweep, "no_grad_logprobs", lambda *given: now[0])
+    rollout = sweep.measured(lambda *given: Batch(), lags)
     rollout("policy", "tokenizer", [], 2, 1.0)
     rollout("policy", "tokenizer", [], 2, 1.0)
     assert lags == []
@@ -368,7 +372,7 @@ def test_the_length_of_wrong_answers_is_that_of_the_wrong_ones(tmp_path):
              "after": values([1.0, 1, 0, 1], [1.0, 1, 4, 1])}
     (tmp_path / "checkpoints" / "000002").mkdir(parents=True)
     torch.save({"state": state}, tmp_path / "checkpoints" / "000002" / "state.pt")
-    assert papers.read_numbers(tmp_path) == {
+    assert sweep.read_numbers(tmp_path) == {
         "updates": [0, 1, 2], "samples": [0, 8, 16], "score": [0.5, 0.25, 0.75],
         "clipfrac": 0.1875, "seconds": 12.0, "wrong_length_before": 3.5, "wrong_length_after": 4.0,
         "growth_of_wrong": 0.5, "cpu_seconds": 7.129, "peak_mb": 3.0,
@@ -379,35 +383,35 @@ def test_the_length_of_wrong_answers_is_that_of_the_wrong_ones(tmp_path):
 def test_a_real_run_with_its_evaluation(context, world, tmp_path, monkeypatch):
     """The numbers are those of the log, the cost is counted, and a second call runs nothing."""
     def call(context, function, log, *values):  # the evaluation, with the tiny world's models
-        if function is papers.evaluate.main:
+        if function is sweep.evaluate.main:
             values = [replace(values[0], reference=world.policy, reward=(world.reward,),
                               judge="reward", gold="none", dataset=world.data, eval_prompts=4,
                               max_new_tokens=6)]
         isolated(context, function, log, *values)
 
-    isolated = papers.call
-    monkeypatch.setattr(papers, "call", call)
+    isolated = sweep.call
+    monkeypatch.setattr(sweep, "call", call)
     command = (f"rloo.py --model {world.policy} --reward {world.reward} --gold none "
                f"--dataset {world.data} --k 2 --num-updates 2 --prompts-per-step 4 "
                "--max-new-tokens 6 --eval-prompts 4 --eval-every 1 --device cpu")
-    monkeypatch.setattr(papers, "folder_of", lambda command, seed, output: tmp_path / f"run{seed}")
+    monkeypatch.setattr(sweep, "folder_of", lambda command, seed, output: tmp_path / f"run{seed}")
     job = command, 3, True, True
-    found = papers.finish(context, job, None)
-    _, scalars = papers.plot.read_run(tmp_path / "run3")
+    found = sweep.finish(context, job, None)
+    _, scalars = page.plot.read_run(tmp_path / "run3")
     assert found["updates"] == [0, 1, 2] and found["samples"] == [0, 8, 16]
     assert found["score"] == pytest.approx(list(scalars["eval/score"].values()), abs=1e-4)
     assert found["cpu_seconds"] > found["seconds"] > 0 and found["tax"]["perplexity"] > 1
     assert "--seed 3" in (tmp_path / "run3.log").read_text()
     assert np.mean(found["prompts"]["score"], axis=1) == pytest.approx(found["score"], abs=1e-4)
     assert found["lag"] > 0
-    assert papers.finish(None, job, None) == found
+    assert sweep.finish(None, job, None) == found
 
 
 @pytest.mark.slow
 def test_a_failing_run_names_its_log(context, tmp_path, capsys):
     log = tmp_path / "run9.log"
     with pytest.raises(SystemExit):
-        papers.call(context, papers.train, str(log), "rloo.py --k 1", tmp_path / "run9", False)
+        sweep.call(context, sweep.train, str(log), "rloo.py --k 1", tmp_path / "run9", False)
     assert str(log) in capsys.readouterr().err and "--k 1" in log.read_text()
 
 
@@ -415,7 +419,7 @@ def test_a_failing_run_names_its_log(context, tmp_path, capsys):
 def figures(monkeypatch):
     """The pictures that are drawn."""
     found = []
-    monkeypatch.setattr(papers.plot.plt, "close", found.append)
+    monkeypatch.setattr(page.plot.plt, "close", found.append)
     return found
 
 
@@ -423,11 +427,11 @@ def test_a_picture_by_hand(fake, figures):
     """Scores of 1 and 3: mean 2, half-width 12.7062. The second arm's interval has no width."""
     more = RUN | {"score": [0.0, 3.0, 5.0], "kl": [0.0, 6.0, 14.0], "gold": [4.0, 8.0, 5.0],
                   "seconds": 3 * math.e}
-    papers.EXPERIMENTS["first"].panels = [("updates", "score"), ("√kl", "gold"), ("", "seconds")]
-    papers.RESULTS.mkdir()
-    papers.draw("first",
+    EXPERIMENTS["first"].panels = [("updates", "score"), ("√kl", "gold"), ("", "seconds")]
+    results.RESULTS.mkdir()
+    page.draw("first",
                 {"2": {"runs": {"1": RUN, "2": more}}, "3": {"runs": {"1": RUN, "2": RUN}}})
-    height, width, _ = matplotlib.image.imread(papers.RESULTS / "first.png").shape
+    height, width, _ = matplotlib.image.imread(results.RESULTS / "first.png").shape
     assert width > 2 * height > 200
     (figure,) = figures
     curves, roots, points = figure.axes
@@ -454,14 +458,14 @@ def test_a_picture_by_hand(fake, figures):
 
 def test_a_picture_against_the_number_that_is_varied(fake, figures):
     """One curve of two points, with the intervals of two runs each, and ticks where they are."""
-    first = papers.EXPERIMENTS["first"]
+    first = EXPERIMENTS["first"]
     first.panels, first.varied = [("", "score"), ("", "lag")], "k"
     first.points = {"2": ("RLOO", 2), "3": ("RLOO", 3)}
-    papers.RESULTS.mkdir()
+    results.RESULTS.mkdir()
     more = RUN | {"score": [0.0, 3.0, 5.0], "lag": 3.0}
     arms = {"2": {"runs": {"1": RUN | {"lag": 1.0}, "2": more}},
             "3": {"runs": {"1": more, "2": more}}}
-    papers.draw("first", arms)
+    page.draw("first", arms)
     (figure,) = figures
     for axis, points in zip(figure.axes, ([[2, 3], [3, 4]], [[2, 2], [3, 3]])):
         assert axis.lines[0].get_xydata().tolist() == points
@@ -488,7 +492,7 @@ def test_the_numbers_of_a_run(tmp_path):
     (tmp_path / "cost.json").write_text(json.dumps({"cpu_seconds": 61.23456, "peak_mb": 100.0}))
     torch.save([{"kl": torch.tensor([0.5]), "eos_rate": torch.ones(1)}] * 2,
                tmp_path / "evaluations.pt")
-    assert papers.read_numbers(tmp_path) == {
+    assert sweep.read_numbers(tmp_path) == {
         "updates": [0, 10, 20], "samples": [0, 160, 320], "score": [0.1235, 1.0, 2.0],
         "kl": [0.0617, 0.5, 1.0], "clipfrac": 0.125, "seconds": 3.0, "cpu_seconds": 61.2346,
         "peak_mb": 100.0, "prompts": {"kl": [[0.5], [0.5]]}}
@@ -499,36 +503,36 @@ def test_the_longest_tuned_command_gives_the_rate():
     arms = {"a": "reinforce.py --baseline none --k 1", "b": "reinforce.py --k 1",
             "c": "rloo.py --lr 3", "d": "rloo.py --lr 3 --eval-prompts 8"}
     rates = {"reinforce.py": "1", "reinforce.py --baseline none": "2"}
-    ends = f"{papers.PROMPTS} {papers.EVERY_RUN}"
+    ends = f"{sweep.PROMPTS} {sweep.EVERY_RUN}"
     wanted = {"a": f"reinforce.py --baseline none --k 1 --lr 2 {ends}",
               "b": f"reinforce.py --k 1 --lr 1 {ends}",
               "c": f"rloo.py --lr 3 {ends}",
-              "d": f"rloo.py --lr 3 --eval-prompts 8 {papers.EVERY_RUN}"}
-    assert papers.commands(Experiment("", "", arms, [], [], tuned=True), rates) == wanted
-    common = papers.commands(Experiment("", "", arms, [], []), rates)
+              "d": f"rloo.py --lr 3 --eval-prompts 8 {sweep.EVERY_RUN}"}
+    assert sweep.commands(Experiment("", "", arms, [], [], tuned=True), rates) == wanted
+    common = sweep.commands(Experiment("", "", arms, [], []), rates)
     assert common == wanted | {"a": f"reinforce.py --baseline none --k 1 --lr {COMMON} {ends}",
                                "b": f"reinforce.py --k 1 --lr {COMMON} {ends}"}
 
 
 def test_rows_of_the_tables_by_hand(fake, monkeypatch):
     """Small numbers have four digits; a claim that a number is below a bound is told as such."""
-    first = papers.EXPERIMENTS["first"]
+    first = EXPERIMENTS["first"]
     first.columns, first.source = ("score", "clipfrac", "variance"), "a paper"
     small = RUN | {"clipfrac": 0.001, "score": [0.0, 0.0, 0.0]}
     arms = {"2": {"runs": {"1": RUN, "2": RUN}}, "3": {"runs": {"1": small, "2": small}}}
-    assert papers.arm_rows("first", arms) == [
+    assert page.arm_rows("first", arms) == [
         ["", "score", "clipfrac", "variance"], ["2", "2.00 ± 0.00", "0.25 ± 0.00", "–"],
         ["3", "0.0000 ± 0.0000", "0.0010 ± 0.0000", "–"]]
     first.claims = [Claim("grows", "growth of score", ("2",)),
                     Claim("more", "clipfrac", ("2",), ("3",), 0.2),
                     Claim("little", "clipfrac", (), ("3",), -0.05)]
-    monkeypatch.setattr(papers, "saved", lambda: {"first": arms})
-    monkeypatch.setattr(papers, "read", lambda name: arms)
-    told = [(said, cells[0], cells[2]) for said, cells in papers.claim_rows()]
+    monkeypatch.setattr(claims, "saved", lambda: {"first": arms})
+    monkeypatch.setattr(page, "read", lambda name: arms)
+    told = [(said, cells[0], cells[2]) for said, cells in page.claim_rows()]
     assert told == [("holds", "grows", "growth of score: 3.00 [3.00, 3.00] (above 0?)"),
                     ("holds", "more", "clipfrac: 0.25 [0.25, 0.25] (above 0.2?)"),
                     ("holds", "little", "clipfrac: 0.001 [0.001, 0.001] (below 0.05?)")]
-    assert papers.claim_rows()[0][1] == [
+    assert page.claim_rows()[0][1] == [
         "grows", "a paper", told[0][2], "–", "2", "**holds**", "holds",
         "`python -m lab.papers first --again`", "[first](results/first.png)"]
 
@@ -540,17 +544,18 @@ def test_the_list_says_what_was_run(fake, tmp_path, monkeypatch, capsys):
         return [line.strip() for line in capsys.readouterr().out.splitlines()[3::2]]
 
     assert listed() == ["0 of 2 seeds, 0 CPU minutes, about 1 to go (after lr)"] * 2
-    monkeypatch.setattr(papers, "read_numbers", lambda folder: RUN | {
+    monkeypatch.setattr(sweep, "read_numbers", lambda folder: RUN | {
         "cpu_seconds": 90.0, "prompts": {"score": [[0.0, 0.0]] * 3}})
-    claims = [Claim("a", "score", ("3",)), Claim("b", "score", ("3",), ("4",))]
-    papers.EXPERIMENTS["first"].claims, papers.EXPERIMENTS["second"].claims = [], claims
+    EXPERIMENTS["first"].claims = []
+    EXPERIMENTS["second"].claims = [Claim("a", "score", ("3",)),
+                                    Claim("b", "score", ("3",), ("4",))]
     args = papers.Args(output=str(tmp_path / "runs"))
-    papers.sweep(["first", "second"], {"rloo.py": "0.1"}, args)
-    papers.EXPERIMENTS["first"].seeds = range(1, 4)
-    papers.EXPERIMENTS["second"].tuned = False
+    sweep.sweep(["first", "second"], {"rloo.py": "0.1"}, args)
+    EXPERIMENTS["first"].seeds = range(1, 4)
+    EXPERIMENTS["second"].tuned = False
     assert listed() == ["2 of 3 seeds, 6 CPU minutes, about 3 to go (after lr)",
                         "2 of 2 seeds, 6 CPU minutes; does not hold: 1, holds: 1"]
-    assert papers.cost(papers.EXPERIMENTS) == (6, 9.0)
+    assert results.cost(EXPERIMENTS) == (6, 9.0)
 
 
 def test_what_is_run_and_drawn(monkeypatch):
@@ -589,9 +594,9 @@ def test_what_is_run_and_drawn(monkeypatch):
     ({"jobs": 0}, "--jobs 0: must be 1 or more"),
 ])
 def test_bad_flags_get_one_line(flags, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(papers, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     if flags.get("redraw"):
-        monkeypatch.setitem(papers.EXPERIMENTS, "first", EXPERIMENTS["fig1"])
+        monkeypatch.setitem(EXPERIMENTS, "first", EXPERIMENTS["fig1"])
     with pytest.raises(SystemExit):
         papers.main(papers.Args(**flags))
     assert capsys.readouterr().err.startswith(f"error: {message}")
@@ -602,12 +607,12 @@ def test_bad_flags_get_one_line(flags, message, tmp_path, monkeypatch, capsys):
 
 def test_every_command_parses():
     found = {command for experiment in EXPERIMENTS.values()
-             for command in papers.commands(experiment, dict.fromkeys(TUNED, RATES[0])).values()}
+             for command in sweep.commands(experiment, dict.fromkeys(TUNED, RATES[0])).values()}
     for command in found:
         script, *flags = shlex.split(command)
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         tyro.cli(module.Args, args=[*flags, "--output", "x"])
-    folders = {papers.folder_of(command, 1, "x").name for command in found}
+    folders = {sweep.folder_of(command, 1, "x").name for command in found}
     assert len(folders) == len(found) > 60 and max(map(len, folders)) + len(".log") <= 255
 
 
@@ -618,21 +623,21 @@ def test_claims_are_about_the_experiments_arms(name):
         assert {*claim.more, *claim.less} <= experiment.arms.keys()
     assert len({claim.text for claim in experiment.claims}) == len(experiment.claims)
     curves = {curve for curve, _ in experiment.points.values()} or experiment.arms
-    assert len(curves) <= len(papers.plot.STYLES) or not experiment.panels
+    assert len(curves) <= len(page.plot.STYLES) or not experiment.panels
     assert experiment.points.keys() in (set(), experiment.arms.keys())
 
 
 def test_the_page_agrees_with_the_saved_numbers(tmp_path, monkeypatch):
-    page = papers.PAGE.read_text()
-    monkeypatch.setattr(papers, "PAGE", tmp_path / "results.md")
-    papers.PAGE.write_text(page)
-    papers.write_page()
-    assert papers.PAGE.read_text() == page
+    text = page.PAGE.read_text()
+    monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")
+    page.PAGE.write_text(text)
+    page.write_page()
+    assert page.PAGE.read_text() == text
 
 
 def sentences():
     """The page's sentences that draw conclusions, and the table of what each rests on."""
-    text = papers.PAGE.read_text().partition("## Several steps per rollout")[2]
+    text = page.PAGE.read_text().partition("## Several steps per rollout")[2]
     text = text.partition("## How the runs were made")[0].partition("\n")[2]
     text, _, table = text.partition("<!--")
     text = re.sub(r"^(#|\||    |!\[).*$", "", text, flags=re.MULTILINE)  # only prose
@@ -644,7 +649,7 @@ def sentences():
 
 def test_conclusions_say_no_more_than_the_verdicts_after_correction():
     """Every sentence rests on claims whose verdicts stand in the page's source, or on none."""
-    judged, (found, table) = papers.judge_all(), sentences()
+    judged, (found, table) = claims.judge_all(), sentences()
     assert len(found) > 30
     for words, experiment, claim, *verdict in table:
         assert any(words in sentence for sentence in found), words
@@ -667,7 +672,7 @@ def ranks(values):
 
 def test_the_table_of_several_steps_and_its_correlations():
     """Its numbers are those of the runs; Spearman's correlations are those of its columns."""
-    text = papers.PAGE.read_text()
+    text = page.PAGE.read_text()
     rows = re.findall(r"^\| ([^|]+) \| (-?[\d.]+)[^|]*((?:\| [^|]+){8})\|$", text, re.MULTILINE)
     assert len(rows) == 10
     columns = [("stale_math", "score", 4), ("stale_math", "score", 16), ("stale_math", "lag", 4),
@@ -677,11 +682,11 @@ def test_the_table_of_several_steps_and_its_correlations():
     for name, _, cells in rows:
         for (experiment, metric, steps), cell in zip(columns, cells.split("|")[1:]):
             round_ = ", one round" if (name, experiment) == ("DAPO", "stale_math") else ""
-            arm = papers.read(experiment)[f"{name}{round_}, {steps} steps"]
-            mean, low, _ = intervals.interval([papers.measure(run, metric)
+            arm = results.read(experiment)[f"{name}{round_}, {steps} steps"]
+            mean, low, _ = intervals.interval([results.measure(run, metric)
                                                for run in arm["runs"].values()])
-            half = "" if metric == "lag" else f" ± {papers.number(mean - low)}"
-            assert cell.strip() == papers.number(mean) + half, (name, experiment, steps)
+            half = "" if metric == "lag" else f" ± {page.number(mean - low)}"
+            assert cell.strip() == page.number(mean) + half, (name, experiment, steps)
             found[experiment, metric, steps].append(float(cell.split()[0]))
     cosines = [float(cosine) for _, cosine, _ in rows]
 
@@ -706,19 +711,19 @@ def test_the_table_of_several_steps_and_its_correlations():
     ("*DPO is behind*", "*DPO is ahead*"), ("not\n  longer.\n", "not\n  longer. GRPO is best.\n"),
 ])
 def test_a_sentence_that_says_more_is_noticed(edit, tmp_path, monkeypatch):
-    page = papers.PAGE.read_text()
-    assert page.count(edit[0]) == 1
-    monkeypatch.setattr(papers, "PAGE", tmp_path / "results.md")
-    papers.PAGE.write_text(page.replace(*edit))
+    text = page.PAGE.read_text()
+    assert text.count(edit[0]) == 1
+    monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")
+    page.PAGE.write_text(text.replace(*edit))
     with pytest.raises(AssertionError):
         test_conclusions_say_no_more_than_the_verdicts_after_correction()
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if papers.stored_arms(name)])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if results.stored_arms(name)])
 def test_saved_numbers_are_of_todays_commands(name):
     """Each arm has some of its seeds, and no others; those with prompts' numbers say which."""
-    experiment, arms = EXPERIMENTS[name], papers.stored_arms(name)
-    plan = papers.commands(experiment, papers.chosen_rates(papers.read("lr")))
+    experiment, arms = EXPERIMENTS[name], results.stored_arms(name)
+    plan = sweep.commands(experiment, claims.chosen_rates(results.read("lr")))
     assert {label: arm["command"] for label, arm in arms.items()} == plan
     for arm in arms.values():
         assert set(map(int, arm["runs"])) <= set(experiment.seeds)

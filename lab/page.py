@@ -1,0 +1,172 @@
+"""Pictures, tables and the page of the papers' experiments, for lab/papers.py."""
+
+import math
+import statistics
+
+import numpy as np
+
+import plot
+from lab.claims import judge_all
+from lab.experiments import EXPERIMENTS
+from lab.intervals import interval
+from lab.results import RESULTS, cost, measure, read, seeds_done
+from lab.sweep import shown
+
+PAGE = RESULTS.parent / "results.md"
+MARKER = "<!-- everything below is written by lab/papers.py -->"
+VERDICTS = {"does not hold": "What does not hold here",
+            "cannot tell": "What these runs cannot tell",
+            "too small": "What is too small to matter here", "holds": "What holds here"}
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+AXES = {"updates": "steps (rollouts)", "samples": "responses", "score": "reward",
+        "gold": "gold reward", "win_rate": "win rate", "kl": "KL to the reference (nats)",
+        "√kl": "√KL (√nats)", "length": "response length (tokens)",
+        "seconds": "CPU seconds per update", "cpu": "CPU seconds of training",
+        "wrong_length_after": "length of wrong answers", "variance": "variance of the reward",
+        "final gold": "gold reward at the end", "final score": "reward at the end",
+        "final kl": "KL to the reference at the end (nats)",
+        "lag": "KL(π_old ‖ π) after a rollout (nats)"}
+
+
+def draw(name, arms):
+    """Write an experiment's picture: a panel with curves, or with one point per arm, for each."""
+    experiment = EXPERIMENTS[name]
+    panels, points = experiment.panels, experiment.points
+    curves = dict.fromkeys(curve for curve, _ in points.values()) if points else arms
+    looks = {label: look | {"label": label} for label, look in plot.styles(curves).items()}
+    rows = 1 if len(panels) < 4 else 2
+    columns = len(panels) // rows
+    figure, axes = plot.plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                                     figsize=(4 * columns, 3 * rows + 0.15 * len(curves)))
+    for axis, (x, y) in zip(axes.flat, panels):
+        if points:
+            draw_against(axis, experiment, y, arms, looks)
+        elif x:
+            for label, arm in arms.items():
+                draw_curve(axis, list(arm["runs"].values()), x, y, looks[label])
+        else:
+            draw_marks(axis, y, arms, looks)
+        axis.set_xlabel(experiment.varied or AXES.get(x or y, x or y))
+        if x or points:
+            axis.set_ylabel(AXES.get(y, y))
+        axis.grid(alpha=0.3)
+    if any(x for x, _ in panels) or points:
+        plot.add_legend(figure, axes.flat, training=False)
+    plot.save(figure, RESULTS / f"{name}.png")
+
+
+def draw_marks(axis, y, arms, looks):
+    """Mean of y and its 95% interval, a line for each arm."""
+    for i, (label, arm) in enumerate(arms.items()):
+        mean, low, high = interval([measure(run, y) for run in arm["runs"].values()])
+        look = {name: looks[label][name] for name in ("color", "marker")}
+        axis.errorbar(mean, -i, xerr=[[mean - low], [high - mean]], capsize=3, **look)
+    axis.set_yticks([-i for i in range(len(arms))], list(arms))
+
+
+def draw_against(axis, experiment, y, arms, looks):
+    """Means of y, with 95% intervals, against the number that is varied; a curve for each look."""
+    for curve, look in looks.items():
+        found = [(number, *interval([measure(run, y) for run in arms[label]["runs"].values()]))
+                 for label, (other, number) in experiment.points.items() if other == curve]
+        numbers, means, lows, highs = map(np.array, zip(*found))
+        axis.errorbar(numbers, means, yerr=[means - lows, highs - means], capsize=2,
+                      elinewidth=0.8, markersize=4.5, linewidth=1.3, **look)
+    ticks = sorted({number for _, number in experiment.points.values()})
+    axis.set_xscale("log")
+    if y in ("final kl", "lag"):  # of which an estimator that runs away has far more
+        axis.set_yscale("log", nonpositive="clip")
+    axis.set_xticks(ticks, [f"{number:g}" for number in ticks], rotation=30)
+    axis.set_xticks([], minor=True)
+
+
+def draw_curve(axis, runs, x, y, look):
+    """The mean of y against the mean of x over runs, with its 95% band."""
+    mean, *band = zip(*(interval(list(values)) for values in zip(*(run[y] for run in runs))))
+    xs = [statistics.mean(values) for values in zip(*(along(run, x) for run in runs))]
+    xs = [math.sqrt(max(0.0, value)) for value in xs] if x == "√kl" else xs
+    # The KL differs between seeds, and can fall.
+    plot.draw_curve(axis, xs, mean, None if "kl" in x else band, y, **look)
+
+
+def along(run, x):
+    """Where a run's evaluations lie on the axis x."""
+    if x == "cpu":
+        return [run["seconds"] * update for update in run["updates"]]
+    return run[x.removeprefix("√")]
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def markdown(rows):
+    """A Markdown table. Args: rows (lists of str), the header first."""
+    header, *lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([header, "|" + "---|" * len(rows[0]), *lines])
+
+
+def number(value, digits=2):
+    """As text; a dash if it is not a number."""
+    return "–" if math.isnan(value) else f"{value:z.{digits}f}"
+
+
+def arm_rows(name, arms):
+    """The table of an experiment: mean ± half of the 95% interval, for each arm and column."""
+    rows = [["", *EXPERIMENTS[name].columns]]
+    for label, arm in arms.items():
+        cells = []
+        for column in EXPERIMENTS[name].columns:
+            mean, low, _ = interval([measure(run, column) for run in arm["runs"].values()])
+            digits = 4 if abs(mean) < 0.01 else 2
+            cells.append("–" if math.isnan(mean) else
+                         f"{number(mean, digits)} ± {number(mean - low, digits)}")
+        rows.append([label, *cells])
+    return rows
+
+
+def claim_rows():
+    """One row of the page for each claim: (verdict, cells)."""
+    rows = []
+    for (name, _), (claim, *values, margin, said, corrected) in judge_all().items():
+        mean, low, high = (value + claim.least for value in values)
+        bound = f" (above {claim.least:g}?)" if claim.least or not claim.less else ""
+        if not claim.more:  # the claim is that a number is below a bound
+            mean, low, high, bound = -mean, -high, -low, f" (below {0 - claim.least:g}?)"
+        digits = 3 if max(abs(low), abs(high)) < 0.1 else 2
+        here = "{} [{}, {}]".format(*(number(value, digits) for value in (mean, low, high)))
+        small = f"± {number(margin, digits)}" if margin else "–"
+        rows.append((said, [
+            claim.text, EXPERIMENTS[name].source, f"{claim.metric}: {here}{bound}", small,
+            f"{seeds_done(EXPERIMENTS[name], read(name))}", f"**{said}**", corrected,
+            f"`python -m lab.papers {name} --again`", f"[{name}](results/{name}.png)"]))
+    return rows
+
+
+def write_page():
+    """Bring docs/results.md up to date from the marker on: claims, then pictures and tables."""
+    claims = claim_rows()
+    runs, minutes = cost(EXPERIMENTS)
+    count = lambda verdicts: ", ".join(f"{said} {verdicts.count(said)}" for said in VERDICTS)
+    parts = [MARKER, f"{len(claims)} claims: {count([said for said, _ in claims])}. After "
+                     f"correction for their number: {count([cells[6] for _, cells in claims])}. "
+                     f"{runs} runs, {minutes:.0f} CPU minutes."]
+    header = ["claim", "source", "result: mean [95% interval]", "too small within", "seeds",
+              "verdict", "after correction", "command", "picture"]
+    for said, heading in VERDICTS.items():
+        rows = [cells for verdict, cells in claims if verdict == said]
+        parts += [f"## {heading}", markdown([header, *rows])]
+    parts.append("## Numbers and pictures\n\nMeans ± half of the 95% interval over seeds; "
+                 "other prompts would change them a little more.")
+    drawn = {name: arms for name in EXPERIMENTS
+             if EXPERIMENTS[name].panels and (arms := read(name))}
+    for name, arms in drawn.items():
+        title = EXPERIMENTS[name].title
+        parts += [f"### {name}: {title}", f"![{title}](results/{name}.png)",
+                  markdown(arm_rows(name, arms)),
+                  "\n".join(f"    python {shown(arm['command'])}" for arm in arms.values())]
+    before = PAGE.read_text().partition(MARKER)[0]
+    PAGE.write_text(before + "\n\n".join(parts) + "\n")
