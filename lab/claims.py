@@ -8,7 +8,7 @@ import numpy as np
 from lab.experiments import EXPERIMENTS, RATES, TUNED
 from lab.intervals import (discoveries, interval, p_value, prompt_variance, undecided,
                            verdict)
-from lab.results import HALVES, common_seeds, measure, read, seeds_done
+from lab.results import HALVES, common_seeds, measure, read, seeds_done, start
 
 MARGIN = 0.1  # of what training changes: a smaller difference does not matter
 
@@ -79,7 +79,7 @@ def margin_of(claim, arms):
 def change(run, metric):
     """What training has changed of a metric; the metric itself if that is a change, or a cost.
 
-    0 for what only evaluate.py says (perplexity, variance), which has not read the initial policy.
+    What only evaluate.py says (perplexity, variance) is compared with `results.start`.
     """
     value, (first, *_, last) = measure(run, metric), metric.split() * 2
     if first == "log":
@@ -89,7 +89,7 @@ def change(run, metric):
     curve = run.get(last if first == "final" else first)
     if isinstance(curve, list):
         return value - curve[0]
-    return 0.0 if metric in run.get("tax", {}) else value
+    return value - start().get(metric, value) if metric in run.get("tax", {}) else value
 
 
 def saved():

@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 
 import plot
-from lab.claims import judge_all
+from lab.claims import MARGIN, judge_all
 from lab.experiments import EXPERIMENTS
 from lab.intervals import interval
 from lab.results import RESULTS, cost, measure, read, seeds_done
@@ -17,6 +17,10 @@ MARKER = "<!-- everything below is written by lab/papers.py -->"
 VERDICTS = {"does not hold": "What does not hold here",
             "cannot tell": "What these runs cannot tell",
             "too small": "What is too small to matter here", "holds": "What holds here"}
+GROUPS = {"at the common learning rate":
+          lambda name: not name.startswith("stale") and not name.endswith("_tuned"),
+          "each algorithm at its own": lambda name: name.endswith("_tuned"),
+          "several steps per rollout": lambda name: name.startswith("stale")}
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -138,11 +142,25 @@ def claim_rows():
             mean, low, high, bound = -mean, -high, -low, f" (below {0 - claim.least:g}?)"
         digits = 3 if max(abs(low), abs(high)) < 0.1 else 2
         here = "{} [{}, {}]".format(*(number(value, digits) for value in (mean, low, high)))
-        small = f"± {number(margin, digits)}" if margin else "–"
+        largest = max(abs(low), abs(high)) / (margin / MARGIN) if margin else math.nan
         rows.append((said, [
-            claim.text, EXPERIMENTS[name].source, f"{claim.metric}: {here}{bound}", small,
+            claim.text, EXPERIMENTS[name].source, f"{claim.metric}: {here}{bound}",
+            "–" if math.isnan(largest) else f"{largest:.0%}",
             f"{seeds_done(EXPERIMENTS[name], read(name))}", f"**{said}**", corrected,
             f"`python -m lab.papers {name} --again`", f"[{name}](results/{name}.png)"]))
+    return rows
+
+
+def counts():
+    """Of the claims of each group of experiments, how many have which verdict: rows of a table."""
+    rows = [["experiments", "claims", *VERDICTS]]
+    judged = judge_all()
+    for group, belongs in GROUPS.items():
+        said = [found[-2:] for (name, _), found in judged.items() if belongs(name)]
+        numbers = [[verdicts.count(word) for verdicts in zip(*said)] for word in VERDICTS]
+        if said:
+            rows.append([group, f"{len(said)}",
+                         *(f"{after} ({before})" for before, after in numbers)])
     return rows
 
 
@@ -150,11 +168,9 @@ def write_page():
     """Bring docs/results.md up to date from the marker on: claims, then pictures and tables."""
     claims = claim_rows()
     runs, minutes = cost(EXPERIMENTS)
-    count = lambda verdicts: ", ".join(f"{said} {verdicts.count(said)}" for said in VERDICTS)
-    parts = [MARKER, f"{len(claims)} claims: {count([said for said, _ in claims])}. After "
-                     f"correction for their number: {count([cells[6] for _, cells in claims])}. "
-                     f"{runs} runs, {minutes:.0f} CPU minutes."]
-    header = ["claim", "source", "result: mean [95% interval]", "too small within", "seeds",
+    parts = [MARKER, f"{len(claims)} claims, {runs} runs, {minutes:.0f} CPU minutes. Verdicts, "
+                     "after correction for their number (before it):", markdown(counts())]
+    header = ["claim", "source", "result: mean [95% interval]", "at most", "seeds",
               "verdict", "after correction", "command", "picture"]
     for said, heading in VERDICTS.items():
         rows = [cells for verdict, cells in claims if verdict == said]

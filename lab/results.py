@@ -23,6 +23,17 @@ def stored_arms(name):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def start():
+    """What evaluate.py says of the policy that runs start from: dict; {} if it is not known yet."""
+    path = RESULTS / "start.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save_start(numbers):
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "start.json").write_text(json.dumps(numbers, indent=1) + "\n")
+
+
 def read(name):
     """An experiment's saved arms (see `stored_arms`); None if they have no two seeds in common."""
     arms, labels = stored_arms(name), EXPERIMENTS[name].arms.keys()

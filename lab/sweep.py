@@ -20,11 +20,12 @@ import evaluate
 import plot
 from common import no_grad_logprobs
 from lab.experiments import COMMON, EXPERIMENTS, TUNED
-from lab.results import CURVES, add, curves_of, save, stored_arms
+from lab.results import CURVES, add, curves_of, save, save_start, start, stored_arms
 from plumbing import require
 from tools import kill
 
 ROOT = Path(__file__).resolve().parent.parent
+SFT = "tasks/mini_tldr-sft"  # where runs start
 EVERY_RUN = "--lr-schedule constant --save-every 0"  # a checkpoint only at the end
 PROMPTS = "--eval-prompts 256"  # unless a command says otherwise
 
@@ -62,7 +63,7 @@ def shown(command):
 def folder_of(command, seed, output):
     """The folder of a run: its flags, without those that every run has."""
     name = command.removesuffix(EVERY_RUN).replace(PROMPTS, "").replace(".py", "").replace("--", "")
-    return Path(output).resolve() / f"{re.sub('[^a-zA-Z0-9.]+', '_', name).strip('_')}_seed{seed}"
+    return Path(output) / f"{re.sub('[^a-zA-Z0-9.]+', '_', name).strip('_')}_seed{seed}"
 
 
 # ------------------------------------------------------------------------------------------ one run
@@ -153,12 +154,20 @@ def finish(context, job, output):
         shutil.rmtree(folder / "checkpoints")
     found = json.loads(numbers.read_text())
     if tax:
-        if not taxed.exists():
-            call(context, evaluate.main, log, evaluate.Args(
-                policies=(str(folder / "model"),), eval_prompts=250, output=str(taxed)))
-        (policy,) = json.loads(taxed.read_text())["policies"].values()
-        found["tax"] = {name: round(value, 4) for name, value in policy.items()}
+        found["tax"] = evaluated(context, folder / "model", log, taxed)
     return found
+
+
+def evaluated(context, policy, log, file):
+    """What evaluate.py says of a policy: dict name -> number.
+
+    Args: context; policy (folder); log; file (where it writes that; if there is one, it is read).
+    """
+    if not file.exists():
+        call(context, evaluate.main, log,
+             evaluate.Args(policies=(str(policy),), eval_prompts=250, output=str(file)))
+    (numbers,) = json.loads(file.read_text())["policies"].values()
+    return {name: round(value, 4) for name, value in numbers.items()}
 
 
 # -------------------------------------------------------------------------------------- its numbers
@@ -222,12 +231,15 @@ def sweep(names, rates, args):
                     users.setdefault((i, job), []).append((name, arms, label))
     jobs = sorted(users, key=lambda user: user[0])  # the first seeds of all come first
     context = kill.processes() if jobs else None
-    Path(args.output).mkdir(parents=True, exist_ok=True)
+    output = Path(args.output).resolve()
+    output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
 
     def in_time(job):
-        return finish(context, job[1], args.output) if time.monotonic() < end else None
+        return finish(context, job[1], output) if time.monotonic() < end else None
 
+    if any(tax for _, (_, _, tax, _) in jobs) and not start():
+        save_start(evaluated(context, SFT, output / "start.log", output / "start.json"))
     with ThreadPoolExecutor(args.jobs) as pool:
         for job, numbers in zip(jobs, tqdm(pool.map(in_time, jobs), total=len(jobs), unit="run")):
             for name, arms, label in users[job] if numbers else ():

@@ -184,12 +184,16 @@ def test_what_training_changes_by_hand(metric, by):
     assert claims.change(RUN, metric) == pytest.approx(by)
 
 
-def test_what_training_changes_is_not_the_whole_of_a_number_that_was_there_before():
-    """Wrong answers had 3 tokens and have 3.2. Perplexity is only measured of trained policies."""
+def test_what_training_changes_is_not_the_whole_of_a_number_that_was_there_before(monkeypatch):
+    """Wrong answers had 3 tokens and have 3.2; perplexity was 1.2 and is 1.5."""
     run = RUN | {"wrong_length_after": 3.2, "growth_of_wrong": 0.2,
                  "tax": {"perplexity": 1.5, "score": 2.0}}
     assert claims.change(run, "wrong_length_after") == 0.2
+    monkeypatch.setattr(claims, "start", dict)
     assert claims.change(run, "perplexity") == 0 and claims.change(run, "score") == 2
+    monkeypatch.setattr(claims, "start", lambda: {"perplexity": 1.2, "score": 9.0})
+    assert claims.change(run, "perplexity") == pytest.approx(0.3)
+    assert claims.change(run, "score") == 2  # the run's own start
 
 
 def test_a_difference_is_too_small_within_a_tenth_of_what_training_changes():
@@ -280,6 +284,26 @@ def test_runs_that_experiments_share_are_made_once(fake, tmp_path):
     ends = f"--lr 0.1 {sweep.PROMPTS} {sweep.EVERY_RUN}"
     assert runs["2"]["command"] == f"rloo.py --k 3 {ends} --seed 2"
     assert runs == results.read("first")["3"]["runs"]
+
+
+def test_the_policy_that_runs_start_from_is_evaluated_once(fake, tmp_path, monkeypatch):
+    """If an experiment asks for evaluate.py's numbers."""
+    done = []
+
+    def evaluated(context, policy, log, file):
+        done.append(policy)
+        return {"perplexity": 1.5}
+
+    monkeypatch.setattr(sweep, "evaluated", evaluated)
+    args = papers.Args(output=str(tmp_path / "runs"), jobs=1)
+    sweep.sweep(["first"], {"rloo.py": "0.1"}, args)
+    assert done == [] and results.start() == {}
+    EXPERIMENTS["second"].tax = True
+    sweep.sweep(["second"], {"rloo.py": "0.1"}, args)
+    sweep.sweep(["second"], {"rloo.py": "0.2"}, args)
+    assert done.count("tasks/mini_tldr-sft") == 1 and len(done) == 1 + 2 * 2 * 2
+    assert results.start() == {"perplexity": 1.5}
+    assert results.read("second")["3"]["runs"]["1"]["tax"] == {"perplexity": 1.5}
 
 
 def test_an_interrupted_sweep_goes_on(fake, tmp_path):
@@ -535,6 +559,33 @@ def test_rows_of_the_tables_by_hand(fake, monkeypatch):
     assert page.claim_rows()[0][1] == [
         "grows", "a paper", told[0][2], "–", "2", "**holds**", "holds",
         "`python -m lab.papers first --again`", "[first](results/first.png)"]
+
+
+def test_the_largest_difference_is_a_share_of_what_training_changes(fake, monkeypatch):
+    """Two runs gain 2.2 and two gain 2: the difference is 0.2 in each seed, and 0.2 / 2.1 is 10%.
+
+    In a mean over the evaluations after the start; a number like those of the first arm is 0%.
+    """
+    more = RUN | {"score": [0.0, 1.2, 3.2]}
+    arms = {"2": {"runs": {"1": more, "2": more}}, "3": {"runs": {"1": RUN, "2": RUN}},
+            "4": {"runs": {"1": RUN, "2": RUN}}}
+    EXPERIMENTS["first"].claims = [Claim("a", "score", ("2",), ("3",)),
+                                   Claim("b", "score", ("3",), ("2",)),
+                                   Claim("c", "score", ("3",), ("4",))]
+    monkeypatch.setattr(claims, "saved", lambda: {"first": arms})
+    monkeypatch.setattr(page, "read", lambda name: arms)
+    assert [cells[3] for _, cells in page.claim_rows()] == ["10%", "10%", "0%"]
+
+
+def test_verdicts_are_counted_by_groups_of_experiments(monkeypatch):
+    """After correction, and before it in brackets; a group without claims has no row."""
+    monkeypatch.setattr(page, "judge_all", lambda: {
+        ("fig1", "a"): ("holds", "cannot tell"), ("fig1", "b"): ("holds", "holds"),
+        ("stale", "a"): ("too small", "too small")})
+    assert page.counts() == [
+        ["experiments", "claims", "does not hold", "cannot tell", "too small", "holds"],
+        ["at the common learning rate", "2", "0 (0)", "1 (0)", "0 (0)", "1 (2)"],
+        ["several steps per rollout", "1", "0 (0)", "0 (0)", "1 (1)", "0 (0)"]]
 
 
 def test_the_list_says_what_was_run(fake, tmp_path, monkeypatch, capsys):
