@@ -1,6 +1,5 @@
 """What the runs say of the papers' claims, for lab/papers.py."""
 
-import functools
 import statistics
 
 import numpy as np
@@ -123,9 +122,26 @@ def chosen_rates(arms):
     experiment = EXPERIMENTS["lr"]
     if not arms or seeds_done(experiment, arms) < len(experiment.seeds):
         return {}
+    return {name: best_rate(arms, name) for name in TUNED}
 
-    def score(name, rate):
-        return statistics.mean(measure(run, "score")
-                               for run in arms[f"{name} --lr {rate}"]["runs"].values())
 
-    return {name: max(RATES, key=functools.partial(score, name)) for name in TUNED}
+def best_rate(arms, name):
+    """The rate with the highest mean score of a command's arms in "lr" or "lr_math"."""
+    return max(RATES, key=lambda rate: mean_of(arms, name, rate, "score"))
+
+
+def breaking_rate(arms, name):
+    """The lowest rate at which a policy ends below where it began: in gold, if there is one.
+
+    Returns: None if no rate does.
+    """
+    reward = "gold" if "gold" in next(iter(arms[f"{name} --lr {RATES[0]}"]["runs"].values())) \
+        else "score"
+    return next((rate for rate in RATES if mean_of(arms, name, rate, f"growth of {reward}") < 0),
+                None)
+
+
+def mean_of(arms, name, rate, metric):
+    """Over the seeds, at one learning rate."""
+    return statistics.mean(measure(run, metric)
+                           for run in arms[f"{name} --lr {rate}"]["runs"].values())

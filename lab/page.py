@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 
 import plot
-from lab.claims import MARGIN, judge_all
+from lab.claims import MARGIN, best_rate, breaking_rate, judge_all
 from lab.experiments import EXPERIMENTS
 from lab.intervals import interval
 from lab.results import RESULTS, cost, measure, read, seeds_done
@@ -118,17 +118,29 @@ def number(value, digits=2):
     return "–" if math.isnan(value) else f"{value:z.{digits}f}"
 
 
+def cell(arm, metric):
+    """Mean ± half of the 95% interval over an arm's runs; a dash if it has no such number."""
+    mean, low, _ = interval([measure(run, metric) for run in arm["runs"].values()])
+    digits = 4 if abs(mean) < 0.01 else 2
+    return "–" if math.isnan(mean) else f"{number(mean, digits)} ± {number(mean - low, digits)}"
+
+
 def arm_rows(name, arms):
-    """The table of an experiment: mean ± half of the 95% interval, for each arm and column."""
-    rows = [["", *EXPERIMENTS[name].columns]]
-    for label, arm in arms.items():
-        cells = []
-        for column in EXPERIMENTS[name].columns:
-            mean, low, _ = interval([measure(run, column) for run in arm["runs"].values()])
-            digits = 4 if abs(mean) < 0.01 else 2
-            cells.append("–" if math.isnan(mean) else
-                         f"{number(mean, digits)} ± {number(mean - low, digits)}")
-        rows.append([label, *cells])
+    """The table of an experiment: a row for each arm."""
+    columns = EXPERIMENTS[name].columns
+    return [["", *columns], *([label, *(cell(arm, column) for column in columns)]
+                              for label, arm in arms.items())]
+
+
+def rate_rows(name, arms):
+    """The table of an experiment that varies the learning rate: a row for each command."""
+    columns = [column for column in EXPERIMENTS[name].columns if "length" not in column]
+    rows = [["", "best rate", *(f"{column} there" for column in columns),
+             "ends below its start from"]]
+    for command in dict.fromkeys(curve for curve, _ in EXPERIMENTS[name].points.values()):
+        best = best_rate(arms, command)
+        cells = [cell(arms[f"{command} --lr {best}"], column) for column in columns]
+        rows.append([command, best, *cells, breaking_rate(arms, command) or "–"])
     return rows
 
 
@@ -181,8 +193,12 @@ def write_page():
              if EXPERIMENTS[name].panels and (arms := read(name))}
     for name, arms in drawn.items():
         title = EXPERIMENTS[name].title
-        parts += [f"### {name}: {title}", f"![{title}](results/{name}.png)",
+        parts += [f"### {name}: {title}", f"![{title}](results/{name}.png)"]
+        if EXPERIMENTS[name].varied == "learning rate":
+            parts.append(markdown(rate_rows(name, arms)))
+        parts += [f"<details><summary>{len(arms)} rows, and their commands</summary>",
                   markdown(arm_rows(name, arms)),
-                  "\n".join(f"    python {shown(arm['command'])}" for arm in arms.values())]
+                  "\n".join(f"    python {shown(arm['command'])}" for arm in arms.values()),
+                  "</details>"]
     before = PAGE.read_text().partition(MARKER)[0]
     PAGE.write_text(before + "\n\n".join(parts) + "\n")
