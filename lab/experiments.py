@@ -10,7 +10,7 @@ class Claim(NamedTuple):
     """A number is above `least`: the metric of some arms, less that of others."""
 
     text: str  # what the paper says
-    metric: str  # see papers.measure
+    metric: str  # see results.measure
     more: tuple[str, ...]
     less: tuple[str, ...] = ()
     least: float = 0.0

@@ -7,8 +7,8 @@
     python -m lab.papers fig1 --again       # makes the runs again, although docs/results has them
 
 The numbers of each run are in docs/results as soon as it is finished, so you can stop a sweep and
-start it again. It goes seed by seed through all experiments, and in the end each has its picture,
-and docs/results.md is brought up to date.
+start it again. It goes seed by seed through all experiments, those with tuned learning rates last,
+and in the end each has its picture, and docs/results.md is brought up to date.
 
 Unless an experiment's commands say otherwise, runs start from the SFT policy of mini TL;DR and
 generate 960 responses, 16 per update, at a constant learning rate of 1e-4. An experiment named
@@ -24,6 +24,7 @@ may be wrong (Benjamini and Hochberg 1995).
 """
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -81,14 +82,17 @@ def main(args):
                                      f"{', '.join(EXPERIMENTS)}, or all")
     require(args.jobs >= 1, f"--jobs {args.jobs}: must be 1 or more")
     require(args.minutes > 0, f"--minutes {args.minutes}: must be above 0")
-    rates = chosen_rates(read("lr"))
+    every, rates = args.experiments == ("all",), chosen_rates(read("lr"))
     for name in names:
-        require(rates or args.redraw or not EXPERIMENTS[name].tuned or args.experiments == ("all",),
+        require(every or rates or args.redraw or not EXPERIMENTS[name].tuned,
                 f"{name}: takes the learning rates that lr finds; run lr first")
-        require(read(name) or not args.redraw,
+        require(every or read(name) or not args.redraw,
                 f"{name}: docs/results has no numbers of it yet; run it without --redraw")
-    if names and not args.redraw:
-        sweep([name for name in names if rates or not EXPERIMENTS[name].tuned], rates, args)
+    if not args.redraw:
+        end = time.monotonic() + 60 * args.minutes
+        sweep([name for name in names if not EXPERIMENTS[name].tuned], {}, args, end)
+        if rates := chosen_rates(read("lr")):
+            sweep([name for name in names if EXPERIMENTS[name].tuned], rates, args, end)
     for name in names:
         if read(name) and EXPERIMENTS[name].panels:
             draw(name, read(name))

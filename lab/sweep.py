@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import resource
@@ -213,10 +214,11 @@ def wrong_lengths(folder):
 # ---------------------------------------------------------------------------------- all that remain
 
 
-def sweep(names, rates, args):
+def sweep(names, rates, args, end=math.inf):
     """Make the runs of some experiments that docs/results lacks, seed by seed, and save each.
 
-    Args: names (of experiments); rates (see `chosen_rates`); args.
+    Args: names (of experiments); rates (see `chosen_rates`); args; end (no run starts after this
+    time of time.monotonic).
     """
     plans, users = {name: commands(EXPERIMENTS[name], rates) for name in names}, {}
     for name, plan in plans.items():
@@ -230,10 +232,11 @@ def sweep(names, rates, args):
                     job = command, seed, experiment.tax, experiment.lag
                     users.setdefault((i, job), []).append((name, arms, label))
     jobs = sorted(users, key=lambda user: user[0])  # the first seeds of all come first
-    context = kill.processes() if jobs else None
+    if not jobs:
+        return
+    context = kill.processes()
     output = Path(args.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * args.minutes
 
     def in_time(job):
         return finish(context, job[1], output) if time.monotonic() < end else None

@@ -321,10 +321,10 @@ def test_an_interrupted_sweep_goes_on(fake, tmp_path):
 
 
 def test_no_run_starts_after_its_time(fake, tmp_path, monkeypatch):
-    clock = iter([0.0, 30.0, 50.0, 61.0, 70.0])
+    clock = iter([30.0, 50.0, 61.0, 70.0])
     monkeypatch.setattr(sweep.time, "monotonic", lambda: next(clock))
     sweep.sweep(["first"], {"rloo.py": "0.1"},
-                 papers.Args(output=str(tmp_path / "runs"), jobs=1, minutes=1.0))
+                 papers.Args(output=str(tmp_path / "runs"), jobs=1), 60.0)
     assert [command.split()[2] for command in fake.done] == ["2", "3"]
 
 
@@ -632,19 +632,19 @@ def test_the_list_says_what_was_run(fake, tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_run_and_drawn(monkeypatch):
-    """First the learning rates; without --redraw. No panels, no picture."""
-    calls = []
+    """The runs with tuned rates come last, all within the same time. No panels, no picture."""
+    calls, rates = [], {"rloo.py": "1"}
 
-    def note(name, result):
-        monkeypatch.setattr(papers, name,
-                            lambda *given: calls.append((name, *given[:2])) or result)
+    def note(name):
+        monkeypatch.setattr(papers, name, lambda *given: calls.append((name, *given[:2])))
 
     for name in ("sweep", "draw", "write_page", "print_list"):
-        note(name, None)
-    monkeypatch.setattr(papers, "chosen_rates", lambda arms: {"rloo.py": "1"})
+        note(name)
+    monkeypatch.setattr(papers, "chosen_rates", lambda arms: rates)
     monkeypatch.setattr(papers, "read", lambda name: f"arms of {name}")
-    papers.main(papers.Args(("lr", "fig3")))
-    assert calls == [("sweep", ["lr", "fig3"], {"rloo.py": "1"}), ("draw", "lr", "arms of lr"),
+    papers.main(papers.Args(("fig3_tuned", "lr", "fig3")))
+    assert calls == [("sweep", ["lr", "fig3"], {}), ("sweep", ["fig3_tuned"], rates),
+                     ("draw", "fig3_tuned", "arms of fig3_tuned"), ("draw", "lr", "arms of lr"),
                      ("draw", "fig3", "arms of fig3"), ("write_page",), ("print_list",)]
     calls.clear()
     papers.main(papers.Args(("all",), redraw=True))
@@ -652,11 +652,26 @@ def test_what_is_run_and_drawn(monkeypatch):
     assert drawn == list(EXPERIMENTS)
     calls.clear()
     papers.main(papers.Args())
-    assert calls == [("print_list",)]
-    monkeypatch.setattr(papers, "chosen_rates", lambda arms: {})
+    assert calls == [("sweep", [], {}), ("sweep", [], rates), ("print_list",)]
+    rates.clear()
     calls.clear()
     papers.main(papers.Args(("all",)))
+    assert [name for name, *_ in calls].count("sweep") == 1
     assert not any("tuned" in name for name in calls[0][1])
+
+
+def test_all_time_is_for_both_sweeps(monkeypatch):
+    """Both end at the same moment; all that have numbers are drawn again."""
+    ends = []
+    monkeypatch.setattr(papers, "sweep", lambda names, rates, args, end: ends.append(end))
+    monkeypatch.setattr(papers, "chosen_rates", lambda arms: {"rloo.py": "1"})
+    for name in ("draw", "write_page", "print_list"):
+        monkeypatch.setattr(papers, name, lambda *given: None)
+    before = papers.time.monotonic()
+    papers.main(papers.Args(("all",), minutes=2.0))
+    assert ends[0] == ends[1] and before + 120 <= ends[0] <= papers.time.monotonic() + 120
+    monkeypatch.setattr(papers, "read", lambda name: None)
+    papers.main(papers.Args(("all",), redraw=True))
 
 
 @pytest.mark.parametrize("flags, message", [
