@@ -46,8 +46,10 @@ def prompts_share(claim, arms):
             found[name] = np.concatenate([left_out, total / table.shape[1]], 1).tolist()
         return found
 
-    (first_row, *_), *_ = next(iter(used.values()))["prompts"]["odd"]["curves"].values()
-    prompts = len(first_row)  # P
+    kept = next(iter(used.values()))["prompts"]["odd"]["curves"]
+    if not kept:  # the experiment's claims are about other numbers than those of prompts
+        return 0.0
+    prompts = len(next(iter(kept.values()))[0])  # P
     halves = [{label: curves(arm, half) for label, arm in used.items()} for half in HALVES]
     first = {label: next(iter(arm["runs"].values())) for label, arm in used.items()}
 

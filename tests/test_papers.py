@@ -231,6 +231,9 @@ def test_the_prompts_share_of_a_claim_by_hand():
             half["curves"]["score"].insert(1, [5.0, 0.0, 1.0])
     assert claims.prompts_share(claim, both) == pytest.approx(1)
     assert claims.prompts_share(claim._replace(metric="perplexity"), both) == 0
+    nothing = {half: {"seeds": [seed], "curves": {}} for half, seed in (("odd", 1), ("even", 2))}
+    others = {label: arm | {"prompts": nothing} for label, arm in both.items()}
+    assert claims.prompts_share(claim._replace(metric="clipfrac"), others) == 0
     del both["b"]["prompts"]["even"]  # one seed so far
     assert claims.prompts_share(claim, both) == 0
 
