@@ -337,11 +337,11 @@ EXPERIMENTS = {
         },
         [Claim(f"{name}: the gold reward ends below where it began", "growth of gold", (), (name,))
          for name in ("RLOO, k 4", "RAFT, k 4", "REINFORCE++", "PPO, λ 0.95")]
-        + [Claim("at the same KL (8), RAFT's gold reward is above RLOO's", "gold at KL 8",
+        + [Claim("at the same KL (5), RAFT's gold reward is above RLOO's", "gold at KL 5",
                  ("RAFT, k 4",), ("RLOO, k 4",)),
-           Claim("at the same KL (8), RLOO's gold reward is above REINFORCE++'s", "gold at KL 8",
+           Claim("at the same KL (5), RLOO's gold reward is above REINFORCE++'s", "gold at KL 5",
                  ("RLOO, k 4",), ("REINFORCE++",)),
-           Claim("at the same KL (8), RLOO's gold reward is above PPO's", "gold at KL 8",
+           Claim("at the same KL (5), RLOO's gold reward is above PPO's", "gold at KL 5",
                  ("RLOO, k 4",), ("PPO, λ 0.95",))],
         [("√kl", "score"), ("√kl", "gold"), ("updates", "kl")],
         ("final score", "final gold", "fall of gold", "final kl", "final length"),
