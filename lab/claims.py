@@ -69,28 +69,28 @@ def prompts_share(claim, arms):
 
 
 def margin_of(claim, arms):
-    """MARGIN of what training changes, a mean over the claim's runs; 0 for a claim with a bound."""
+    """MARGIN of what training changes, a mean over the claim's arms; 0 for a claim with a bound."""
     if not claim.less or not claim.more or claim.least:
         return 0.0
-    return MARGIN * statistics.mean(abs(change(run, claim.metric))
-                                    for label in (*claim.more, *claim.less)
-                                    for run in arms[label]["runs"].values())
+    changes = [statistics.mean(change(run, claim.metric) for run in arms[label]["runs"].values())
+               for label in (*claim.more, *claim.less)]
+    return MARGIN * statistics.mean(map(abs, changes))
 
 
 def change(run, metric):
     """What training has changed of a metric; the metric itself if that is a change, or a cost.
 
-    What only evaluate.py says (perplexity, variance) is compared with `results.start`.
+    What evaluate.py says is compared with what it says of the policy that runs start from.
     """
     value, (first, *_, last) = measure(run, metric), metric.split() * 2
-    if first == "log":
-        return 1.0
+    if metric in run.get("tax", {}):
+        return value - start().get(metric, value)
     if metric == "wrong_length_after":
         return run["growth_of_wrong"]
     curve = run.get(last if first == "final" else first)
     if isinstance(curve, list):
         return value - curve[0]
-    return value - start().get(metric, value) if metric in run.get("tax", {}) else value
+    return value
 
 
 def saved():

@@ -9,7 +9,7 @@ COLUMNS = ("score", "final score", "final gold", "final kl", "final length")
 class Claim(NamedTuple):
     """A number is above `least`: the metric of some arms, less that of others."""
 
-    text: str  # what the paper says
+    text: str  # the claim in words
     metric: str  # see results.measure
     more: tuple[str, ...]
     less: tuple[str, ...] = ()
@@ -276,7 +276,7 @@ EXPERIMENTS = {
     ),
     "remax": Experiment(
         "ReMax: the greedy baseline, and what it saves", "ReMax, sections 4 and 5",
-        REMAX | {"ReMax, twice the budget": f"remax.py --prompts-per-step 16 {RUN} --lr 1e-4"}
+        REMAX | {"ReMax, twice the budget": f"remax.py --prompts-per-step 16 {RUN}"}
         | NONE | PPO95,
         [
             Claim("ReMax above REINFORCE without a baseline", "score", ("ReMax",),
@@ -349,7 +349,8 @@ EXPERIMENTS = {
     "plus": Experiment(
         "REINFORCE++ and GRPO: reward per KL, growth of length", "REINFORCE++, experiments",
         {name: f"{command} --beta 0" for name, command in (PLUS | PLUS_BASELINE | GRPO).items()}
-        | {"REINFORCE++, one step": f"{BASE['reinforce_pp.py']} --beta 0 --minibatches 1"},
+        | {"REINFORCE++, one step": f"{BASE['reinforce_pp.py']} --beta 0 --minibatches 1 "
+                                    "--lr 1e-4"},
         [
             Claim("REINFORCE++ above GRPO at the same KL (1.5)", "score at KL 1.5",
                   ("REINFORCE++",), ("GRPO",)),
@@ -421,8 +422,18 @@ EXPERIMENTS = {
         ("score", "final score", "wrong_length_before", "wrong_length_after"),
     ),
 }
-# The same experiments with each algorithm's own learning rate, where commands leave it open.
-EXPERIMENTS |= {f"{name}_tuned": replace(experiment, tuned=True,
-                                         title=f"{experiment.title}, each at its own rate")
-                for name, experiment in EXPERIMENTS.items()
+
+
+def own_rates(experiment):
+    """The same experiment with each algorithm's own learning rate.
+
+    Without the arms whose commands give a rate, which say what happens at that one.
+    """
+    arms = {label: command for label, command in experiment.arms.items() if "--lr " not in command}
+    claims = [claim for claim in experiment.claims if {*claim.more, *claim.less} <= arms.keys()]
+    return replace(experiment, arms=arms, claims=claims, tuned=True,
+                   title=f"{experiment.title}, each at its own rate")
+
+
+EXPERIMENTS |= {f"{name}_tuned": own_rates(experiment) for name, experiment in EXPERIMENTS.items()
                 if any("--lr " not in command for command in experiment.arms.values())}

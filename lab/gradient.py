@@ -136,7 +136,9 @@ class Result:
 
     @property
     def angle(self):
-        return math.degrees(math.acos(max(-1.0, min(1.0, self.cosine))))
+        """In degrees; nan if the mean gradient is 0."""
+        near = self.cosine if math.isnan(self.cosine) else max(-1.0, min(1.0, self.cosine))
+        return math.degrees(math.acos(near))
 
     @property
     def noise(self):
@@ -148,6 +150,8 @@ class Result:
             return f"no bias seen: {self.bias:.2f} ± {self.error:.2f}"
         if self.bias < 1e-6:
             return "unbiased to 1e-6"
+        if math.isnan(self.cosine):
+            return "no step at all"
         if self.angle < 1e-3:
             return f"the right direction, {self.length:.2f} of the length"
         away = "away from it, " if self.cosine < 0 else ""
@@ -367,7 +371,11 @@ def cells(result):
 
 
 def middle_and_range(values):
-    """The median (smallest to largest) as text; one number where they do not differ."""
+    """The median (smallest to largest) as text; one number where they do not differ.
+
+    Of the values that are numbers.
+    """
+    values = [value for value in values if not math.isnan(value)]
     if not values:
         return "–"
     found = statistics.median(values), min(values), max(values)
@@ -386,7 +394,7 @@ def cells_of_toys(found, first):
                [result.variance / other.variance for result, other in zip(found, first)],
                [result.noise / other.noise for result, other in zip(found, first)
                 if other.length > 0]]
-    angles = [result.angle for result in found]
+    angles = [result.angle for result in found if not math.isnan(result.cosine)]
     verdicts = {result.verdict().partition(":")[0] for result in found}
     said = " or ".join(verdicts)
     if "biased" in verdicts:
@@ -529,9 +537,10 @@ def rows_and_places(args):
     scripts = args.scripts or SCRIPTS + BINARY * args.binary
     if not any(args.stale):
         return scripts, [("policy", 0.0)]
-    lags = stale.LAGS if args.lag == "both" else [args.lag]
+    lags = list(stale.LAGS) if args.lag == "both" else [args.lag]
+    places = itertools.product(lags, sorted(set(args.stale)))
     return (args.scripts or (*scripts, *stale.ROWS),
-            list(itertools.product(lags, sorted(set(args.stale)))))
+            [(lag, kl) for lag, kl in places if kl or lag == lags[0]])  # nothing moves by 0
 
 
 def main(args):
@@ -554,7 +563,8 @@ def main(args):
                                   "use a smaller KL")
     jobs = [*itertools.product(worlds, commands)]
     for (place, world), command in tqdm(jobs, unit="script", leave=False):
-        load_module(WORLD).world, found = world, results[place]
+        load_module(WORLD).world = world
+        found = results[place]
         if not isinstance(found.setdefault(command, []), str):
             one = attempt(command, world, args)
             found[command] = one if isinstance(one, str) else [*found[command], one]
@@ -565,10 +575,12 @@ def report(results, numbers, args):
     """Print the table of each place, with the number of its worlds, and draw the picture."""
     parts = []
     for (lag, kl), found in results.items():
-        some = f" ({numbers[lag, kl]} of {args.toys} worlds can move that far)"
-        heading = (f"KL(pi || pi_old) = {kl:g}, {stale.LAGS[lag]}"
-                   f"{some * (numbers[lag, kl] < args.toys)}:\n\n")
-        parts.append(heading * any(args.stale) + table(found))
+        heading = f"KL(pi || pi_old) = {kl:g}"
+        if kl:
+            heading += f", {stale.LAGS[lag]}"
+        if numbers[lag, kl] < args.toys:
+            heading += f" ({numbers[lag, kl]} of {args.toys} worlds can move that far)"
+        parts.append(f"{heading}:\n\n{table(found)}" if any(args.stale) else table(found))
     if not args.at_optimum:
         if any(args.stale):
             stale.draw(results, args.output)

@@ -1,6 +1,7 @@
 """Intervals and verdicts for lab/papers.py: Student's t over seeds, and the share of the prompts.
 
-All differences are taken seed by seed, since runs of one seed see the same prompts.
+All differences are taken seed by seed, since runs of one seed are evaluated on the same prompts and
+begin with the same ones.
 """
 
 import functools
@@ -103,7 +104,7 @@ def discoveries(p_values, share=FALSE_DISCOVERIES):
 def verdict(low, high, margin=0.0):
     """What a 95% interval says about a claim that a number is above 0.
 
-    Args: low; high; margin (a difference too small to matter, stated before the runs).
+    Args: low; high; margin (a difference too small to matter).
     """
     if low > 0:
         return "holds"

@@ -118,6 +118,12 @@ def number(value, digits=2):
     return "–" if math.isnan(value) else f"{value:z.{digits}f}"
 
 
+def with_interval(mean, low, high):
+    """As text: three digits of small numbers, and of those of which an end would be told as 0."""
+    digits = 3 if max(abs(low), abs(high)) < 0.1 or 0 < min(abs(low), abs(high)) < 0.005 else 2
+    return "{} [{}, {}]".format(*(number(value, digits) for value in (mean, low, high)))
+
+
 def cell(arm, metric):
     """Mean ± half of the 95% interval over an arm's runs; a dash if it has no such number."""
     mean, low, _ = interval([measure(run, metric) for run in arm["runs"].values()])
@@ -152,13 +158,12 @@ def claim_rows():
         bound = f" (above {claim.least:g}?)" if claim.least or not claim.less else ""
         if not claim.more:  # the claim is that a number is below a bound
             mean, low, high, bound = -mean, -high, -low, f" (below {0 - claim.least:g}?)"
-        digits = 3 if max(abs(low), abs(high)) < 0.1 else 2
-        here = "{} [{}, {}]".format(*(number(value, digits) for value in (mean, low, high)))
         largest = max(abs(low), abs(high)) / (margin / MARGIN) if margin else math.nan
-        rows.append((said, [
-            claim.text, EXPERIMENTS[name].source, f"{claim.metric}: {here}{bound}",
+        rows.append((corrected, [
+            claim.text, EXPERIMENTS[name].source,
+            f"{claim.metric}: {with_interval(mean, low, high)}{bound}",
             "–" if math.isnan(largest) else f"{largest:.0%}",
-            f"{seeds_done(EXPERIMENTS[name], read(name))}", f"**{said}**", corrected,
+            f"{seeds_done(EXPERIMENTS[name], read(name))}", f"**{corrected}**", said,
             f"`python -m lab.papers {name} --again`", f"[{name}](results/{name}.png)"]))
     return rows
 
@@ -183,7 +188,7 @@ def write_page():
     parts = [MARKER, f"{len(claims)} claims, {runs} runs, {minutes:.0f} CPU minutes. Verdicts, "
                      "after correction for their number (before it):", markdown(counts())]
     header = ["claim", "source", "result: mean [95% interval]", "at most", "seeds",
-              "verdict", "after correction", "command", "picture"]
+              "verdict", "before correction", "command", "picture"]
     for said, heading in VERDICTS.items():
         rows = [cells for verdict, cells in claims if verdict == said]
         parts += [f"## {heading}", markdown([header, *rows])]

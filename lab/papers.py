@@ -19,8 +19,8 @@ An interval is Student's, at 95%, over seeds, plus what other held-out prompts w
 differences are taken seed by seed. A claim holds if its interval lies above 0, and does not hold if
 it lies below (or is exactly 0). If the interval is within a tenth of what training changes, the
 difference is too small to matter; otherwise these runs cannot tell. Of many claims some are decided
-by chance: "after correction" are those that are still decided if at most 5% of the page's decisions
-may be wrong (Benjamini and Hochberg 1995).
+by chance. The page's verdicts are those that are left if at most 5% of all decisions are expected
+to be wrong (Benjamini and Hochberg 1995).
 """
 
 import math
@@ -61,7 +61,7 @@ def print_list():
     for name, experiment in EXPERIMENTS.items():
         runs, minutes = cost([name])
         asked = len(set(experiment.arms.values())) * len(experiment.seeds)
-        said = [found[-2] for (other, _), found in judged.items() if other == name]
+        said = [found[-1] for (other, _), found in judged.items() if other == name]
         counts = ", ".join(f"{word}: {said.count(word)}" for word in VERDICTS if word in said)
         arms = stored_arms(name)
         done = seeds_done(experiment, arms) if experiment.arms.keys() <= arms.keys() else 0

@@ -99,11 +99,16 @@ def draw(results, path):
 
 
 def curves(results, lag, name):
-    """Points (KL, median of the Results' attribute `name`): dict command -> list."""
+    """Points (KL, median of the Results' attribute `name`): dict command -> list.
+
+    Of the worlds in which it is a number.
+    """
     found = {}
     for (other, kl), commands in results.items():
         for command, worlds in commands.items():
             if other == lag and kl > 0 and not isinstance(worlds, str):
-                median = statistics.median(getattr(result, name) for result in worlds)
-                found.setdefault(command, []).append((kl, median))
+                values = [getattr(result, name) for result in worlds]
+                values = [value for value in values if not math.isnan(value)]
+                if values:
+                    found.setdefault(command, []).append((kl, statistics.median(values)))
     return found

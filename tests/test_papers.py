@@ -190,10 +190,10 @@ def test_what_training_changes_is_not_the_whole_of_a_number_that_was_there_befor
                  "tax": {"perplexity": 1.5, "score": 2.0}}
     assert claims.change(run, "wrong_length_after") == 0.2
     monkeypatch.setattr(claims, "start", dict)
-    assert claims.change(run, "perplexity") == 0 and claims.change(run, "score") == 2
+    assert claims.change(run, "perplexity") == 0
     monkeypatch.setattr(claims, "start", lambda: {"perplexity": 1.2, "score": 9.0})
     assert claims.change(run, "perplexity") == pytest.approx(0.3)
-    assert claims.change(run, "score") == 2  # the run's own start
+    assert claims.change(run, "score") == -7  # evaluate.py's of both
 
 
 def test_a_difference_is_too_small_within_a_tenth_of_what_training_changes():
@@ -209,6 +209,9 @@ def test_a_difference_is_too_small_within_a_tenth_of_what_training_changes():
     assert claims.judge(claim, same)[3] == "too small"
     assert claims.margin_of(claim._replace(least=0.5), same) == 0
     assert claims.margin_of(claim._replace(less=()), same) == 0
+    around = {label: {"runs": {"1": RUN, "2": RUN | {"score": [0.0, -1.0, -3.0]}}}
+              for label in ("a", "b")}
+    assert claims.margin_of(claim, around) == 0  # seeds go up and down: training changes nothing
 
 
 def halves(odd, even):
@@ -696,6 +699,20 @@ def test_bad_flags_get_one_line(flags, message, tmp_path, monkeypatch, capsys):
 # ----------------------------------------------------------------------------- the real experiments
 
 
+def test_tuned_experiments_have_only_the_arms_whose_rate_is_open():
+    """And the claims about them. ReMax with twice the budget has ReMax's rate."""
+    fig2, tuned = EXPERIMENTS["fig2"], EXPERIMENTS["fig2_tuned"]
+    assert fig2.arms.keys() - tuned.arms.keys() == {"PPO, λ 0.95, one step"}
+    assert {claim.text for claim in fig2.claims} - {claim.text for claim in tuned.claims} == {
+        f"{name} above PPO with one step per rollout{rest}" for name, rest in (
+            ("RLOO", ", as RLOO has"), ("REINFORCE with a baseline", ""), ("vanilla PG", ""))}
+    assert not any("--lr " in command for experiment in EXPERIMENTS.values() if experiment.tuned
+                   for command in experiment.arms.values())
+    rates = dict.fromkeys(TUNED, "1") | {"remax.py": "7"}
+    arms = sweep.commands(EXPERIMENTS["remax_tuned"], rates)
+    assert " --lr 7 " in arms["ReMax, twice the budget"] and " --lr 1 " in arms["PPO, λ 0.95"]
+
+
 def test_every_command_parses():
     found = {command for experiment in EXPERIMENTS.values()
              for command in sweep.commands(experiment, dict.fromkeys(TUNED, RATES[0])).values()}
@@ -747,8 +764,7 @@ def spelled(claim, *values):
     if sum(values) < 0:
         low, high = sorted(-value for value in values[1:])
         values = [-values[0], low, high]
-    digits = 3 if max(values) < 0.1 else 2
-    return "{} [{}, {}]".format(*(page.number(value, digits).replace("-", "−") for value in values))
+    return page.with_interval(*values).replace("-", "−")
 
 
 def test_conclusions_say_no_more_than_the_verdicts_after_correction():

@@ -262,6 +262,8 @@ def test_the_rows_and_places_of_the_flags():
     commands, places = gradient.rows_and_places(gradient.Args(stale=(0.1, 0.0), lag="random"))
     assert commands == (*gradient.SCRIPTS, *stale.ROWS)
     assert places == [("random", 0.0), ("random", 0.1)]
+    _, places = gradient.rows_and_places(gradient.Args(stale=(0.1, 0.0)))
+    assert places == [("policy", 0.0), ("policy", 0.1), ("random", 0.1)]
     commands, places = gradient.rows_and_places(gradient.Args(scripts=("a.py",), stale=(0.1,)))
     assert commands == ("a.py",) and places == [("policy", 0.1), ("random", 0.1)]
 
@@ -276,6 +278,20 @@ def test_curves_are_medians_over_worlds_by_kl():
         ("policy", 0.2): {"a.py": results(4.0, 6.0), "b.py": "no such file"},
         ("random", 0.1): {"a.py": results(7.0)}}, "policy", "length")
     assert found == {"a.py": [(0.1, 3.0), (0.2, 5.0)]}
+
+
+def test_a_gradient_of_zero_has_no_angle():
+    """As where a clip zeroes every step. Medians are those of the other worlds."""
+    nothing = gradient.Result(math.nan, 0.0, 1.0, 0.0, 0.0, 9)
+    right = gradient.Result(1.0, 0.5, 0.5, 0.0, 1.0, 9)
+    assert math.isnan(nothing.angle) and nothing.verdict() == "no step at all"
+    assert gradient.middle_and_range([math.nan, 0.5, 0.7, math.nan, 0.6]) == "0.60 (0.50 to 0.70)"
+    assert gradient.middle_and_range([math.nan]) == "–"
+    results = {("policy", 0.1): {"a.py": [nothing, right], "b.py": [nothing]}}
+    assert stale.curves(results, "policy", "angle") == {"a.py": [(0.1, 0.0)]}
+    away = gradient.Result(0.0, 0.5, 0.5, 0.0, 1.0, 9)
+    said = gradient.cells_of_toys([nothing, away], [right, right])[-1]
+    assert said.startswith("points 90° to 90° off")
 
 
 @pytest.mark.parametrize("flags, line", [
