@@ -132,6 +132,14 @@ def best_rate(arms, name):
     return max(RATES, key=lambda rate: mean_of(arms, name, rate, "score"))
 
 
+def good_rates(arms, name):
+    """The rates at which the score rises at least nine tenths as much as at the best one."""
+    gains = {rate: statistics.mean(change(run, "score")
+                                   for run in arms[f"{name} --lr {rate}"]["runs"].values())
+             for rate in RATES}
+    return [rate for rate in RATES if gains[rate] >= (1 - MARGIN) * max(gains.values())]
+
+
 def breaking_rate(arms, name):
     """The lowest rate at which a policy ends below where it began: in gold, if there is one.
 

@@ -573,15 +573,18 @@ def test_the_table_of_learning_rates_by_hand():
         return {"score": [0.0, *score], "gold": [4.0, 4.0, gold], "kl": [0.0, 1.0, kl]}
 
     low, best, high = run((1, 1), 5.0, 1.0), run((2, 1), 4.5, 2.0), run((0.5, 1.5), 3.5, 9.0)
+    good = run((1.7, 1.0), 5.0, 1.0)  # 1.35 of 1.5
     runs = {f"{name} --lr {rate}": {"runs": dict.fromkeys("12", low)}
             for name in TUNED for rate in RATES}
+    runs["rloo.py --lr 1e-4"]["runs"] = dict.fromkeys("12", good)
     runs["rloo.py --lr 6e-4"]["runs"] = dict.fromkeys("12", best)
     runs["rloo.py --lr 3e-3"]["runs"] = {"1": high, "2": run((0.5, 1.5), 4.3, 9.0)}  # 3.9
     rows = page.rate_rows("lr", runs)
     assert rows[0] == ["", "best rate", "score there", "final score there", "final gold there",
-                       "final kl there", "ends below its start from"]
+                       "final kl there", "gains nine tenths of that with",
+                       "ends below its start from"]
     assert rows[1] == ["rloo.py", "6e-4", "1.50 ± 0.00", "1.00 ± 0.00", "4.50 ± 0.00",
-                       "2.00 ± 0.00", "3e-3"]
+                       "2.00 ± 0.00", "1e-4, 6e-4", "3e-3"]
     assert rows[2][:2] == ["raft.py", "2.5e-5"] and rows[2][-1] == "–" and len(rows) == 15
     for label, arm in runs.items():
         end = -1.0 if label == "rloo.py --lr 1e-3" else 1.0
