@@ -80,12 +80,23 @@ def draw_against(axis, experiment, y, arms, looks):
         numbers, means, lows, highs = map(np.array, zip(*found))
         axis.errorbar(numbers, means, yerr=[means - lows, highs - means], capsize=2,
                       elinewidth=0.8, markersize=4.5, linewidth=1.3, **look)
+    if experiment.varied == "learning rate" and y != "final kl":
+        show_the_start(axis, [run[y.split()[-1]][0] for arm in arms.values()
+                              for run in arm["runs"].values()])
     ticks = sorted({number for _, number in experiment.points.values()})
     axis.set_xscale("log")
     if y in ("final kl", "lag"):  # of which an estimator that runs away has far more
         axis.set_yscale("log", nonpositive="clip")
-    axis.set_xticks(ticks, [f"{number:g}" for number in ticks], rotation=30)
+    axis.set_xticks(ticks, [f"{number:g}".replace("e-0", "e-") for number in ticks], rotation=30)
     axis.set_xticks([], minor=True)
+
+
+def show_the_start(axis, starts):
+    """A line where runs start, and not much below it: curves that fall apart leave the picture."""
+    start = statistics.mean(starts)
+    best = max(height for line in axis.lines for height in line.get_ydata())
+    axis.axhline(start, color="gray", linewidth=0.8, zorder=0)
+    axis.set_ylim(start - 0.5 * (best - start), best + 0.2 * (best - start))
 
 
 def draw_curve(axis, runs, x, y, look):

@@ -508,6 +508,21 @@ def test_a_picture_against_the_number_that_is_varied(fake, figures):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["RLOO"]
 
 
+def test_a_picture_of_learning_rates_shows_where_runs_start(fake, figures):
+    """Start 1, best 3: a line at 1, and the axis from 0 to 3.4, although a curve falls to -50."""
+    first = EXPERIMENTS["first"]
+    first.panels, first.varied = [("", "final score"), ("", "final kl")], "learning rate"
+    first.points = {"2": ("RLOO", 1e-4), "3": ("RLOO", 3e-3)}
+    high, low = ({"score": [1.0, end], "kl": [0.0, 1.0]} for end in (3.0, -50.0))
+    page.draw("first", {"2": {"runs": dict.fromkeys("12", high)},
+                        "3": {"runs": dict.fromkeys("12", low)}})
+    score, kl = figures[0].axes
+    assert score.get_ylim() == pytest.approx((0.0, 3.4))
+    assert [list(line.get_ydata()) for line in score.lines][-1] == [1.0, 1.0]
+    assert len(kl.lines) == len(score.lines) - 1 and kl.get_yscale() == "log"
+    assert [label.get_text() for label in score.get_xticklabels()] == ["0.0001", "0.003"]
+
+
 def test_the_numbers_of_a_run(tmp_path):
     """In the order of updates; seconds are per update; the share of clipped tokens is a mean."""
     with SummaryWriter(tmp_path) as writer:
