@@ -129,14 +129,12 @@ def chosen_rates(arms):
 
 def best_rate(arms, name):
     """The rate with the highest mean score of a command's arms in "lr" or "lr_math"."""
-    return max(RATES, key=lambda rate: mean_of(arms, name, rate, "score"))
+    return max(RATES, key=lambda rate: mean_of(measure, arms, name, rate, "score"))
 
 
 def good_rates(arms, name):
     """The rates at which the score rises at least nine tenths as much as at the best one."""
-    gains = {rate: statistics.mean(change(run, "score")
-                                   for run in arms[f"{name} --lr {rate}"]["runs"].values())
-             for rate in RATES}
+    gains = {rate: mean_of(change, arms, name, rate, "score") for rate in RATES}
     return [rate for rate in RATES if gains[rate] >= (1 - MARGIN) * max(gains.values())]
 
 
@@ -145,13 +143,12 @@ def breaking_rate(arms, name):
 
     Returns: None if no rate does.
     """
-    reward = "gold" if "gold" in next(iter(arms[f"{name} --lr {RATES[0]}"]["runs"].values())) \
-        else "score"
-    return next((rate for rate in RATES if mean_of(arms, name, rate, f"growth of {reward}") < 0),
-                None)
+    first_run, *_ = arms[f"{name} --lr {RATES[0]}"]["runs"].values()
+    metric = "growth of gold" if "gold" in first_run else "growth of score"
+    return next((rate for rate in RATES if mean_of(measure, arms, name, rate, metric) < 0), None)
 
 
-def mean_of(arms, name, rate, metric):
-    """Over the seeds, at one learning rate."""
-    return statistics.mean(measure(run, metric)
+def mean_of(number, arms, name, rate, metric):
+    """`measure` or `change` of a metric: the mean over the seeds of a command at one rate."""
+    return statistics.mean(number(run, metric)
                            for run in arms[f"{name} --lr {rate}"]["runs"].values())

@@ -556,10 +556,10 @@ def main(args):
         if toy == 0:
             describe(world, args)
         lagging = [(place, stale.lagging(world, *place, args.seed)) for place in places]
-        worlds += [(place, moved) for place, moved in lagging if moved]
-    numbers = Counter(place for place, _ in worlds)  # of worlds
+        worlds += [(place, found) for place, found in lagging if found]
+    moved = Counter(place for place, _ in worlds)  # how many worlds can move that far
     for lag, kl in places:
-        require(numbers[lag, kl], f"--stale {kl}: no policy is that far away, {stale.LAGS[lag]}; "
+        require(moved[lag, kl], f"--stale {kl}: no policy is that far away, {stale.LAGS[lag]}; "
                                   "use a smaller KL")
     jobs = [*itertools.product(worlds, commands)]
     for (place, world), command in tqdm(jobs, unit="script", leave=False):
@@ -568,18 +568,18 @@ def main(args):
         if not isinstance(found.setdefault(command, []), str):
             one = attempt(command, world, args)
             found[command] = one if isinstance(one, str) else [*found[command], one]
-    report(results, numbers, args)
+    report(results, moved, args)
 
 
-def report(results, numbers, args):
-    """Print the table of each place, with the number of its worlds, and draw the picture."""
+def report(results, moved, args):
+    """Print the table of each place, and how many worlds can move there; draw the picture."""
     parts = []
     for (lag, kl), found in results.items():
         heading = f"KL(pi || pi_old) = {kl:g}"
         if kl:
             heading += f", {stale.LAGS[lag]}"
-        if numbers[lag, kl] < args.toys:
-            heading += f" ({numbers[lag, kl]} of {args.toys} worlds can move that far)"
+        if moved[lag, kl] < args.toys:
+            heading += f" ({moved[lag, kl]} of {args.toys} worlds can move that far)"
         parts.append(f"{heading}:\n\n{table(found)}" if any(args.stale) else table(found))
     if not args.at_optimum:
         if any(args.stale):

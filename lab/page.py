@@ -153,7 +153,7 @@ def rate_rows(name, arms):
     """The table of an experiment that varies the learning rate: a row for each command."""
     columns = [column for column in EXPERIMENTS[name].columns if "length" not in column]
     rows = [["", "best rate", *(f"{column} there" for column in columns),
-             "gains nine tenths of that with", "ends below its start from"]]
+             "rises nine tenths as much at", "ends below its start from"]]
     for command in dict.fromkeys(curve for curve, _ in EXPERIMENTS[name].points.values()):
         best = best_rate(arms, command)
         cells = [cell(arms[f"{command} --lr {best}"], column) for column in columns]

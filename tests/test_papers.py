@@ -15,7 +15,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 from lab import claims, intervals, page, papers, results, sweep
-from lab.experiments import COMMON, EXPERIMENTS, RATES, TUNED, Claim, Experiment
+from lab.experiments import COMMON, EXPERIMENTS, PPO, RATES, TUNED, Claim, Experiment
 
 RUN = {"updates": [0, 20, 40], "score": [0.0, 1.0, 3.0], "gold": [4.0, 6.0, 5.0],
        "kl": [0.0, 2.0, 4.0], "samples": [0, 16, 32], "clipfrac": 0.25, "seconds": math.e}
@@ -596,7 +596,7 @@ def test_the_table_of_learning_rates_by_hand():
     runs["rloo.py --lr 3e-3"]["runs"] = {"1": high, "2": run((0.5, 1.5), 4.3, 9.0)}  # 3.9
     rows = page.rate_rows("lr", runs)
     assert rows[0] == ["", "best rate", "score there", "final score there", "final gold there",
-                       "final kl there", "gains nine tenths of that with",
+                       "final kl there", "rises nine tenths as much at",
                        "ends below its start from"]
     assert rows[1] == ["rloo.py", "6e-4", "1.50 ± 0.00", "1.00 ± 0.00", "4.50 ± 0.00",
                        "2.00 ± 0.00", "1e-4, 6e-4", "3e-3"]
@@ -621,6 +621,13 @@ def test_the_largest_difference_is_a_share_of_what_training_changes(fake, monkey
     monkeypatch.setattr(claims, "saved", lambda: {"first": arms})
     monkeypatch.setattr(page, "read", lambda name: arms)
     assert [cells[3] for _, cells in page.claim_rows()] == ["10%", "10%", "0%"]
+
+
+def test_an_end_of_an_interval_is_not_told_as_0():
+    assert page.with_interval(0.5, 0.004, 0.996) == "0.500 [0.004, 0.996]"
+    assert page.with_interval(0.5, 0.006, 0.996) == "0.50 [0.01, 1.00]"
+    assert page.with_interval(-0.05, -0.09, -0.01) == "-0.050 [-0.090, -0.010]"
+    assert page.with_interval(0.5, 0.0, 1.0) == "0.50 [0.00, 1.00]"
 
 
 def test_verdicts_are_counted_by_groups_of_experiments(monkeypatch):
@@ -843,6 +850,70 @@ def test_the_table_of_several_steps_and_its_correlations():
     assert f"with the outcome is {moved}." in text
     cosine = correlations(lambda experiment, steps: ranks(cosines[steps]))
     assert f"with the outcome is {cosine} (mini math" in text
+
+
+ONE = ("reinforce.py", "reinforce.py --baseline none", "vanilla_pg.py", PPO)  # response per prompt
+FOUR = ("rloo.py", "raft.py", "reinforce_pp.py", "reinforce_pp_baseline.py")
+
+
+def span(values, digits=2):
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def test_the_numbers_of_the_section_on_learning_rates():
+    """Those of the runs; the names in its lists are typed from the page."""
+    text, arms = " ".join(page.PAGE.read_text().split()), results.read("lr")
+    rates = claims.chosen_rates(arms)
+
+    def at_best(metric, *names):
+        return [claims.mean_of(results.measure, arms, name, rates[name], metric) for name in names]
+
+    assert f"REINFORCE++ have a mean reward of {span(at_best('score', *ONE, *FOUR))}." in text
+    lower = ("grpo.py", "cispo.py", "dapo.py")
+    gspo, remax, dpo = (f"{at_best('score', f'{name}.py')[0]:.2f}"
+                        for name in ("gspo", "remax", "dpo"))
+    assert f"have {span(at_best('score', *lower))} and GSPO {gspo}, and a lower KL" in text
+    assert f"{span(at_best('final kl', *lower, 'gspo.py'), 1)}, where those eight have " \
+           f"{span(at_best('final kl', *ONE, *FOUR), 1)}." in text
+    assert f"greedy, has {remax}, and DPO {dpo}." in text
+    assert {name for name in TUNED if rates[name] == "6e-4"} == {
+        "rloo.py", "raft.py", "reinforce.py", "vanilla_pg.py", "dpo.py"}
+    assert [name for name in TUNED if rates[name] == "1e-3"] == ["reinforce.py --baseline none"]
+    good = {name: claims.good_rates(arms, name) for name in TUNED}
+    assert {name for name in TUNED if good[name] == ["3e-4", "6e-4", "1e-3"]} == {
+        "raft.py", *ONE[:3]}
+    assert {name for name in TUNED if good[name] == ["3e-4", "6e-4"]} == {
+        "rloo.py", "grpo.py", PPO, *FOUR[2:]}
+    assert {name for name in TUNED if good[name] == ["1e-4", "3e-4"]} == {"cispo.py", "dapo.py"}
+    assert {name for name in TUNED if len(good[name]) == 1} == {"gspo.py", "remax.py", "dpo.py"}
+    breaks = {name: claims.breaking_rate(arms, name) for name in TUNED}
+    assert {name for name in TUNED if breaks[name] == "1e-3"} == {
+        "cispo.py", "dapo.py", "reinforce_pp.py", "remax.py", "dpo.py"}
+    assert breaks.pop("gspo.py") == "6e-4" and set(breaks.values()) == {"1e-3", "3e-3"}
+
+
+def test_the_numbers_of_the_section_on_budgets():
+    text, arms = " ".join(page.PAGE.read_text().split()), results.read("budget")
+
+    def means(metric, *names):
+        return [np.mean([results.measure(run, metric) for run in arms[name]["runs"].values()])
+                for name in names]
+
+    def after_ten_seconds(name):
+        runs = list(arms[name]["runs"].values())
+        seconds, score = (np.mean(curves, 0) for curves in zip(*(
+            (page.along(run, "cpu"), run["score"]) for run in runs)))
+        return np.interp(10, seconds, score)
+
+    assert f"end at {span(means('final score', *ONE))}, RLOO, RAFT and both REINFORCE++ at " \
+           f"{span(means('final score', *FOUR))}." in text
+    assert f"vanilla PG and PPO are at {span(means('score at update 60', *ONE))}." in text
+    assert f"at {span([after_ten_seconds(name) for name in (*FOUR, ONE[0])])}; vanilla PG" in text
+    assert f"every update, are at {span([after_ten_seconds(name) for name in ONE[2:]])}." in text
+    assert f"ReMax is at {after_ten_seconds('remax.py'):.1f}." in text
+    others = means("final score", "grpo.py", "gspo.py", "cispo.py", "dapo.py")
+    (dpo,) = means("final score", "dpo.py")
+    assert f"DAPO end at {span(others)} in 60 updates, and DPO at {dpo:.2f}." in text
 
 
 @pytest.mark.parametrize("edit", [
