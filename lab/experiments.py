@@ -143,7 +143,7 @@ def stale(title, setting, commands, gold=(), dapo="DAPO"):
          for metric in ("score", *gold) for steps in (4, 16) for a, b in orders],
         [("", metric) for metric in ("score", *gold, "final kl", "lag")],
         ("score", "final score", *gold, "final kl", "final length", "lag", "clipfrac"),
-        seeds=range(1, 6), lag=True, varied="optimizer steps per rollout", points=points,
+        seeds=range(1, 21), lag=True, varied="optimizer steps per rollout", points=points,
     )
 
 
@@ -424,14 +424,21 @@ EXPERIMENTS = {
 }
 
 
+COSTS = ("seconds", "log seconds", "peak_mb")  # what a run costs, at any learning rate
+
+
 def own_rates(experiment):
     """The same experiment with each algorithm's own learning rate.
 
-    Without the arms whose commands give a rate, which say what happens at that one.
+    Without the arms whose commands give a rate, which say what happens at that one, and without
+    time and memory.
     """
     arms = {label: command for label, command in experiment.arms.items() if "--lr " not in command}
-    claims = [claim for claim in experiment.claims if {*claim.more, *claim.less} <= arms.keys()]
+    claims = [claim for claim in experiment.claims
+              if {*claim.more, *claim.less} <= arms.keys() and claim.metric not in COSTS]
     return replace(experiment, arms=arms, claims=claims, tuned=True,
+                   panels=[panel for panel in experiment.panels if panel[1] not in COSTS],
+                   columns=tuple(name for name in experiment.columns if name not in COSTS),
                    title=f"{experiment.title}, each at its own rate")
 
 

@@ -52,17 +52,18 @@ def save(name, arms):
     new.rename(RESULTS / f"{name}.json")
 
 
-def add(arm, seed, numbers, curves):
+def add(arm, seed, numbers, experiment):
     """Add a run to an arm: its numbers, and to the mean over its half of the seeds, its prompts'.
 
-    Args: arm ({"command", "runs", "prompts"}); seed; numbers (see `read_numbers`); curves (names).
+    Args: arm ({"command", "runs", "prompts"}); seed; numbers (see `read_numbers`; what evaluate.py
+    says goes to experiments that ask for it: another may have the same run); experiment.
     """
-    prompts = numbers["prompts"]
-    arm["runs"][str(seed)] = {name: value for name, value in numbers.items() if name != "prompts"}
+    prompts, unused = numbers["prompts"], {"prompts"} if experiment.tax else {"prompts", "tax"}
+    arm["runs"][str(seed)] = {name: numbers[name] for name in numbers if name not in unused}
     halves = arm.setdefault("prompts", {})
     half = halves.setdefault(HALVES[seed % 2 == 0], {"seeds": [], "curves": {}})
     n = len(half["seeds"])
-    for name in curves:
+    for name in curves_of(experiment):
         new, old = np.array(prompts[name]), np.array(half["curves"].get(name, 0.0))  # (E, P)
         half["curves"][name] = ((old * n + new) / (n + 1)).round(2).tolist()
     half["seeds"].append(seed)

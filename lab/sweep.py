@@ -21,7 +21,7 @@ import evaluate
 import plot
 from common import no_grad_logprobs
 from lab.experiments import COMMON, EXPERIMENTS, TUNED
-from lab.results import CURVES, add, curves_of, save, save_start, start, stored_arms
+from lab.results import CURVES, add, save, save_start, start, stored_arms
 from plumbing import require
 from tools import kill
 
@@ -222,29 +222,30 @@ def sweep(names, rates, args, end=math.inf):
     """
     plans, users = {name: commands(EXPERIMENTS[name], rates) for name in names}, {}
     for name, plan in plans.items():
-        experiment = EXPERIMENTS[name]
         kept = {} if args.again else stored_arms(name)
         arms = {label: kept[label] if kept.get(label, {}).get("command") == command else
                 {"command": command, "runs": {}} for label, command in plan.items()}
-        for i, seed in enumerate(experiment.seeds):
+        for i, seed in enumerate(EXPERIMENTS[name].seeds):
             for label, command in plan.items():
                 if str(seed) not in arms[label]["runs"]:
-                    job = command, seed, experiment.tax, experiment.lag
-                    users.setdefault((i, job), []).append((name, arms, label))
-    jobs = sorted(users, key=lambda user: user[0])  # the first seeds of all come first
-    if not jobs:
+                    users.setdefault((i, command, seed), []).append((name, arms, label))
+    runs = sorted(users, key=lambda run: run[0])  # the first seeds of all come first
+    if not runs:
         return
     context = kill.processes()
     output = Path(args.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
+    tax = {run: any(EXPERIMENTS[name].tax for name, *_ in users[run]) for run in runs}
+    lag = {run: any(EXPERIMENTS[name].lag for name, *_ in users[run]) for run in runs}
 
-    def in_time(job):
-        return finish(context, job[1], output) if time.monotonic() < end else None
+    def in_time(run):
+        job = *run[1:], tax[run], lag[run]
+        return finish(context, job, output) if time.monotonic() < end else None
 
-    if any(tax for _, (_, _, tax, _) in jobs) and not start():
+    if any(tax.values()) and not start():
         save_start(evaluated(context, SFT, output / "start.log", output / "start.json"))
     with ThreadPoolExecutor(args.jobs) as pool:
-        for job, numbers in zip(jobs, tqdm(pool.map(in_time, jobs), total=len(jobs), unit="run")):
-            for name, arms, label in users[job] if numbers else ():
-                add(arms[label], job[1][1], numbers, curves_of(EXPERIMENTS[name]))
+        for run, numbers in zip(runs, tqdm(pool.map(in_time, runs), total=len(runs), unit="run")):
+            for name, arms, label in users[run] if numbers else ():
+                add(arms[label], run[2], numbers, EXPERIMENTS[name])
                 save(name, arms)

@@ -292,6 +292,18 @@ def test_runs_that_experiments_share_are_made_once(fake, tmp_path):
     assert runs == results.read("first")["3"]["runs"]
 
 
+def test_a_run_is_made_once_if_one_of_its_experiments_has_it_evaluated(fake, tmp_path, monkeypatch):
+    """Two jobs of one run would write into one folder. What evaluate.py says is the other's."""
+    monkeypatch.setattr(sweep, "evaluated", lambda *_: {"perplexity": 1.5, "score": 9.0})
+    EXPERIMENTS["second"].tax = True
+    sweep.sweep(["first", "second"], {"rloo.py": "0.1"},
+                papers.Args(output=str(tmp_path / "runs"), jobs=8))
+    assert len(fake.done) == len(set(fake.done)) == 6
+    assert results.read("second")["3"]["runs"]["1"]["tax"]["perplexity"] == 1.5
+    assert not any("tax" in run for arm in results.read("first").values()
+                   for run in arm["runs"].values())
+
+
 def test_the_policy_that_runs_start_from_is_evaluated_once(fake, tmp_path, monkeypatch):
     """If an experiment asks for evaluate.py's numbers."""
     done = []
@@ -736,6 +748,14 @@ def test_tuned_experiments_have_only_the_arms_whose_rate_is_open():
     rates = dict.fromkeys(TUNED, "1") | {"remax.py": "7"}
     arms = sweep.commands(EXPERIMENTS["remax_tuned"], rates)
     assert " --lr 7 " in arms["ReMax, twice the budget"] and " --lr 1 " in arms["PPO, λ 0.95"]
+
+
+def test_tuned_experiments_have_no_times_and_no_memory():
+    """Which a learning rate does not change."""
+    remax, tuned = EXPERIMENTS["remax"], EXPERIMENTS["remax_tuned"]
+    assert len(remax.claims) - len(tuned.claims) == 2 and ("", "seconds") in remax.panels
+    assert tuned.panels == remax.panels[:2] and tuned.columns == remax.columns[:4]
+    assert ("cpu", "score") in EXPERIMENTS["budget_tuned"].panels  # that is what it is about
 
 
 def test_every_command_parses():
