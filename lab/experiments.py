@@ -430,12 +430,12 @@ COSTS = ("seconds", "log seconds", "peak_mb")  # what a run costs, at any learni
 def own_rates(experiment):
     """The same experiment with each algorithm's own learning rate.
 
-    Without the arms whose commands give a rate, which say what happens at that one, and without
-    time and memory.
+    Without the arms whose commands give a rate, which say what happens at that one; without time
+    and memory; and without claims at a KL that the policies have passed by the first evaluation.
     """
     arms = {label: command for label, command in experiment.arms.items() if "--lr " not in command}
-    claims = [claim for claim in experiment.claims
-              if {*claim.more, *claim.less} <= arms.keys() and claim.metric not in COSTS]
+    claims = [claim for claim in experiment.claims if {*claim.more, *claim.less} <= arms.keys()
+              and claim.metric not in COSTS and " at KL " not in claim.metric]
     return replace(experiment, arms=arms, claims=claims, tuned=True,
                    panels=[panel for panel in experiment.panels if panel[1] not in COSTS],
                    columns=tuple(name for name in experiment.columns if name not in COSTS),

@@ -66,16 +66,28 @@ def draw(name, arms):
 def draw_marks(axis, y, arms, looks):
     """Mean of y and its 95% interval, a line for each arm."""
     for i, (label, arm) in enumerate(arms.items()):
-        mean, low, high = interval([measure(run, y) for run in arm["runs"].values()])
+        mean, low, high = middle(arm, y)
         look = {name: looks[label][name] for name in ("color", "marker")}
         axis.errorbar(mean, -i, xerr=[[mean - low], [high - mean]], capsize=3, **look)
     axis.set_yticks([-i for i in range(len(arms))], list(arms))
 
 
+def middle(arm, metric):
+    """The mean over an arm's runs, and its 95% interval; of "lag" the geometric mean.
+
+    The estimate of how far a rollout's use moves the policy is a mean of ratios, and one token with
+    a ratio of thousands makes one seed's a hundred times that of the others.
+    """
+    values = [measure(run, metric) for run in arm["runs"].values()]
+    if metric != "lag":
+        return interval(values)
+    return tuple(map(math.exp, interval([math.log(value) for value in values])))
+
+
 def draw_against(axis, experiment, y, arms, looks):
     """Means of y, with 95% intervals, against the number that is varied; a curve for each look."""
     for curve, look in looks.items():
-        found = [(number, *interval([measure(run, y) for run in arms[label]["runs"].values()]))
+        found = [(number, *middle(arms[label], y))
                  for label, (other, number) in experiment.points.items() if other == curve]
         numbers, means, lows, highs = map(np.array, zip(*found))
         axis.errorbar(numbers, means, yerr=[means - lows, highs - means], capsize=2,
@@ -137,7 +149,9 @@ def with_interval(mean, low, high):
 
 def cell(arm, metric):
     """Mean ± half of the 95% interval over an arm's runs; a dash if it has no such number."""
-    mean, low, _ = interval([measure(run, metric) for run in arm["runs"].values()])
+    mean, low, _ = middle(arm, metric)
+    if metric == "lag":  # around a geometric mean an interval has two sides
+        return number(mean)
     digits = 4 if abs(mean) < 0.01 else 2
     return "–" if math.isnan(mean) else f"{number(mean, digits)} ± {number(mean - low, digits)}"
 
@@ -193,19 +207,31 @@ def counts():
     return rows
 
 
+def changes():
+    """How many claims have which verdict at the common rate and at their own: rows of a table."""
+    judged = judge_all()
+    pairs = [(judged[name.removesuffix("_tuned"), text][-1], found[-1])
+             for (name, text), found in judged.items() if name.endswith("_tuned")]
+    return [["at the common rate, and at their own", *VERDICTS],
+            *([word, *(f"{pairs.count((word, other))}" for other in VERDICTS)]
+              for word in VERDICTS)]
+
+
 def write_page():
     """Bring docs/results.md up to date from the marker on: claims, then pictures and tables."""
     claims = claim_rows()
     runs, minutes = cost(EXPERIMENTS)
     parts = [MARKER, f"{len(claims)} claims, {runs} runs, {minutes:.0f} CPU minutes. Verdicts, "
-                     "after correction for their number (before it):", markdown(counts())]
+                     "after correction for their number (before it):", markdown(counts()),
+             "The claims that were tested at both rates, by their verdicts:", markdown(changes())]
     header = ["claim", "source", "result: mean [95% interval]", "at most", "seeds",
               "verdict", "before correction", "command", "picture"]
     for said, heading in VERDICTS.items():
         rows = [cells for verdict, cells in claims if verdict == said]
         parts += [f"## {heading}", markdown([header, *rows])]
     parts.append("## Numbers and pictures\n\nMeans ± half of the 95% interval over seeds; "
-                 "other prompts would change them a little more.")
+                 "other prompts would change them a little more. Of the KL that the policy moves "
+                 "while a rollout is used (lag) it is the geometric mean.")
     drawn = {name: arms for name in EXPERIMENTS
              if EXPERIMENTS[name].panels and (arms := read(name))}
     for name, arms in drawn.items():

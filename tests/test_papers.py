@@ -499,23 +499,29 @@ def test_a_picture_by_hand(fake, figures):
 
 
 def test_a_picture_against_the_number_that_is_varied(fake, figures):
-    """One curve of two points, with the intervals of two runs each, and ticks where they are."""
+    """One curve of two points, with the intervals of two runs each, and ticks where they are.
+
+    Scores of 1 and 3, lags of 1 and 9: the latter's geometric mean is 3, and its interval a factor.
+    """
     first = EXPERIMENTS["first"]
     first.panels, first.varied = [("", "score"), ("", "lag")], "k"
     first.points = {"2": ("RLOO", 2), "3": ("RLOO", 3)}
     results.RESULTS.mkdir()
-    more = RUN | {"score": [0.0, 3.0, 5.0], "lag": 3.0}
+    more = RUN | {"score": [0.0, 3.0, 5.0], "lag": 9.0}
     arms = {"2": {"runs": {"1": RUN | {"lag": 1.0}, "2": more}},
             "3": {"runs": {"1": more, "2": more}}}
     page.draw("first", arms)
     (figure,) = figures
-    for axis, points in zip(figure.axes, ([[2, 3], [3, 4]], [[2, 2], [3, 3]])):
-        assert axis.lines[0].get_xydata().tolist() == points
+    ends = []
+    for axis, points in zip(figure.axes, ([[2, 3], [3, 4]], [[2, 3], [3, 9]])):
+        assert axis.lines[0].get_xydata() == pytest.approx(np.array(points))
         assert [tick.get_text() for tick in axis.get_xticklabels()] == ["2", "3"]
-        (low, high), narrow = (line[:, 1] for line in axis.collections[0].get_segments())
-        assert high - points[0][1] == pytest.approx(12.7062, abs=1e-3)
-        assert points[0][1] - low == pytest.approx(12.7062, abs=1e-3)
-        assert narrow.tolist() == [points[1][1]] * 2
+        wide, narrow = (line[:, 1] for line in axis.collections[0].get_segments())
+        ends.append(wide)
+        assert narrow.tolist() == pytest.approx([points[1][1]] * 2)
+    assert ends[0] == pytest.approx([3 - 12.7062, 3 + 12.7062], abs=1e-3)
+    assert np.log(ends[1] / 3) == pytest.approx(12.7062 * math.log(3) * np.array([-1, 1]), abs=1e-3)
+    assert page.cell(arms["2"], "lag") == "3.00"
     assert figure.axes[0].get_xlabel() == "k"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["RLOO"]
 
@@ -653,6 +659,20 @@ def test_verdicts_are_counted_by_groups_of_experiments(monkeypatch):
         ["several steps per rollout", "1", "0 (0)", "0 (0)", "1 (1)", "0 (0)"]]
 
 
+def test_claims_at_both_rates_are_counted_by_their_verdicts(monkeypatch):
+    """After correction. Rows: at the common rate; columns: at their own."""
+    monkeypatch.setattr(page, "judge_all", lambda: {
+        ("fig1", "a"): ("cannot tell", "holds"), ("fig1", "b"): ("holds", "holds"),
+        ("fig1", "c"): ("holds", "holds"), ("fig1", "own"): ("holds", "holds"),
+        ("fig1_tuned", "a"): ("too small", "does not hold"),
+        ("fig1_tuned", "b"): ("holds", "does not hold"), ("fig1_tuned", "c"): ("holds", "holds")})
+    header, *rows = page.changes()
+    assert header[1:] == list(page.VERDICTS)
+    assert {row[0]: row[1:] for row in rows} == {
+        "does not hold": ["0"] * 4, "cannot tell": ["0"] * 4, "too small": ["0"] * 4,
+        "holds": ["2", "0", "0", "1"]}
+
+
 def test_the_list_says_what_was_run(fake, tmp_path, monkeypatch, capsys):
     """A run that two experiments share counts once."""
     def listed():
@@ -742,7 +762,8 @@ def test_tuned_experiments_have_only_the_arms_whose_rate_is_open():
     assert fig2.arms.keys() - tuned.arms.keys() == {"PPO, λ 0.95, one step"}
     assert {claim.text for claim in fig2.claims} - {claim.text for claim in tuned.claims} == {
         f"{name} above PPO with one step per rollout{rest}" for name, rest in (
-            ("RLOO", ", as RLOO has"), ("REINFORCE with a baseline", ""), ("vanilla PG", ""))}
+            ("RLOO", ", as RLOO has"), ("REINFORCE with a baseline", ""), ("vanilla PG", ""))} | {
+        f"at the same KL (1), RLOO above {other}" for other in ("PPO", "REINFORCE")}
     assert not any("--lr " in command for experiment in EXPERIMENTS.values() if experiment.tuned
                    for command in experiment.arms.values())
     rates = dict.fromkeys(TUNED, "1") | {"remax.py": "7"}
@@ -851,10 +872,7 @@ def test_the_table_of_several_steps_and_its_correlations():
         for (experiment, metric, steps), cell in zip(columns, cells.split("|")[1:]):
             round_ = ", one round" if (name, experiment) == ("DAPO", "stale_math") else ""
             arm = results.read(experiment)[f"{name}{round_}, {steps} steps"]
-            mean, low, _ = intervals.interval([results.measure(run, metric)
-                                               for run in arm["runs"].values()])
-            half = "" if metric == "lag" else f" ± {page.number(mean - low)}"
-            assert cell.strip() == page.number(mean) + half, (name, experiment, steps)
+            assert cell.strip() == page.cell(arm, metric), (name, experiment, steps)
             found[experiment, metric, steps].append(float(cell.split()[0]))
     cosines = {4: [float(near) for _, near, *_ in rows], 16: [float(far) for *_, far, _ in rows]}
 
@@ -936,13 +954,50 @@ def test_the_numbers_of_the_section_on_budgets():
     assert f"DAPO end at {span(others)} in 60 updates, and DPO at {dpo:.2f}." in text
 
 
+def test_the_numbers_of_the_section_on_own_rates():
+    """Those of the runs and of the table of verdicts at both rates."""
+    text = " ".join(page.PAGE.read_text().split())
+    (_, *names), *rows = page.changes()
+    table = {word: dict(zip(names, map(int, row))) for word, *row in rows}
+    both = sum(sum(row.values()) for row in table.values())
+    changed = both - sum(table[word][word] for word in table)
+    turned = table["holds"]["does not hold"] + table["does not hold"]["holds"]
+    assert f"{changed} of the {both} claims that were tested at both have another verdict" in text
+    assert f"Of the {both} claims that were tested at both, {changed} have another verdict, and " \
+           f"{turned} of them are turned round**" in text
+    assert {float(rate) for rate in claims.chosen_rates(results.read("lr")).values()} == {
+        3e-4, 6e-4, 1e-3}
+
+    def means(experiment, metric, leave_out=()):
+        return [np.mean([results.measure(run, metric) for run in arm["runs"].values()])
+                for label, arm in results.read(experiment).items() if label not in leave_out]
+
+    *others, ppo = means("fig2_tuned", "final kl")
+    assert f"at a KL of {ppo:.1f}, where those three end at {span(others, 1)}, and" in text
+    kl, gold = (means("remax_tuned", f"final {name}")[2] for name in ("kl", "gold"))
+    assert f"leads to a KL of {kl:.1f}, and to a gold reward of {gold:.1f}, below the start" in text
+    assert gold < results.read("remax_tuned")["REINFORCE, no baseline"]["runs"]["1"]["gold"][0]
+    (common, common_dpo), (own, own_dpo) = (
+        ((min(most), max(most)), dpo) for *most, dpo in
+        (means(name, "win_rate") for name in ("table1", "table1_tuned")))
+    assert "fall, from between {:.2f} and {:.2f} to between {:.2f} and {:.2f}, although".format(
+        *common, *own) in text
+    assert f"DPO's win rate rises, from {common_dpo:.2f} to {own_dpo:.2f}." in text
+    before, after = (np.array(means(name, "win_rate")) for name in ("table1", "table1_tuned"))
+    assert (after[:-1] < before[:-1]).all() and list(results.read("table1"))[-1] == "DPO"
+    assert f"ends at {span(means('plus_tuned', 'final gold'), 1)}, which was " \
+           f"{span(means('plus', 'final gold', ['REINFORCE++, one step']), 1)}." in text
+
+
 @pytest.mark.parametrize("edit", [
     # What is open, as if it were decided; another verdict than that of the numbers; nothing to
     # rest on.
-    ("With σ 5 it cannot be told.", "With σ 5 it does."),
-    ("evaluation | cannot tell", "evaluation | holds"), ("*DPO is behind*", "*DPO is ahead*"),
+    ("Over the whole run it cannot be told.", "Over the whole run it does."),
+    ("told | fig6 | σ 5: noise costs RAFT more than RLOO | cannot tell",
+     "told | fig6 | σ 5: noise costs RAFT more than RLOO | holds"),
+    ("*DPO is behind*", "*DPO is ahead*"),
     ("PPO and RLOO are above it.", "PPO and RLOO are above it. GRPO is best."),
-    ("0.11 [0.10, 0.13]; training", "0.12 [0.10, 0.13]; training"),
+    ("0.11 [0.10, 0.12]; training", "0.12 [0.10, 0.12]; training"),
 ])
 def test_a_sentence_that_says_more_is_noticed(edit, tmp_path, monkeypatch):
     text = page.PAGE.read_text()
