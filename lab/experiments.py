@@ -143,7 +143,7 @@ def stale(title, setting, commands, gold=(), dapo="DAPO"):
          for metric in ("score", *gold) for steps in (4, 16) for a, b in orders],
         [("", metric) for metric in ("score", *gold, "final kl", "lag")],
         ("score", "final score", *gold, "final kl", "final length", "lag", "clipfrac"),
-        seeds=range(1, 21), lag=True, varied="optimizer steps per rollout", points=points,
+        lag=True, varied="optimizer steps per rollout", points=points,
     )
 
 
@@ -431,7 +431,7 @@ def own_rates(experiment):
     """The same experiment with each algorithm's own learning rate.
 
     Without the arms whose commands give a rate, which say what happens at that one; without time
-    and memory; and without claims at a KL that the policies have passed by the first evaluation.
+    and memory; and without claims at a KL, which these policies pass before the first evaluation.
     """
     arms = {label: command for label, command in experiment.arms.items() if "--lr " not in command}
     claims = [claim for claim in experiment.claims if {*claim.more, *claim.less} <= arms.keys()

@@ -19,7 +19,7 @@ VERDICTS = {"does not hold": "What does not hold here",
             "too small": "What is too small to matter here", "holds": "What holds here"}
 GROUPS = {"at the common learning rate":
           lambda name: not name.startswith("stale") and not name.endswith("_tuned"),
-          "each algorithm at its own": lambda name: name.endswith("_tuned"),
+          "at each algorithm's own": lambda name: name.endswith("_tuned"),
           "several steps per rollout": lambda name: name.startswith("stale")}
 
 
@@ -150,10 +150,10 @@ def with_interval(mean, low, high):
 def cell(arm, metric):
     """Mean ± half of the 95% interval over an arm's runs; a dash if it has no such number."""
     mean, low, _ = middle(arm, metric)
-    if metric == "lag":  # around a geometric mean an interval has two sides
-        return number(mean)
     digits = 4 if abs(mean) < 0.01 else 2
-    return "–" if math.isnan(mean) else f"{number(mean, digits)} ± {number(mean - low, digits)}"
+    if math.isnan(mean) or metric == "lag":  # around a geometric mean an interval has two halves
+        return number(mean, digits)
+    return f"{number(mean, digits)} ± {number(mean - low, digits)}"
 
 
 def arm_rows(name, arms):
@@ -210,9 +210,9 @@ def counts():
 def changes():
     """How many claims have which verdict at the common rate and at their own: rows of a table."""
     judged = judge_all()
-    pairs = [(judged[name.removesuffix("_tuned"), text][-1], found[-1])
-             for (name, text), found in judged.items() if name.endswith("_tuned")]
-    return [["at the common rate, and at their own", *VERDICTS],
+    pairs = [(common[-1], judged[f"{name}_tuned", text][-1])
+             for (name, text), common in judged.items() if (f"{name}_tuned", text) in judged]
+    return [["at the common rate ↓, at their own →", *VERDICTS],
             *([word, *(f"{pairs.count((word, other))}" for other in VERDICTS)]
               for word in VERDICTS)]
 

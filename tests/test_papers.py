@@ -293,7 +293,7 @@ def test_runs_that_experiments_share_are_made_once(fake, tmp_path):
 
 
 def test_a_run_is_made_once_if_one_of_its_experiments_has_it_evaluated(fake, tmp_path, monkeypatch):
-    """Two jobs of one run would write into one folder. What evaluate.py says is the other's."""
+    """Two jobs would write into one folder. The numbers go to the experiment that asks for them."""
     monkeypatch.setattr(sweep, "evaluated", lambda *_: {"perplexity": 1.5, "score": 9.0})
     EXPERIMENTS["second"].tax = True
     sweep.sweep(["first", "second"], {"rloo.py": "0.1"},
@@ -665,7 +665,8 @@ def test_claims_at_both_rates_are_counted_by_their_verdicts(monkeypatch):
         ("fig1", "a"): ("cannot tell", "holds"), ("fig1", "b"): ("holds", "holds"),
         ("fig1", "c"): ("holds", "holds"), ("fig1", "own"): ("holds", "holds"),
         ("fig1_tuned", "a"): ("too small", "does not hold"),
-        ("fig1_tuned", "b"): ("holds", "does not hold"), ("fig1_tuned", "c"): ("holds", "holds")})
+        ("fig1_tuned", "b"): ("holds", "does not hold"), ("fig1_tuned", "c"): ("holds", "holds"),
+        ("fig2_tuned", "a"): ("holds", "holds")})  # its common runs are being made again
     header, *rows = page.changes()
     assert header[1:] == list(page.VERDICTS)
     assert {row[0]: row[1:] for row in rows} == {
@@ -876,18 +877,60 @@ def test_the_table_of_several_steps_and_its_correlations():
             found[experiment, metric, steps].append(float(cell.split()[0]))
     cosines = {4: [float(near) for _, near, *_ in rows], 16: [float(far) for *_, far, _ in rows]}
 
-    def correlations(of):
-        """With the outcome on mini math and mini TL;DR, 4 and 16 steps, as text."""
-        pairs = [(of(experiment, steps), ranks(found[experiment, metric, steps]))
+    def correlations(of, part=slice(None)):
+        """With the outcome on mini math and mini TL;DR, 4 and 16 steps, as text; of some rows."""
+        pairs = [(ranks(of(experiment, steps)[part]), ranks(found[experiment, metric, steps][part]))
                  for experiment, metric, steps in columns if metric != "lag"]
         numbers = [f"{np.corrcoef(*pair)[0, 1]:.1f}".replace("-", "−") for pair in pairs]
         return f"{', '.join(numbers[:3])} and {numbers[3]}"
 
     text = " ".join(text.split())
-    moved = correlations(lambda experiment, steps: ranks(found[experiment, "lag", steps]))
-    assert f"with the outcome is {moved}." in text
-    cosine = correlations(lambda experiment, steps: ranks(cosines[steps]))
-    assert f"with the outcome is {cosine} (mini math" in text
+    assert f"outcome is {correlations(lambda _, steps: cosines[steps])} (mini math" in text
+    moved = correlations(lambda experiment, steps: found[experiment, "lag", steps])
+    assert f"with the outcome is {moved}. Of ten," in text
+    uncut, cut = (correlations(lambda _, steps: cosines[steps], part)
+                  for part in (slice(4), slice(4, None)))
+    assert f"cosine has {uncut}, among the six that do {cut}." in text
+    assert [name for name, *_ in rows[:4]] == ["RLOO, sequence ratio", "RLOO, token ratio",
+                                               "RLOO, no ratio", "CISPO"]
+
+
+def test_the_numbers_of_the_sentences_on_more_steps():
+    """Differences from one step that are said to be there exclude 0, and the others do not."""
+    text = " ".join(page.PAGE.read_text().split())
+    math_arms, arms = results.read("stale_math"), results.read("stale")
+
+    def differences(arms, metric, steps):
+        """Dict name -> interval of the difference from one step per rollout."""
+        names = [label.removesuffix(", 1 steps") for label in arms if label.endswith(", 1 steps")]
+        runs = {name: (arms[f"{name}, {steps} steps"]["runs"], arms[f"{name}, 1 steps"]["runs"])
+                for name in names}
+        return {name: intervals.interval([results.measure(more[seed], metric)
+                                          - results.measure(one[seed], metric) for seed in one])
+                for name, (more, one) in runs.items()}
+
+    assert all(high < 0 for *_, high in differences(math_arms, "score", 16).values())
+    after4 = differences(math_arms, "score", 4)
+    del after4["DAPO"]  # dynamic sampling: the next sentence
+    assert {name for name, (_, low, high) in after4.items() if low < 0 < high} == {
+        "GRPO", "DAPO, one round", "REINFORCE++", "RLOO, clipped"}
+    assert all(mean < 0 for name, (mean, *_) in after4.items() if name in {
+        "PPO", "GSPO", "RLOO, no ratio", "RLOO, token ratio", "RLOO, sequence ratio", "CISPO"})
+    assert all(low > 0 for _, low, _ in differences(arms, "score", 4).values())
+    assert all(low < 0 for _, low, _ in differences(arms, "final gold", 4).values())
+
+    def means(arms, metric, steps):
+        return [page.middle(arm, metric)[0] for label, arm in arms.items()
+                if label.endswith(f", {steps} steps")]
+
+    ends = [f"between {min(values):.2f} and {max(values):.2f}"
+            for values in (means(arms, "score", 1), means(arms, "score", 4))]
+    assert f"from {ends[0]} to {ends[1]}, and no" in text
+    assert f"one step it ends at {span(means(arms, 'final gold', 1), 1)}." in text
+    dapo = [page.cell(math_arms[f"DAPO, {steps} steps"], "score") for steps in (16, 1)]
+    assert "({} with 16 steps, {} with one)".format(*dapo) in text
+    both = means(arms, "score", 4) + means(arms, "score", 16)
+    assert f"its means are {span(both)} for all ten" in text
 
 
 ONE = ("reinforce.py", "reinforce.py --baseline none", "vanilla_pg.py", PPO)  # response per prompt
@@ -963,30 +1006,61 @@ def test_the_numbers_of_the_section_on_own_rates():
     changed = both - sum(table[word][word] for word in table)
     turned = table["holds"]["does not hold"] + table["does not hold"]["holds"]
     assert f"{changed} of the {both} claims that were tested at both have another verdict" in text
+    decided = turned + table["holds"]["holds"] + table["does not hold"]["does not hold"]
     assert f"Of the {both} claims that were tested at both, {changed} have another verdict, and " \
-           f"{turned} of them are turned round**" in text
-    assert {float(rate) for rate in claims.chosen_rates(results.read("lr")).values()} == {
-        3e-4, 6e-4, 1e-3}
+           f"of the {decided} that were decided both times {turned} are turned round**" in text
+    lr, rates = results.read("lr"), claims.chosen_rates(results.read("lr"))
+    assert {float(rate) for rate in rates.values()} == {3e-4, 6e-4, 1e-3}
 
     def means(experiment, metric, leave_out=()):
-        return [np.mean([results.measure(run, metric) for run in arm["runs"].values()])
-                for label, arm in results.read(experiment).items() if label not in leave_out]
+        return [page.middle(arm, metric)[0] for label, arm in results.read(experiment).items()
+                if label not in leave_out]
 
     *others, ppo = means("fig2_tuned", "final kl")
-    assert f"at a KL of {ppo:.1f}, where those three end at {span(others, 1)}, and" in text
+    assert f"at which it ends at a KL of {ppo:.1f}, and that of the others 6e-4, at which they " \
+           f"end at {span(others, 1)}." in text
+    near = [claims.mean_of(results.measure, lr, name, "3e-4", "final gold")
+            for name in ("rloo.py", "reinforce.py", "vanilla_pg.py", PPO)]
+    assert f"a gold reward of {span(near[:3])}, and PPO has {near[3]:.2f}." in text
     kl, gold = (means("remax_tuned", f"final {name}")[2] for name in ("kl", "gold"))
     assert f"leads to a KL of {kl:.1f}, and to a gold reward of {gold:.1f}, below the start" in text
-    assert gold < results.read("remax_tuned")["REINFORCE, no baseline"]["runs"]["1"]["gold"][0]
-    (common, common_dpo), (own, own_dpo) = (
-        ((min(most), max(most)), dpo) for *most, dpo in
-        (means(name, "win_rate") for name in ("table1", "table1_tuned")))
-    assert "fall, from between {:.2f} and {:.2f} to between {:.2f} and {:.2f}, although".format(
-        *common, *own) in text
-    assert f"DPO's win rate rises, from {common_dpo:.2f} to {own_dpo:.2f}." in text
-    before, after = (np.array(means(name, "win_rate")) for name in ("table1", "table1_tuned"))
-    assert (after[:-1] < before[:-1]).all() and list(results.read("table1"))[-1] == "DPO"
+    runs = results.read("remax_tuned")["REINFORCE, no baseline"]["runs"].values()
+    assert gold < np.mean([run["gold"][0] for run in runs]) - 0.3
     assert f"ends at {span(means('plus_tuned', 'final gold'), 1)}, which was " \
            f"{span(means('plus', 'final gold', ['REINFORCE++, one step']), 1)}." in text
+
+
+def test_the_table_of_own_rates_and_what_is_said_of_it():
+    text, common, own = page.PAGE.read_text(), results.read("table1"), results.read("table1_tuned")
+    rates = claims.chosen_rates(results.read("lr"))
+    falls = []
+    for label, arm in common.items():
+        cells = [page.number(page.middle(arms[label], metric)[0])
+                 for metric in ("score", "gold", "win_rate", "kl") for arms in (common, own)]
+        rate = sweep.rate_of(EXPERIMENTS["table1"].arms[label], rates)
+        assert f"| {' | '.join([label, rate, *cells])} |\n" in text
+        _, low, high = intervals.interval([results.measure(run, "win_rate")
+                                           - results.measure(arm["runs"][seed], "win_rate")
+                                           for seed, run in own[label]["runs"].items()])
+        falls.append((label, high < 0, low > 0))
+    assert [label for label, falling, _ in falls if not falling] == ["RAFT, k 4", "DPO"]
+    assert [label for label, _, rising in falls if rising] == ["DPO"]
+    lr = results.read("lr")
+    best_gold = {name: max(RATES, key=lambda rate: claims.mean_of(
+        results.measure, lr, name, rate, "final gold")) for name in TUNED}
+    assert {name for name in TUNED if best_gold[name] == rates[name]} == {
+        PPO, "remax.py", "reinforce_pp_baseline.py"}
+    assert sum(float(best_gold[name]) < float(rates[name]) for name in TUNED) == 11
+    judged = claims.judge_all()
+    for experiment, text in [
+            ("fig2", "REINFORCE with a baseline above PPO"),
+            ("fig2", "REINFORCE with a baseline above vanilla PG"),
+            ("fig2", "RLOO above REINFORCE with a baseline"), ("fig3", "RLOO above RAFT at k 4"),
+            ("fig5", "RLOO's reward above RAFT's at β 0.1"),
+            ("fig1", "PPO, λ 1 above PPO, λ 0.95"),
+            ("plus", "REINFORCE++ above GRPO at the same responses")]:
+        _, _, low, high, margin, _, verdict = judged[f"{experiment}_tuned", text]
+        assert verdict in ("holds", "does not hold") and max(-low, high) < margin
 
 
 @pytest.mark.parametrize("edit", [
