@@ -151,7 +151,7 @@ def cell(arm, metric):
     """Mean ± half of the 95% interval over an arm's runs; a dash if it has no such number."""
     mean, low, _ = middle(arm, metric)
     digits = 4 if abs(mean) < 0.01 else 2
-    if math.isnan(mean) or metric == "lag":  # around a geometric mean an interval has two halves
+    if math.isnan(mean) or metric == "lag":  # its interval has two unequal halves
         return number(mean, digits)
     return f"{number(mean, digits)} ± {number(mean - low, digits)}"
 

@@ -239,7 +239,8 @@ def sweep(names, rates, args, end=math.inf):
     lag = {run: any(EXPERIMENTS[name].lag for name, *_ in users[run]) for run in runs}
 
     def in_time(run):
-        job = *run[1:], tax[run], lag[run]
+        _, command, seed = run
+        job = command, seed, tax[run], lag[run]
         return finish(context, job, output) if time.monotonic() < end else None
 
     if any(tax.values()) and not start():
@@ -247,5 +248,5 @@ def sweep(names, rates, args, end=math.inf):
     with ThreadPoolExecutor(args.jobs) as pool:
         for run, numbers in zip(runs, tqdm(pool.map(in_time, runs), total=len(runs), unit="run")):
             for name, arms, label in users[run] if numbers else ():
-                add(arms[label], run[2], numbers, EXPERIMENTS[name])
+                add(arms[label], run[-1], numbers, EXPERIMENTS[name])
                 save(name, arms)

@@ -997,6 +997,16 @@ def test_the_numbers_of_the_section_on_budgets():
     (dpo,) = means("final score", "dpo.py")
     assert f"DAPO end at {span(others)} in 60 updates, and DPO at {dpo:.2f}." in text
 
+    arms = results.read("budget_tuned")
+    seeds = results.seeds_done(EXPERIMENTS["budget_tuned"], arms)
+    assert f"{seeds} of 20 seeds so far" in text or seeds == 20
+    for names, words in (([ONE[0], *ONE[2:]], "vanilla PG and PPO end at {} with a gold reward of"),
+                         (FOUR, "RLOO, RAFT and both REINFORCE++ at {} with")):
+        score, gold = span(means("final score", *names)), span(means("final gold", *names), 1)
+        assert f"{words.format(score)} {gold}" in text
+    assert max(means("final score", ONE[1])) < arms[ONE[1]]["runs"]["1"]["score"][0]
+    assert max(means("final gold", "dpo.py")) < arms["dpo.py"]["runs"]["1"]["gold"][0]
+
 
 def test_the_numbers_of_the_section_on_own_rates():
     """Those of the runs and of the table of verdicts at both rates."""
