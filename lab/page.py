@@ -176,10 +176,10 @@ def rate_rows(name, arms):
     return rows
 
 
-def claim_rows():
-    """One row of the page for each claim: (verdict, cells)."""
+def claim_rows(judged):
+    """One row of the page for each claim: (verdict, cells). Args: judged (see `judge_all`)."""
     rows = []
-    for (name, _), (claim, *values, margin, said, corrected) in judge_all().items():
+    for (name, _), (claim, *values, margin, said, corrected) in judged.items():
         mean, low, high = (value + claim.least for value in values)
         bound = f" (above {claim.least:g}?)" if claim.least or not claim.less else ""
         if not claim.more:  # the claim is that a number is below a bound
@@ -194,10 +194,9 @@ def claim_rows():
     return rows
 
 
-def counts():
+def counts(judged):
     """Of the claims of each group of experiments, how many have which verdict: rows of a table."""
     rows = [["experiments", "claims", *VERDICTS]]
-    judged = judge_all()
     for group, belongs in GROUPS.items():
         said = [found[-2:] for (name, _), found in judged.items() if belongs(name)]
         numbers = [[verdicts.count(word) for verdicts in zip(*said)] for word in VERDICTS]
@@ -207,9 +206,8 @@ def counts():
     return rows
 
 
-def changes():
+def changes(judged):
     """How many claims have which verdict at the common rate and at their own: rows of a table."""
-    judged = judge_all()
     pairs = [(common[-1], judged[f"{name}_tuned", text][-1])
              for (name, text), common in judged.items() if (f"{name}_tuned", text) in judged]
     return [["at the common rate ↓, at their own →", *VERDICTS],
@@ -219,11 +217,13 @@ def changes():
 
 def write_page():
     """Bring docs/results.md up to date from the marker on: claims, then pictures and tables."""
-    claims = claim_rows()
+    judged = judge_all()
+    claims = claim_rows(judged)
     runs, minutes = cost(EXPERIMENTS)
     parts = [MARKER, f"{len(claims)} claims, {runs} runs, {minutes:.0f} CPU minutes. Verdicts, "
-                     "after correction for their number (before it):", markdown(counts()),
-             "The claims that were tested at both rates, by their verdicts:", markdown(changes())]
+                     "after correction for their number (before it):", markdown(counts(judged)),
+             "The claims that were tested at both rates, by their verdicts:",
+             markdown(changes(judged))]
     header = ["claim", "source", "result: mean [95% interval]", "at most", "seeds",
               "verdict", "before correction", "command", "picture"]
     for said, heading in VERDICTS.items():

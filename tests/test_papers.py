@@ -1,5 +1,6 @@
 """lab/papers.py: statistics by hand, sweeps with fake runs, commands, the page and its numbers."""
 
+import functools
 import importlib
 import json
 import math
@@ -591,11 +592,11 @@ def test_rows_of_the_tables_by_hand(fake, monkeypatch):
                     Claim("little", "clipfrac", (), ("3",), -0.05)]
     monkeypatch.setattr(claims, "saved", lambda: {"first": arms})
     monkeypatch.setattr(page, "read", lambda name: arms)
-    told = [(said, cells[0], cells[2]) for said, cells in page.claim_rows()]
+    told = [(said, cells[0], cells[2]) for said, cells in page.claim_rows(claims.judge_all())]
     assert told == [("holds", "grows", "growth of score: 3.00 [3.00, 3.00] (above 0?)"),
                     ("holds", "more", "clipfrac: 0.25 [0.25, 0.25] (above 0.2?)"),
                     ("holds", "little", "clipfrac: 0.001 [0.001, 0.001] (below 0.05?)")]
-    assert page.claim_rows()[0][1] == [
+    assert page.claim_rows(claims.judge_all())[0][1] == [
         "grows", "a paper", told[0][2], "–", "2", "**holds**", "holds",
         "`python -m lab.papers first --again`", "[first](results/first.png)"]
 
@@ -638,7 +639,7 @@ def test_the_largest_difference_is_a_share_of_what_training_changes(fake, monkey
                                    Claim("c", "score", ("3",), ("4",))]
     monkeypatch.setattr(claims, "saved", lambda: {"first": arms})
     monkeypatch.setattr(page, "read", lambda name: arms)
-    assert [cells[3] for _, cells in page.claim_rows()] == ["10%", "10%", "0%"]
+    assert [cells[3] for _, cells in page.claim_rows(claims.judge_all())] == ["10%", "10%", "0%"]
 
 
 def test_an_end_of_an_interval_is_not_told_as_0():
@@ -648,26 +649,26 @@ def test_an_end_of_an_interval_is_not_told_as_0():
     assert page.with_interval(0.5, 0.0, 1.0) == "0.50 [0.00, 1.00]"
 
 
-def test_verdicts_are_counted_by_groups_of_experiments(monkeypatch):
+def test_verdicts_are_counted_by_groups_of_experiments():
     """After correction, and before it in brackets; a group without claims has no row."""
-    monkeypatch.setattr(page, "judge_all", lambda: {
+    judged = {
         ("fig1", "a"): ("holds", "cannot tell"), ("fig1", "b"): ("holds", "holds"),
-        ("stale", "a"): ("too small", "too small")})
-    assert page.counts() == [
+        ("stale", "a"): ("too small", "too small")}
+    assert page.counts(judged) == [
         ["experiments", "claims", "does not hold", "cannot tell", "too small", "holds"],
         ["at the common learning rate", "2", "0 (0)", "1 (0)", "0 (0)", "1 (2)"],
         ["several steps per rollout", "1", "0 (0)", "0 (0)", "1 (1)", "0 (0)"]]
 
 
-def test_claims_at_both_rates_are_counted_by_their_verdicts(monkeypatch):
+def test_claims_at_both_rates_are_counted_by_their_verdicts():
     """After correction. Rows: at the common rate; columns: at their own."""
-    monkeypatch.setattr(page, "judge_all", lambda: {
+    judged = {
         ("fig1", "a"): ("cannot tell", "holds"), ("fig1", "b"): ("holds", "holds"),
         ("fig1", "c"): ("holds", "holds"), ("fig1", "own"): ("holds", "holds"),
         ("fig1_tuned", "a"): ("too small", "does not hold"),
         ("fig1_tuned", "b"): ("holds", "does not hold"), ("fig1_tuned", "c"): ("holds", "holds"),
-        ("fig2_tuned", "a"): ("holds", "holds")})  # its common runs are being made again
-    header, *rows = page.changes()
+        ("fig2_tuned", "a"): ("holds", "holds")}  # its common runs are being made again
+    header, *rows = page.changes(judged)
     assert header[1:] == list(page.VERDICTS)
     assert {row[0]: row[1:] for row in rows} == {
         "does not hold": ["0"] * 4, "cannot tell": ["0"] * 4, "too small": ["0"] * 4,
@@ -822,6 +823,12 @@ def sentences():
     return found, [line.split(" | ") for line in table.splitlines() if " | " in line]
 
 
+@functools.cache
+def judged_here():
+    """`judge_all` of docs/results."""
+    return claims.judge_all()
+
+
 INTERVAL = r"[−\d.]+ \[[−\d.]+, [−\d.]+\]"
 
 
@@ -836,7 +843,7 @@ def spelled(claim, *values):
 
 def test_conclusions_say_no_more_than_the_verdicts_after_correction():
     """Every sentence rests on claims whose verdicts stand in the page's source, or on none."""
-    judged, (found, table) = claims.judge_all(), sentences()
+    judged, (found, table) = judged_here(), sentences()
     assert len(found) > 30
     for words, experiment, claim, *verdict in table:
         assert any(words in sentence for sentence in found), words
@@ -1011,7 +1018,7 @@ def test_the_numbers_of_the_section_on_budgets():
 def test_the_numbers_of_the_section_on_own_rates():
     """Those of the runs and of the table of verdicts at both rates."""
     text = " ".join(page.PAGE.read_text().split())
-    (_, *names), *rows = page.changes()
+    (_, *names), *rows = page.changes(judged_here())
     table = {word: dict(zip(names, map(int, row))) for word, *row in rows}
     both = sum(sum(row.values()) for row in table.values())
     changed = both - sum(table[word][word] for word in table)
@@ -1062,7 +1069,7 @@ def test_the_table_of_own_rates_and_what_is_said_of_it():
     assert {name for name in TUNED if best_gold[name] == rates[name]} == {
         PPO, "remax.py", "reinforce_pp_baseline.py"}
     assert sum(float(best_gold[name]) < float(rates[name]) for name in TUNED) == 11
-    judged = claims.judge_all()
+    judged = judged_here()
     for experiment, text in [
             ("fig2", "REINFORCE with a baseline above PPO"),
             ("fig2", "REINFORCE with a baseline above vanilla PG"),
