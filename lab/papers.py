@@ -13,7 +13,8 @@ and in the end each has its picture, and docs/results.md is brought up to date.
 Unless an experiment's commands say otherwise, runs start from the SFT policy of mini TL;DR and
 generate 960 responses, 16 per update, at a constant learning rate of 1e-4. An experiment named
 "fig2_tuned" is "fig2" with the rate of each algorithm that has the highest mean score in "lr", over
-seeds that are not used again.
+seeds that are not used again, and without claims that do not depend on it (time, memory) or that
+are about a KL which its policies pass before the first evaluation.
 
 An interval is Student's, at 95%, over seeds, plus what other held-out prompts would change;
 differences are taken seed by seed. A claim holds if its interval lies above 0, and does not hold if
